@@ -1,0 +1,1 @@
+"""Values and decisions. No I/O, no clock, no logging, no asyncio: what happens here needs no `await` to test."""

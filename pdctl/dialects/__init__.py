@@ -1,0 +1,1 @@
+"""One registry, several wires: each dialect translates; none decides."""

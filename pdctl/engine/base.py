@@ -1,0 +1,88 @@
+"""
+The engine port: what a KV transfer engine must promise, whoever makes it.
+
+Return codes end below this line; above it there are results and `TransferFailed` with a `Cause`.
+An engine's promises, held by one contract suite over all adapters:
+
+- `write` and `read` return when every byte has landed, or raise when no block of theirs will touch local memory any
+  more (`settled`), or raise with `settled=False` when the deadline came first; `settle` then waits for rest.
+- Cancelling them stops submission and waits for rest (bounded by the engine's own inactivity limits).
+- A destination outside the regions that the peer has announced is rejected before one byte is submitted.
+- A transfer to one peer never waits for another peer that hangs.
+- A session whose process was replaced is never written to until `forget(session)` says that the new life is meant.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from pdctl.core.layout import Region
+from pdctl.core.plan import CopyPlan
+
+
+@dataclass(frozen=True, slots=True)
+class PeerCard:
+    """What a peer's handshake shows of its process: enough to tell one life from the next."""
+
+    session: str
+    data_port: int
+    regions: tuple[Region, ...] = field(repr=False)
+
+    def same_life(self, later: PeerCard) -> bool:
+        """Whether `later` can be the same process: same data port, and at least one region that stood before.
+
+        Processes register and unregister as they live, so regions may come and go; a process that shares no region
+        with its past, while it had some, is another one.
+        """
+        if self.data_port != later.data_port:
+            return False
+        return not self.regions or bool(set(self.regions) & set(later.regions))
+
+    def covers(self, pointer: int, nbytes: int) -> bool:
+        """Whether the bytes lie inside ONE announced region (the engine refuses a span over two)."""
+        return any(Region(pointer, nbytes) in region for region in self.regions)
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What the installed engine can do, found once at open."""
+
+    name: str
+    version: str
+    send_probe: bool
+    async_read: bool
+
+
+class Engine(Protocol):
+    """A local engine, already open. `session` is the id under which peers reach it (`ip:port`)."""
+
+    @property
+    def session(self) -> str: ...
+
+    @property
+    def capabilities(self) -> Capabilities: ...
+
+    async def register(self, region: Region) -> None:
+        """Let peers reach `region`. Raises CallerError for an empty or overlapping region, or a null pointer."""
+
+    async def unregister(self, region: Region) -> None:
+        """Take back a `register`. No fence: a body already in flight may still land (MOONCAKE_FACTS H12)."""
+
+    async def write(self, session: str, plan: CopyPlan, *, deadline_s: float) -> None:
+        """Copy local `plan.src` to the peer's `plan.dst`. Raises TransferFailed."""
+
+    async def read(self, session: str, plan: CopyPlan, *, deadline_s: float) -> None:
+        """Copy the peer's `plan.dst` to local `plan.src`. Raises TransferFailed."""
+
+    async def probe(self, session: str, *, deadline_s: float) -> PeerCard:
+        """Ask the peer's handshake who it is. Raises TransferFailed (REFUSED, TIMED_OUT, NOT_AN_ENGINE, ...).
+
+        Cancellable at any moment; a hung peer costs nothing but its own deadline.
+        """
+
+    def forget(self, session: str) -> None:
+        """The peer has announced itself anew: pin whoever answers next as the life that is meant."""
+
+    async def settle(self, session: str) -> None:
+        """Return when no submitted block of any transfer with `session` can touch local memory any more."""

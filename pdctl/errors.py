@@ -1,0 +1,157 @@
+"""
+Every exception that pdctl raises, as one tree, split by who must act.
+
+    PdctlError
+    ├── OperatorError          someone has to change a setting, a package or a host
+    │   ├── ConfigError
+    │   ├── EngineUnavailable      no Mooncake wheel, or a system library is missing
+    │   ├── AddressTaken           the port to listen on has another holder
+    │   └── RegistrationGaveUp     every attempt that the policy allows has failed
+    ├── CallerError            the request itself is wrong; sending it again changes nothing
+    │   ├── BadField               names the field
+    │   ├── Refused                contradicts what is registered; carries both values
+    │   ├── BadFrames              a peer's message that cannot be read
+    │   ├── LayoutMismatch         two pools that cannot be paired; carries both values
+    │   └── IllegalEvent           a phase that knows no such event
+    └── NotNow                 nobody: wait, or look at the cause
+        ├── NotReady               the instance is not complete, or not known, yet
+        ├── Unreachable            the registry or a peer does not answer
+        ├── SessionBlocked         this transfer session has failed and has not been proven well
+        ├── TransferFailed         the engine's verdict, with its Cause
+        └── RoomFailed             a room ended in FAILED; carries the first cause
+
+Message style: what happened: what to do. The values stand beside the text as attributes.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Cause(StrEnum):
+    """Why a transfer or a probe failed, decided once, at the engine adapter."""
+
+    REFUSED = "refused"  # nothing listens at the peer's address
+    TIMED_OUT = "timed_out"  # no answer in time: unknown, not dead
+    PEER_GONE = "peer_gone"  # the connection broke, or blocks ended FAILED
+    PEER_CHANGED = "peer_changed"  # another process, or another life, answers at that address
+    NOT_AN_ENGINE = "not_an_engine"  # something answers that is no Mooncake engine
+    REJECTED_ADDRESS = "rejected_address"  # outside what the peer has announced
+    LAYOUT = "layout"  # the two sides do not fit each other
+    LOCAL = "local"  # this side's own fault: a bad pointer, a closed engine, a full window
+
+    @property
+    def speaks_of_peer(self) -> bool:
+        """Whether this counts against the peer's session."""
+        return self not in (Cause.REJECTED_ADDRESS, Cause.LAYOUT, Cause.LOCAL)
+
+
+class PdctlError(Exception):
+    """Root of the tree."""
+
+
+class OperatorError(PdctlError):
+    """Someone has to change a setting, a package or a host."""
+
+
+class ConfigError(OperatorError):
+    """A setting is missing, unknown or contradicts another."""
+
+
+class EngineUnavailable(OperatorError):
+    """The transfer engine cannot be loaded; the text names the extra or the apt package."""
+
+
+class AddressTaken(OperatorError):
+    """The address to listen on is in use; names the holder where that can be known."""
+
+
+class RegistrationGaveUp(OperatorError):
+    """Every attempt that the policy allows has failed.
+
+    `attempts`: how many; `cause`: the root cause of the last one, in words.
+    """
+
+    def __init__(self, message: str, *, attempts: int, cause: str) -> None:
+        super().__init__(message)
+        self.attempts = attempts
+        self.cause = cause
+
+
+class CallerError(PdctlError):
+    """The request itself is wrong; sending it again changes nothing."""
+
+
+class BadField(CallerError):
+    """One field of a request cannot be used; `field` names it."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field}: {message}")
+        self.field = field
+
+
+class Refused(CallerError):
+    """A claim contradicts what is registered: `held` is registered, `offered` was refused."""
+
+    def __init__(self, message: str, *, field: str, held: object, offered: object) -> None:
+        super().__init__(message)
+        self.field = field
+        self.held = held
+        self.offered = offered
+
+
+class BadFrames(CallerError):
+    """A peer's message cannot be read; the text names the frame by number and meaning."""
+
+
+class LayoutMismatch(CallerError):
+    """Two pools cannot be paired; both values are in the text."""
+
+
+class IllegalEvent(CallerError):
+    """The phase's row has no such event; nothing was changed."""
+
+
+class NotNow(PdctlError):
+    """Nobody has to act: wait, or read the cause."""
+
+
+class NotReady(NotNow):
+    """Not complete, or not known, yet."""
+
+
+class Unreachable(NotNow):
+    """The registry or a peer does not answer; the text gives the root cause."""
+
+
+class SessionBlocked(NotNow):
+    """The transfer session has failed and has not been proven well since; the text says why and until when."""
+
+    def __init__(self, session: str, reason: str) -> None:
+        super().__init__(f"session {session} is blocked: {reason}")
+        self.session = session
+        self.reason = reason
+
+
+class TransferFailed(NotNow):
+    """A transfer or a probe did not do what was asked.
+
+    `settled` says whether this side's memory is at rest: False means that blocks are still in the engine's
+    hands, and the pages must stay quarantined until `Engine.settle(session)` returns.
+    """
+
+    def __init__(self, cause: Cause, session: str, detail: str, *, settled: bool = True) -> None:
+        super().__init__(f"transfer with {session} failed ({cause}): {detail}")
+        self.cause = cause
+        self.session = session
+        self.detail = detail
+        self.settled = settled
+
+
+class RoomFailed(NotNow):
+    """A room ended in FAILED. `reason` is the first cause, in words; later ones are symptoms."""
+
+    def __init__(self, room: int, reason: str) -> None:
+        super().__init__(f"room {room} failed: {reason}")
+        self.room = room
+        self.reason = reason

@@ -1,0 +1,1 @@
+"""Where the registry's rows survive a stop, behind one port: `base` says what is promised."""
