@@ -1,0 +1,65 @@
+"""
+One line an event: key=value for people, JSON for machines; the rank stands in every line that has one.
+
+Shells call `structlog.get_logger(__name__)` and bind nothing; whoever starts a rank binds it once with `bind_rank`, and
+every task born below inherits it. What libraries say through `logging` (uvicorn, asyncio) leaves in the same shape.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from dataclasses import dataclass
+from typing import Any, Literal, TextIO
+
+import structlog
+from structlog.typing import Processor
+
+
+@dataclass(frozen=True, slots=True)
+class LogSettings:
+    """`format`: "kv" (key=value) or "json"; `level`: the least level that is printed."""
+
+    format: Literal["kv", "json"] = "kv"
+    level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+def configure(settings: LogSettings, stream: TextIO = sys.stderr) -> None:
+    """Route structlog and `logging` to `stream`, one line an event. Called once, by the command line."""
+    shared: list[Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.ExtraAdder(),
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.format_exc_info,
+        structlog.processors.UnicodeDecoder(),
+    ]
+    structlog.configure(
+        processors=[structlog.stdlib.filter_by_level, *shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        wrapper_class=structlog.stdlib.BoundLogger,
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        cache_logger_on_first_use=False,
+    )
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=shared,
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, _renderer(settings)],
+        )
+    )
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(settings.level.upper())
+
+
+def bind_rank(rank: str, **more: Any) -> None:
+    """Put `rank` (and what else tells this process from its siblings) into every line of this task and its children."""
+    structlog.contextvars.bind_contextvars(rank=rank, **more)
+
+
+def _renderer(settings: LogSettings) -> Processor:
+    if settings.format == "json":
+        return structlog.processors.JSONRenderer()
+    return structlog.processors.LogfmtRenderer(
+        key_order=["timestamp", "level", "event", "rank"], drop_missing=True, bool_as_flag=False
+    )
