@@ -52,3 +52,6 @@ async def beside(**loops: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
         if body is not None and not isinstance(body, asyncio.CancelledError):
             raise body from None
         raise errors.exceptions[0] from None
+    finally:
+        for loop in loops.values():
+            loop.close()  # one that was cancelled before its first step has never been awaited
