@@ -25,7 +25,7 @@ class Metrics:
     """Everything that one process counts. Rooms are attributes, in alphabetical order."""
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
-        self._registry = registry or CollectorRegistry()
+        self._registry = CollectorRegistry() if registry is None else registry
         self.sessions = SessionMetrics(self._registry)
 
     def exposition(self) -> tuple[bytes, str]:
