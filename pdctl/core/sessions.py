@@ -317,7 +317,6 @@ class SessionTable(Generic[LifeT]):
         if block.dropped:
             return []
         cause = Cause.PEER_CHANGED
-        record.life = None
         record.block = replace(block, cause=cause, detail=detail, asking=None, next_at=math.inf)
         return [
             Change(ChangeKind.DROPPED, block.session, cause, block.cause, detail, now - block.since, block.questions)
