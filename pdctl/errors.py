@@ -11,10 +11,12 @@ Every exception that pdctl raises, as one tree, split by who must act.
     │   ├── BadField               names the field
     │   ├── Refused                contradicts what is registered; carries both values
     │   ├── BadFrames              a peer's message that cannot be read
+    │   ├── TooLarge               a body over the limit that the text names
     │   ├── LayoutMismatch         two pools that cannot be paired; carries both values
     │   └── IllegalEvent           a phase that knows no such event
     └── NotNow                 nobody: wait, or look at the cause
         ├── NotReady               the instance is not complete, or not known, yet
+        ├── LimitReached           a bounded table is full; the text names the limit
         ├── Unreachable            the registry or a peer does not answer
         ├── SessionBlocked         this transfer session has failed and has not been proven well
         ├── TransferFailed         the engine's verdict, with its Cause
@@ -104,6 +106,10 @@ class BadFrames(CallerError):
     """A peer's message cannot be read; the text names the frame by number and meaning."""
 
 
+class TooLarge(CallerError):
+    """A body is over the limit that the text names."""
+
+
 class LayoutMismatch(CallerError):
     """Two pools cannot be paired; both values are in the text."""
 
@@ -118,6 +124,10 @@ class NotNow(PdctlError):
 
 class NotReady(NotNow):
     """Not complete, or not known, yet."""
+
+
+class LimitReached(NotNow):
+    """A bounded table is full; the text names the limit."""
 
 
 class Unreachable(NotNow):
