@@ -15,7 +15,7 @@ import os
 import signal
 import sys
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum
@@ -58,8 +58,8 @@ class Child:
         self._numbers = itertools.count(1)
         self._log: deque[str] = deque(maxlen=400)
         self._readers = [
-            asyncio.create_task(self._read_answers(process.stdout), name=f"{name} stdout"),
-            asyncio.create_task(self._read_log(process.stderr), name=f"{name} stderr"),
+            asyncio.create_task(self._read_answers(_piped(process.stdout)), name=f"{name} stdout"),
+            asyncio.create_task(self._read_log(_piped(process.stderr)), name=f"{name} stderr"),
         ]
         self._silent = False
 
@@ -151,9 +151,9 @@ class Child:
     def _gone(self) -> Unreachable:
         return Unreachable(f"{self.name} (pid {self.pid}) has ended: read its log")
 
-    async def _read_answers(self, stdout: AsyncIterable[bytes] | None) -> None:
+    async def _read_answers(self, stdout: asyncio.StreamReader) -> None:
         try:
-            async for line in stdout or _nothing():
+            async for line in stdout:
                 text = line.decode(errors="replace").strip()
                 await self._take(_as_event(text) or {"event": "said", "text": text})
         finally:
@@ -176,8 +176,8 @@ class Child:
         async with self._news:
             self._news.notify_all()
 
-    async def _read_log(self, stderr: AsyncIterable[bytes] | None) -> None:
-        async for line in stderr or _nothing():
+    async def _read_log(self, stderr: asyncio.StreamReader) -> None:
+        async for line in stderr:
             self._log.append(line.decode(errors="replace").rstrip())
 
 
@@ -253,9 +253,10 @@ async def family(environment: Mapping[str, str]) -> AsyncIterator[Family]:
         await members.close()
 
 
-async def _nothing() -> AsyncIterator[bytes]:
-    for line in ():
-        yield line
+def _piped(stream: asyncio.StreamReader | None) -> asyncio.StreamReader:
+    if stream is None:
+        raise ValueError("the child was started without pipes: start it through a Family")
+    return stream
 
 
 def _fail(future: asyncio.Future[Event], reason: Unreachable) -> None:
