@@ -19,9 +19,9 @@ from __future__ import annotations
 import heapq
 import math
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from enum import StrEnum
-from random import Random
 from typing import Generic, Protocol, Self, TypeVar
 
 from pdctl.errors import Cause, ConfigError
@@ -181,9 +181,11 @@ class SessionTable(Generic[LifeT]):
     again, and a request for it, should one ever come, costs one more failed transfer; refusing to hold the new failure
     instead would cost one for every request of a session that is wanted now. Dropped sessions go last, and never by
     idleness: what they guard is another process's memory.
+
+    `random` gives the next chance, from 0 up to 1: `random.random` of a real source, or of a seeded one.
     """
 
-    def __init__(self, policy: ProbePolicy, random: Random) -> None:
+    def __init__(self, policy: ProbePolicy, random: Callable[[], float]) -> None:
         self.policy = policy
         self._random = random
         self._questions = 0
@@ -329,7 +331,7 @@ class SessionTable(Generic[LifeT]):
             return
         # 2.0 ** 1024 overflows, and a peer down for a working day gets there at 30 s a question.
         doubled_s = self.policy.interval_s * 2.0 ** min(block.questions, 64)
-        wait_s = min(doubled_s, self.policy.max_interval_s) * (1 - self.policy.jitter * self._random.random())
+        wait_s = min(doubled_s, self.policy.max_interval_s) * (1 - self.policy.jitter * self._random())
         block.next_at = now + wait_s
         heapq.heappush(self._agenda, (block.next_at, block.session))
 

@@ -35,7 +35,7 @@ Table = SessionTable[Process]
 
 
 def table(policy: ProbePolicy = STEADY, seed: int = 1) -> Table:
-    return SessionTable(policy, random.Random(seed))
+    return SessionTable(policy, random.Random(seed).random)
 
 
 def blocked(sessions: Table, session: str = A, cause: Cause = Cause.PEER_GONE, now: float = 0.0) -> Table:
@@ -311,7 +311,7 @@ class SessionsAgainstAModel(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.now = 0.0
-        self.table: Table = SessionTable(POLICY, random.Random(0))
+        self.table: Table = SessionTable(POLICY, random.Random(0).random)
         self.model: dict[str, Expected] = {}
         self.put: list[Question] = []
         self.seen: Counter[Cause] = Counter()
