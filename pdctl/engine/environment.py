@@ -1,0 +1,141 @@
+"""
+How a Mooncake engine is opened, and the environment variables that say so to it.
+
+The engine takes most of its settings from the process's environment, which must hold them before `mooncake.engine` is
+imported. Nothing here reads or writes `os.environ`: the mapping is an argument.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass
+
+import structlog
+
+from pdctl.core.address import check_host, is_wildcard
+from pdctl.engine import handshake
+from pdctl.errors import BadField, ConfigError
+
+log = structlog.get_logger(__name__)
+
+ENOUGH = 65_535  # the engine's own maximum for both queues; the window is what bounds them
+# Set by an operator, each of these breaks a promise silently (MOONCAKE_FACTS 1.6).
+_DANGEROUS: dict[str, tuple[Callable[[str], bool], str]] = {
+    "MC_TCP_PROTO": (lambda v: v == "1", "writes to nowhere would be reported as done"),
+    "MC_TCP_ENABLE_CONNECTION_POOL": (lambda v: v.lower() in ("0", "false", "off"), "it is 50 times slower and fails"),
+    "MC_DISABLE_METACACHE": (lambda v: v != "0", "each transfer to a hung peer would block all others for 61 s"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class MooncakeSettings:
+    """How the engine is opened.
+
+    `host`: under which peers reach it; it listens on every interface all the same (H7). IPv6 text makes the whole
+    process IPv6. `force_tcp`: without it the engine takes RDMA wherever it sees an adapter, whatever `protocol` says.
+    `window`: blocks in flight to one peer; 16 is full speed, and a hung peer is at rest after window / 4 stalls.
+    `progress_timeout_s`: how long a block may stand still; whole seconds, as the engine reads it.
+    `block_limit`: longer copies are split, so that the window holds for them too (beyond 16 MiB nothing is gained).
+    `handshake_timeout_s`: for our own question; an idle connection on a peer's port delays its answer by 5 s.
+    `recheck_s`: a peer not asked for so long is asked again before a transfer, 0.3 ms; a new process at the old
+    address is then noticed.
+    `rest_timeout_s`: how long closing waits for blocks in flight; None for what window and stall make possible.
+    """
+
+    host: str = "127.0.0.1"
+    protocol: str = "tcp"
+    device: str = ""
+    force_tcp: bool = True
+    window: int = 16
+    block_limit: int = 16 << 20
+    progress_timeout_s: int = 5
+    handshake_timeout_s: float = 1.0
+    recheck_s: float = 5.0
+    rest_timeout_s: float | None = None
+    log_level: str = "ERROR"
+
+    def __post_init__(self) -> None:
+        try:
+            check_host(self.host)
+        except BadField as cause:
+            raise ConfigError(f"mooncake {cause}") from cause
+        if is_wildcard(self.host):
+            raise ConfigError(f"mooncake host {self.host} names no host: give the address that peers can reach")
+        if self.force_tcp and self.protocol != "tcp":
+            raise ConfigError(f"mooncake protocol is {self.protocol} but force_tcp is on: switch one of them")
+        if not 1 <= self.window <= 1024:
+            raise ConfigError(f"mooncake window is {self.window}: give 1 to 1024 blocks (past 2048 the engine wedges)")
+        for name in ("block_limit", "progress_timeout_s", "handshake_timeout_s"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"mooncake {name} is {getattr(self, name)}: give more than 0")
+        if self.recheck_s < 0:
+            raise ConfigError(f"mooncake recheck_s is {self.recheck_s}: give 0 or more")
+
+    @property
+    def is_ipv6(self) -> bool:
+        return ":" in self.host
+
+    @property
+    def loopback(self) -> str:
+        """Where this process introduces peers to its own engine: the engine speaks one family only."""
+        return "::1" if self.is_ipv6 else "127.0.0.1"
+
+    @property
+    def longest_rest_s(self) -> float:
+        """How long blocks in flight to a hung peer can take to end: four lanes, one stall and a second each round."""
+        if self.rest_timeout_s is not None:
+            return self.rest_timeout_s
+        return -(-self.window // 4) * (self.progress_timeout_s + 1.0) + 1.0
+
+
+def environment(settings: MooncakeSettings) -> dict[str, str]:
+    """The engine's and the store's variables, all of them, for the process that will open an engine."""
+    stall = str(settings.progress_timeout_s)
+    return _defaults(settings) | {
+        "MC_FORCE_TCP": "1" if settings.force_tcp else "0",
+        "MC_TCP_PROGRESS_TIMEOUT_SEC": stall,
+        "MC_TCP_STATUS_TIMEOUT_SEC": stall,
+        "MC_TCP_MAX_QUEUED_TRANSFERS_PER_PEER": str(ENOUGH),
+        "MC_TCP_MAX_PENDING_ADMISSIONS_PER_PEER": str(ENOUGH),
+        "MC_TCP_ADMISSION_TIMEOUT_MS": "600000",
+        "MC_HANDSHAKE_MAX_LENGTH": str(handshake.MAX_REPLY),
+        **({"MC_USE_IPV6": "1"} if settings.is_ipv6 else {}),
+    }
+
+
+def _defaults(settings: MooncakeSettings) -> dict[str, str]:
+    """Those in which an operator's own value wins: none of them can break a promise."""
+    return {
+        "MC_LOG_LEVEL": settings.log_level,
+        "MC_TRANSFER_TIMEOUT": "60",
+        "MC_HANDSHAKE_CONNECT_TIMEOUT": "1",
+        "MC_TE_METADATA_REFRESH_INTERVAL_SECONDS": "1",
+        # The store holds the interpreter while it waits for its master: 90 s by default, 4.5 s with these (H8).
+        "MC_STORE_CLIENT_SETUP_RETRIES": "1",
+        "MC_RPC_CONNECT_TIMEOUT_MS": "500",
+        "MC_RPC_TIMEOUT_MS": "1000",
+    }
+
+
+def prepare(settings: MooncakeSettings, environ: MutableMapping[str, str], loaded: bool) -> None:
+    """Put the block into `environ`. Raises ConfigError naming a variable that would break a promise."""
+    for name, (is_bad, because) in _DANGEROUS.items():
+        if name in environ and is_bad(environ[name]):
+            raise ConfigError(f"{name}={environ[name]} is set in the environment: unset it, {because}")
+    if "MC_USE_IPV6" in environ and not settings.is_ipv6:
+        raise ConfigError(f"MC_USE_IPV6 is set but the host is {settings.host}: unset it, or give an IPv6 host")
+    late = _apply(settings, environ)
+    if late and loaded:
+        log.warning("mooncake.engine was imported before its environment was set", variables=sorted(late))
+
+
+def _apply(settings: MooncakeSettings, environ: MutableMapping[str, str]) -> Mapping[str, str]:
+    """What had to change."""
+    free = _defaults(settings)
+    changed = {
+        name: value
+        for name, value in environment(settings).items()
+        if environ.get(name) != value and not (name in free and name in environ)
+    }
+    environ.update(changed)
+    return changed

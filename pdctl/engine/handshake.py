@@ -1,0 +1,208 @@
+"""
+Mooncake's peer-to-peer handshake, spoken in asyncio: ask a peer who it is, and answer for one.
+
+Wire (MOONCAKE_FACTS 1.5): u64le length, which counts the next byte | u8 kind | JSON. One question a connection.
+
+Never loads the engine, never starts a thread, never waits past the deadline it was given. The engine's own question
+(`send_probe`, or the first transfer to a peer) holds its thread for 61 s when the peer hangs; this one does not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import json
+import struct
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any, cast
+
+from pdctl.core.address import Endpoint
+from pdctl.core.layout import Region
+from pdctl.engine.base import PeerCard
+from pdctl.errors import BadField, Cause, TransferFailed
+
+# 120,000 regions fit; the engine itself refuses more than MC_HANDSHAKE_MAX_LENGTH, which mooncake.py sets to this.
+MAX_REPLY = 8 << 20
+_LENGTH = struct.Struct("<Q")
+_NOBODY = {errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}
+_INT64_END = 1 << 63
+
+
+class Kind(IntEnum):
+    """The type byte of a question."""
+
+    CONNECTION = 0
+    METADATA = 1
+    NOTIFY = 2
+    PROBE = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A reply's JSON object, and the numeric address that gave it."""
+
+    body: dict[str, Any]
+    host: str
+
+
+@dataclass(frozen=True, slots=True)
+class Descriptor:
+    """A peer as its handshake describes it: the card that tells its life, and the text an engine can open it with."""
+
+    card: PeerCard
+    opening: bytes = field(repr=False)
+
+
+async def ask(host: str, port: int, kind: Kind, body: dict[str, Any], *, deadline_s: float) -> Answer:
+    """One question. Raises TransferFailed: REFUSED, TIMED_OUT, PEER_GONE or NOT_AN_ENGINE."""
+    session = str(Endpoint(host, port))
+    try:
+        async with asyncio.timeout(deadline_s):
+            return await _ask(host, port, kind, body)
+    except TimeoutError:
+        raise TransferFailed(
+            Cause.TIMED_OUT, session, f"no answer to the handshake within {deadline_s:g} s: hung, far or busy"
+        ) from None
+    except (EOFError, ConnectionResetError, BrokenPipeError) as cause:
+        raise TransferFailed(Cause.PEER_GONE, session, "the connection ended before the handshake's answer") from cause
+    except OSError as cause:
+        nobody = Cause.REFUSED if cause.errno in _NOBODY or cause.errno is None or cause.errno < 0 else Cause.PEER_GONE
+        raise TransferFailed(nobody, session, f"cannot be reached: {cause.strerror or cause}") from cause
+    except ValueError as cause:
+        raise TransferFailed(
+            Cause.NOT_AN_ENGINE, session, f"what answers there is no Mooncake engine: {cause}"
+        ) from cause
+
+
+async def probe(session: str, *, deadline_s: float) -> None:
+    """Return if something at `session` answers the probe question. Proves less than `metadata` does: an echo passes."""
+    at = _endpoint(session)
+    answer = await ask(at.host, at.port, Kind.PROBE, {}, deadline_s=deadline_s)
+    if answer.body.get("status", "success") != "success":
+        raise TransferFailed(Cause.NOT_AN_ENGINE, session, f"the probe was answered with {answer.body}")
+
+
+async def metadata(session: str, *, deadline_s: float) -> Descriptor:
+    """Who listens at `session`, and what memory it announces."""
+    at = _endpoint(session)
+    answer = await ask(at.host, at.port, Kind.METADATA, {}, deadline_s=deadline_s)
+    try:
+        return _descriptor(session, answer)
+    except ValueError as cause:
+        raise TransferFailed(
+            Cause.NOT_AN_ENGINE, session, f"what answers there is no Mooncake engine: {cause}"
+        ) from cause
+
+
+class Introduction(asyncio.Protocol):
+    """Answers one question, whatever it asks, with a descriptor that is known already; then stops listening.
+
+    This is how our own engine gets to know a peer: it asks us, and we have asked the peer before. So its first open
+    of a peer takes a millisecond even if the peer has stopped since (61 s otherwise, all other peers included), and
+    a new life of a peer gets a new `name`, under which no stale descriptor is cached.
+    """
+
+    name: str
+    _server: asyncio.Server
+
+    def __init__(self, opening: bytes) -> None:
+        self._answer = _LENGTH.pack(len(opening) + 1) + bytes([Kind.METADATA]) + opening
+        self._asked = bytearray()
+
+    @classmethod
+    async def listening(cls, opening: bytes, host: str, used: set[str]) -> Introduction:
+        """At a port of the loopback `host` whose name is not in `used`, to which it is added.
+
+        The engine caches descriptors by name for ever, so no name may come again.
+        """
+        for _ in range(64):
+            it = cls(opening)
+            it._server = await asyncio.get_running_loop().create_server(lambda it=it: it, host, 0, backlog=1)  # type: ignore[misc]
+            it.name = str(Endpoint(host, it._server.sockets[0].getsockname()[1]))
+            if it.name not in used:
+                used.add(it.name)
+                return it
+            it.close()
+        raise TransferFailed(
+            Cause.LOCAL, host, "no loopback port is left that was not used before: restart this process"
+        )
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        self._asked += data
+        if len(self._asked) >= _LENGTH.size and len(self._asked) >= _LENGTH.size + _LENGTH.unpack_from(self._asked)[0]:
+            self._transport.write(self._answer)
+            self._transport.close()
+            self.close()
+
+    def close(self) -> None:
+        self._server.close()
+
+
+async def _ask(host: str, port: int, kind: Kind, body: dict[str, Any]) -> Answer:
+    reader, writer = await asyncio.open_connection(host, port)
+    try:
+        question = bytes([kind]) + json.dumps(body).encode() + b"\n"
+        writer.write(_LENGTH.pack(len(question)) + question)
+        await writer.drain()
+        (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
+        if not 2 <= length <= MAX_REPLY:
+            raise ValueError(f"the reply claims {length} bytes")
+        reply = await reader.readexactly(length)
+        return Answer(_object(reply, kind), writer.get_extra_info("peername")[0])
+    finally:
+        # At once, not politely: the peer's listener is one thread and waits up to 5 s for our close.
+        writer.transport.abort()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+
+
+def _foreign(session: str, cause: Exception) -> TransferFailed:
+    return TransferFailed(Cause.NOT_AN_ENGINE, session, f"what answers there is no Mooncake engine: {cause}")
+
+
+def _object(reply: bytes, kind: Kind) -> dict[str, Any]:
+    if reply[0] != kind:
+        raise ValueError(f"question {int(kind)} got an answer to question {reply[0]}")
+    body = json.loads(reply[1:])
+    if not isinstance(body, dict):
+        raise ValueError("the reply is no JSON object")
+    return body
+
+
+def _endpoint(session: str) -> Endpoint:
+    try:
+        return Endpoint.parse(session)
+    except BadField as cause:
+        raise TransferFailed(Cause.REJECTED_ADDRESS, session, f"no session id: {cause}") from cause
+
+
+def _descriptor(session: str, answer: Answer) -> Descriptor:
+    """An echo of the question has neither protocol nor buffers; a stock engine always has both."""
+    body, buffers = answer.body, answer.body.get("buffers") or []
+    if not isinstance(body.get("protocol"), str) or not isinstance(buffers, list):
+        raise ValueError("its handshake names no protocol and no buffers")
+    # One region at NULL makes every engine refuse the whole descriptor, so it is left out.
+    sound = {_region(buffer): buffer for buffer in buffers}
+    sound = {region: buffer for region, buffer in sound.items() if region.pointer > 0 and region.nbytes > 0}
+    card = PeerCard(session, _natural(body.get("tcp_data_port", 0), 65_536), tuple(sound))
+    # The peer's own word on where to connect is not taken: whoever was asked is whom the bytes go to.
+    opening = {**body, "tcp_data_host": answer.host, "buffers": list(sound.values())}
+    return Descriptor(card, json.dumps(opening).encode() + b"\n")
+
+
+def _region(buffer: object) -> Region:
+    if not isinstance(buffer, dict):
+        raise ValueError(f"a buffer is {buffer!r}")
+    pointer = _natural(buffer.get("addr"), _INT64_END)
+    return Region(pointer, _natural(buffer.get("length"), _INT64_END - pointer))
+
+
+def _natural(value: object, end: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < end:
+        raise ValueError(f"{value!r} is no number from 0 to {end - 1}")
+    return value

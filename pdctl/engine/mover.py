@@ -1,0 +1,251 @@
+"""
+The one thread that talks to a transfer engine: it submits, it polls, it says when a transfer is over.
+
+One block a submission, because a batch call answers -1 while the rest of its blocks still move (MOONCAKE_FACTS H1). A
+bounded window for each peer, because past 2048 blocks the engine wedges for ever (H2). A status is asked only for ids
+that are not 0 and not yet terminal, because the engine dereferences them (H10, H11). Peers take turns, and so do the
+transfers of one peer. Never spins: between two looks it sleeps.
+
+Knows no asyncio beyond "tell that loop"; knows no sessions, only the names under which the engine knows peers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import structlog
+
+from pdctl.errors import Cause
+
+log = structlog.get_logger(__name__)
+
+DONE, PENDING = 1, 0
+Verdict = tuple[Cause, str]
+Block = tuple[int, int, int]
+Submit = Callable[[str, int, int, int], int]
+
+# 200 us keeps 16 blocks of 64 KiB in flight at full speed; a transfer that has not moved for 50 ms is looked at less.
+_BRISK_S, _CALM_S, _CALM_AFTER_S = 200e-6, 2e-3, 50e-3
+
+
+@dataclass(slots=True, eq=False)
+class Lane:
+    """A peer as the engine knows it. `failures` grows whenever a block fails; only the mover writes it."""
+
+    name: str
+    failures: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Transfer:
+    """Blocks on their way to or from one peer. `verdict` is the first cause to stop; None while all is well.
+
+    `faith`: what `lane.failures` was when the peer was last proven well. `rest` is resolved, with the verdict, when no
+    block is in the engine's hands and none will be.
+    """
+
+    lane: Lane
+    faith: int
+    submit: Submit
+    blocks: Iterator[Block]
+    total: int
+    rest: asyncio.Future[Verdict | None]
+    verdict: Verdict | None = None
+    submitted: int = 0
+    in_flight: int = 0
+
+    def stop(self, cause: Cause, detail: str) -> None:
+        """Submit no more of it; from any thread."""
+        if self.verdict is None:
+            self.verdict = (cause, detail)
+
+    @property
+    def exhausted(self) -> bool:
+        return self.verdict is not None or self.submitted == self.total
+
+    @property
+    def at_rest(self) -> bool:
+        return self.exhausted and not self.in_flight
+
+
+class Mover:
+    """`add` transfers from the loop, `nudge` after stopping one, `end` when all are at rest; `run` is the thread's body."""
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, check: Callable[[int], int], window: int, stall_s: float
+    ) -> None:
+        self._loop = loop
+        self._check = check
+        self._window = window
+        self._stall_s = stall_s
+        self._inbox: deque[Transfer] = deque()
+        self._news = threading.Event()
+        self._ending = False
+        self._windows: dict[Lane, _Window] = {}
+        self._quiet_since = 0.0
+
+    def add(self, transfer: Transfer) -> None:
+        self._inbox.append(transfer)
+        self._news.set()
+
+    def nudge(self) -> None:
+        """Look again at once: something was stopped."""
+        self._news.set()
+
+    def end(self) -> None:
+        self._ending = True
+        self._news.set()
+
+    def run(self) -> bool:
+        """The thread's body. Returns after `end`, or when it fails: whether all is at rest."""
+        try:
+            while not self._ending:
+                self._turn()
+        except Exception:
+            log.exception("the mover thread failed")
+        return not self._windows and not self._inbox
+
+    def let_go(self, cause: Cause, detail: str) -> None:
+        """Tell everybody that it is over. Only after the engine is no more: nothing else makes that true."""
+        self._admit()
+        for window in self._windows.values():
+            for transfer in {*window.waiting, *(transfer for _, transfer, _ in window.flying)}:
+                transfer.stop(cause, detail)
+                self._tell(transfer)
+        self._windows.clear()
+
+    def _turn(self) -> None:
+        news = self._news.is_set()
+        self._news.clear()
+        self._admit()
+        moved = [window.turn(prune=news) for window in self._windows.values()]
+        for lane in [lane for lane, window in self._windows.items() if window.empty]:
+            del self._windows[lane]
+        self._pause(moved=any(moved) or news)
+
+    def _admit(self) -> None:
+        while self._inbox:
+            transfer = self._inbox.popleft()
+            if transfer.lane not in self._windows:
+                self._windows[transfer.lane] = _Window(self._window, self._stall_s, self._check, self._tell)
+            self._windows[transfer.lane].add(transfer)
+
+    def _pause(self, *, moved: bool) -> None:
+        if not self._windows:
+            self._news.wait()
+            return
+        now = time.monotonic()
+        if moved:
+            self._quiet_since = now
+        # Not news.wait(timeout): that takes a lock and 60 us more, and this is the hot path.
+        time.sleep(_CALM_S if now - self._quiet_since > _CALM_AFTER_S else _BRISK_S)
+
+    def _tell(self, transfer: Transfer) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            self._loop.call_soon_threadsafe(_resolve, transfer.rest, transfer.verdict)
+
+
+def _resolve(rest: asyncio.Future[Verdict | None], verdict: Verdict | None) -> None:
+    if not rest.done():
+        rest.set_result(verdict)
+
+
+@dataclass(slots=True)
+class _Window:
+    """What one peer has in flight, at most `size` blocks, and what waits for room."""
+
+    size: int
+    stall_s: float
+    check: Callable[[int], int]
+    tell: Callable[[Transfer], None]
+    waiting: deque[Transfer] = field(default_factory=deque)
+    flying: list[tuple[int, Transfer, float]] = field(default_factory=list)
+
+    @property
+    def empty(self) -> bool:
+        return not self.waiting and not self.flying
+
+    def add(self, transfer: Transfer) -> None:
+        if transfer.faith != transfer.lane.failures:
+            transfer.stop(Cause.PEER_GONE, "another transfer with this peer has failed meanwhile")
+        self.waiting.append(transfer)
+
+    def turn(self, *, prune: bool) -> bool:
+        """Whether anything moved."""
+        if prune:
+            self._prune()
+        before = len(self.flying)
+        self._fill()
+        after = len(self.flying)
+        self._poll()
+        return after != before or len(self.flying) != after
+
+    def fail(self, cause: Cause, detail: str) -> None:
+        """Stop what has blocks left to submit to this peer: whoever answers there now may be another process (H6)."""
+        for transfer in self.waiting:
+            transfer.stop(cause, detail)
+        self._prune()
+
+    def _prune(self) -> None:
+        stopped = [transfer for transfer in self.waiting if transfer.exhausted]
+        if stopped:
+            self.waiting = deque(transfer for transfer in self.waiting if not transfer.exhausted)
+            self._tell_if_at_rest(stopped)
+
+    def _fill(self) -> None:
+        while self.waiting and len(self.flying) < self.size:
+            transfer = self.waiting.popleft()
+            if not transfer.exhausted:
+                self._submit(transfer)
+            if not transfer.exhausted:
+                self.waiting.append(transfer)
+            else:
+                self._tell_if_at_rest([transfer])
+
+    def _submit(self, transfer: Transfer) -> None:
+        block = next(transfer.blocks)
+        ticket = transfer.submit(transfer.lane.name, *block)
+        transfer.submitted += 1
+        if ticket == 0:  # refused: there is no ticket, and asking after ticket 0 is a segmentation fault (H10)
+            self._failed(transfer, Cause.REFUSED, f"the engine took no block {transfer.submitted} of {transfer.total}")
+            return
+        transfer.in_flight += 1
+        self.flying.append((ticket, transfer, time.monotonic()))
+
+    def _poll(self) -> None:
+        looked, self.flying = self.flying, []
+        ended = []
+        for n, (ticket, transfer, since) in enumerate(looked):
+            status = self.check(ticket)
+            if status == PENDING:
+                self.flying.append(looked[n])
+                continue
+            # Terminal: the engine has freed the ticket, it must never be asked for again (H10).
+            transfer.in_flight -= 1
+            ended.append((transfer, status, since))
+        for transfer, status, since in ended:
+            if status != DONE:
+                self._failed(transfer, *self._diagnosis(transfer, time.monotonic() - since))
+            self._tell_if_at_rest([transfer])
+
+    def _diagnosis(self, transfer: Transfer, age_s: float) -> Verdict:
+        which = f"one of {transfer.total} blocks"
+        if age_s >= self.stall_s:
+            return Cause.TIMED_OUT, f"{which} did not move for {age_s:.1f} s: the peer hangs, or the way to it is cut"
+        return Cause.PEER_GONE, f"{which} ended FAILED after {age_s * 1e3:.0f} ms: the connection broke"
+
+    def _failed(self, transfer: Transfer, cause: Cause, detail: str) -> None:
+        transfer.lane.failures += 1
+        transfer.stop(cause, detail)
+        self.fail(cause, f"another transfer with this peer failed first: {detail}")
+
+    def _tell_if_at_rest(self, transfers: list[Transfer]) -> None:
+        for transfer in transfers:
+            if transfer.at_rest:
+                self.tell(transfer)
