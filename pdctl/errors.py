@@ -10,13 +10,16 @@ Every exception that pdctl raises, as one tree, split by who must act.
     ├── CallerError            the request itself is wrong; sending it again changes nothing
     │   ├── BadField               names the field
     │   ├── Refused                contradicts what is registered; carries both values
+    │   ├── RegistryRefused        the registry has answered no, for good; carries its status and words
     │   ├── BadFrames              a peer's message that cannot be read
     │   ├── TooLarge               a body over the limit that the text names
     │   ├── LayoutMismatch         two pools that cannot be paired; carries both values
     │   └── IllegalEvent           a phase that knows no such event
     └── NotNow                 nobody: wait, or look at the cause
         ├── NotReady               the instance is not complete, or not known, yet
+        │   └── PutOff                 the registry has answered "not now"; carries its status and words
         ├── LimitReached           a bounded table is full; the text names the limit
+        ├── TooSlow                a request's body did not arrive in time
         ├── Unreachable            the registry or a peer does not answer
         ├── SessionBlocked         this transfer session has failed and has not been proven well
         ├── TransferFailed         the engine's verdict, with its Cause
@@ -102,6 +105,15 @@ class Refused(CallerError):
         self.offered = offered
 
 
+class RegistryRefused(CallerError):
+    """The registry has answered no, and asking again would change nothing: `status` and `text` are its own."""
+
+    def __init__(self, message: str, *, status: int, text: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.text = text
+
+
 class BadFrames(CallerError):
     """A peer's message cannot be read; the text names the frame by number and meaning."""
 
@@ -128,6 +140,23 @@ class NotReady(NotNow):
 
 class LimitReached(NotNow):
     """A bounded table is full; the text names the limit."""
+
+
+class PutOff(NotReady):
+    """The registry has answered "not now": `status` and `text` are its own.
+
+    `retry_after_s`: for how long it wants to be left alone; None where it did not say.
+    """
+
+    def __init__(self, message: str, *, status: int, text: str, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.text = text
+        self.retry_after_s = retry_after_s
+
+
+class TooSlow(NotNow):
+    """A request's body did not arrive in time."""
 
 
 class Unreachable(NotNow):
