@@ -65,9 +65,6 @@ AS_A_TYPE = {"random.Random"}
 KNOWN_TO_CORE = {*sys.stdlib_module_names, "numpy", "pdctl"}
 
 ENVIRONMENT = ("os.environ", "os.environb", "os.getenv", "os.getenvb", "os.putenv", "os.unsetenv")
-ENVIRONMENT_READERS = ("pdctl.config", "pdctl.engine.mooncake")
-"""The second sets the engine's own variables before it is imported: the engine reads them once, at load."""
-
 THREADS = ("threading", "concurrent.futures", "multiprocessing.pool", "asyncio.to_thread")
 
 NO_ROOM = re.compile(r"(.*_)?(utils?|helpers?|common|types|models|constants|misc|managers?|base_?classes)")
@@ -152,7 +149,7 @@ def pickled(name: str, target: str) -> str | None:
 
 
 def environment(name: str, target: str) -> str | None:
-    if any(begins(target, way) for way in ENVIRONMENT) and name not in ENVIRONMENT_READERS:
+    if any(begins(target, way) for way in ENVIRONMENT) and name != "pdctl.config":
         return f"{short(name)} uses {target}: only config reads the environment, take a value"
     return None
 
@@ -333,6 +330,11 @@ PLANTED = [
     ("peer", "async def f(s):\n    return await s.recv_pyobj()", "uses recv_pyobj: a pickle from a peer"),
     ("memory", "import numpy as np\nnp.load('f', allow_pickle=True)", "uses allow_pickle: a pickle from a peer"),
     ("client", "import os\nx = os.environ['A']", "uses os.environ: only config reads the environment"),
+    (
+        "engine.mooncake",
+        "import os\nos.environ.update({})",
+        "uses os.environ.update: only config reads the environment",
+    ),
     ("node", "from os import getenv", "uses os.getenv: only config reads the environment"),
     ("cli", "import os as o\no.environ.get('A')", "uses os.environ.get: only config reads the environment"),
     ("prober", "import threading", "uses threading: threads live in an executor of engine/"),
