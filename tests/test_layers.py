@@ -22,7 +22,9 @@ FLOORS = {
     **dict.fromkeys([f"pdctl.{shell}" for shell in ("server", "dialects", "client", "prober", "peer")], 4),
     **dict.fromkeys([f"pdctl.{shell}" for shell in ("sender", "receiver", "agent", "kvstore")], 4),
     **dict.fromkeys([f"pdctl.{room}" for room in ("engine", "persistence", "registrar", "device", "memory")], 3),
-    **dict.fromkeys([f"pdctl.{room}" for room in ("engine.base", "persistence.base", "retry", "metrics", "logs")], 2),
+    **dict.fromkeys(
+        [f"pdctl.{room}" for room in ("engine.base", "persistence.base", "retry", "metrics", "logs", "errands")], 2
+    ),
     "pdctl.core": 1,
     "pdctl.errors": 0,
 }
@@ -65,6 +67,13 @@ AS_A_TYPE = {"random.Random"}
 KNOWN_TO_CORE = {*sys.stdlib_module_names, "numpy", "pdctl"}
 
 ENVIRONMENT = ("os.environ", "os.environb", "os.getenv", "os.getenvb", "os.putenv", "os.unsetenv")
+ENVIRONMENT_READERS = ("pdctl.config", "pdctl.engine.mooncake")
+"""The second puts the engine's own variables there before its import: it reads them once, at load."""
+
+UNREADABLE = ("importlib.import_module", "importlib.util", "importlib.__import__")
+UNREADABLE_IN = ("pdctl.engine.mooncake", "pdctl")
+"""Where the target need not stand in the text: the engine, whose absence is a sentence, and lazy exports."""
+
 THREADS = ("threading", "concurrent.futures", "multiprocessing.pool", "asyncio.to_thread")
 
 NO_ROOM = re.compile(r"(.*_)?(utils?|helpers?|common|types|models|constants|misc|managers?|base_?classes)")
@@ -85,7 +94,7 @@ def violations(name: str, source: str) -> list[str]:
     else:
         found += [said for target in sorted(set(imported(tree))) if (said := misplaced(name, target))]
     for target in uses:
-        found += [said for rule in (reserved, pickled, environment, threads, impure) if (said := rule(name, target))]
+        found += [said for rule in RULES if (said := rule(name, target))]
     return list(dict.fromkeys(found))
 
 
@@ -149,8 +158,14 @@ def pickled(name: str, target: str) -> str | None:
 
 
 def environment(name: str, target: str) -> str | None:
-    if any(begins(target, way) for way in ENVIRONMENT) and name != "pdctl.config":
+    if any(begins(target, way) for way in ENVIRONMENT) and name not in ENVIRONMENT_READERS:
         return f"{short(name)} uses {target}: only config reads the environment, take a value"
+    return None
+
+
+def unreadable(name: str, target: str) -> str | None:
+    if any(begins(target, way) for way in UNREADABLE) and name not in UNREADABLE_IN:
+        return f"{short(name)} uses {target}: write the import out, so that it can be read"
     return None
 
 
@@ -169,6 +184,9 @@ def impure(name: str, target: str) -> str | None:
         if begins(target, banned) and target not in AS_A_TYPE:
             return f"{short(name)} uses {target}: {why}"
     return None
+
+
+RULES = (reserved, pickled, environment, unreadable, threads, impure)
 
 
 def foreign_to_core(name: str, tree: ast.Module) -> Iterator[str]:
@@ -330,11 +348,8 @@ PLANTED = [
     ("peer", "async def f(s):\n    return await s.recv_pyobj()", "uses recv_pyobj: a pickle from a peer"),
     ("memory", "import numpy as np\nnp.load('f', allow_pickle=True)", "uses allow_pickle: a pickle from a peer"),
     ("client", "import os\nx = os.environ['A']", "uses os.environ: only config reads the environment"),
-    (
-        "engine.mooncake",
-        "import os\nos.environ.update({})",
-        "uses os.environ.update: only config reads the environment",
-    ),
+    ("engine.wheel", "import os\nos.environ.update({})", "uses os.environ.update: only config reads the environment"),
+    ("client", "from importlib import import_module as i\ni(n)", "uses importlib.import_module: write the import out"),
     ("node", "from os import getenv", "uses os.getenv: only config reads the environment"),
     ("cli", "import os as o\no.environ.get('A')", "uses os.environ.get: only config reads the environment"),
     ("prober", "import threading", "uses threading: threads live in an executor of engine/"),
@@ -377,6 +392,8 @@ ALLOWED = [
     ("pdctl.__main__", "from pdctl.cli import main"),
     ("pdctl", "from pdctl.client import RegistryClient\nfrom pdctl.errors import PdctlError"),
     ("pdctl.server", "from pdctl.dialects import sglang\nfrom pdctl.registrar import Registrar"),
+    ("pdctl.engine.mooncake", "import importlib, os\nprepare(os.environ, importlib.import_module)"),
+    ("pdctl.cli", "from importlib.metadata import version"),
     ("pdctl.engine.mooncake", "from pdctl.engine.handshake import ask\nimport mooncake.engine\nimport threading"),
     ("pdctl.core.plan", "import numpy as np\nfrom pdctl.core.layout import Pool\nfrom pdctl.errors import Refused"),
     ("pdctl.core.rooms", "def f(time, self):\n    return time.time(self.open)"),
