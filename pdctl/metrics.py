@@ -9,16 +9,24 @@ and a test holds the two against each other.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from enum import StrEnum
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
+from pdctl.core.registry import ChangeKind as SeatChangeKind
+from pdctl.core.registry import InstanceView
 from pdctl.core.sessions import Change, ChangeKind
+from pdctl.core.transfer import Phase, Side
 from pdctl.errors import Cause
 
 # A handshake takes 0.3 ms on a local network and at most its deadline (1 s by default, tens of seconds by setting).
 PROBE_BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 # From the first question (0.1 s) to the time after which a blocked session nobody wants is forgotten (600 s).
 RECOVERY_BUCKETS_S = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+# A page in a quiet house takes a millisecond; the waits that end a room are 300 s.
+ROOM_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
 
 class Metrics:
@@ -26,11 +34,174 @@ class Metrics:
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
         self._registry = CollectorRegistry() if registry is None else registry
+        self.link = LinkMetrics(self._registry)
+        self.registry = RegistryMetrics(self._registry)
+        self.rooms = RoomMetrics(self._registry)
         self.sessions = SessionMetrics(self._registry)
 
     def exposition(self) -> tuple[bytes, str]:
         """What /metrics answers: the body and its content type."""
         return generate_latest(self._registry), CONTENT_TYPE_LATEST
+
+
+class LinkDrop(StrEnum):
+    """Why a message of the control link came to nothing."""
+
+    MALFORMED = "malformed"  # it cannot be read, or names what it may not
+    NOT_HANDLED = "not_handled"  # a defect of ours
+
+
+class LinkMetrics:
+    """The control link between prefill and decode ranks."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._received = Counter(
+            "pdctl_link_messages_received_total", "Messages that came over the control link.", registry=registry
+        )
+        self._dropped = Counter(
+            "pdctl_link_messages_dropped_total",
+            "Messages of the control link that came to nothing, by kind.",
+            ["kind"],
+            registry=registry,
+        )
+        self._unreachable = Counter(
+            "pdctl_link_unreachable_total", "Messages that no peer took within the deadline.", registry=registry
+        )
+        for kind in LinkDrop:
+            self._dropped.labels(kind)
+
+    def received(self) -> None:
+        self._received.inc()
+
+    def dropped(self, kind: LinkDrop) -> None:
+        self._dropped.labels(kind).inc()
+
+    def unreachable(self) -> None:
+        self._unreachable.inc()
+
+
+class Lookup(StrEnum):
+    """What a decode asked the registry for."""
+
+    TOPOLOGY = "topology"
+    RANK = "rank"
+    ROOM = "room"
+
+
+class Found(StrEnum):
+    """What it was told."""
+
+    SERVED = "served"
+    NOT_READY = "not_ready"  # the instance is not complete, or nobody is there
+    UNKNOWN = "unknown"  # no such rank, no such room
+
+
+class Refusal(StrEnum):
+    """Why the registry did not do what a request asked."""
+
+    MALFORMED = "malformed"  # a field that cannot be used
+    CONTRADICTION = "contradiction"  # a rank that does not fit its instance
+    LIMIT = "limit"  # a body or a table at its limit
+    UNAVAILABLE = "unavailable"  # the body came too slowly, or the journal does not take rows
+
+
+class RegistryMetrics:
+    """The registry: who came, who asked, who was refused, and how much is held."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        changes = Counter(
+            "pdctl_registry_changes_total", "What claims of ranks changed, by kind.", ["kind"], registry=registry
+        )
+        lookups = Counter(
+            "pdctl_registry_lookups_total",
+            "What was asked of the registry (topology, rank, or room by room), by result.",
+            ["what", "result"],
+            registry=registry,
+        )
+        refusals = Counter(
+            "pdctl_registry_refusals_total",
+            "Requests that the registry refused, changing nothing, by reason.",
+            ["reason"],
+            registry=registry,
+        )
+        # Children are looked up once: they stand in the path of every request
+        self._changes = {kind: changes.labels(kind) for kind in SeatChangeKind}
+        self._lookups = {(what, found): lookups.labels(what, found) for what in Lookup for found in Found}
+        self._refusals = {reason: refusals.labels(reason) for reason in Refusal}
+        self._instances = Gauge(
+            "pdctl_registry_instances", "Instances known, by whether they are complete.", ["ready"], registry=registry
+        )
+        self._seats = Gauge(
+            "pdctl_registry_seats", "Seats of all instances: held, or missing.", ["state"], registry=registry
+        )
+        self._rooms = Gauge("pdctl_registry_rooms", "Bootstrap rooms held.", registry=registry)
+
+    def changed(self, kind: SeatChangeKind) -> None:
+        self._changes[kind].inc()
+
+    def looked_up(self, what: Lookup, found: Found, times: int = 1) -> None:
+        self._lookups[what, found].inc(times)
+
+    def refused(self, reason: Refusal) -> None:
+        self._refusals[reason].inc()
+
+    def follow(self, instances: Callable[[], Iterable[InstanceView]], rooms: Callable[[], int]) -> None:
+        """Read these at every scrape: what is derived cannot disagree with what it is derived from."""
+        self._rooms.set_function(rooms)
+        self._instances.labels("true").set_function(lambda: sum(view.ready for view in instances()))
+        self._instances.labels("false").set_function(lambda: sum(not view.ready for view in instances()))
+        self._seats.labels("held").set_function(lambda: sum(len(view.alive) for view in instances()))
+        self._seats.labels("missing").set_function(
+            lambda: sum(view.shape.n_seats - len(view.alive) for view in instances())
+        )
+
+
+class RoomMetrics:
+    """Rooms of either side, and the pages that finished ones still hold."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._open = Gauge("pdctl_rooms_open", "Rooms open now, by side.", ["side"], registry=registry)
+        self._ended = Counter(
+            "pdctl_rooms_ended_total", "Rooms that have ended, by side and phase.", ["side", "phase"], registry=registry
+        )
+        self._seconds = Histogram(
+            "pdctl_room_seconds",
+            "Seconds from opening a room to its success, by side.",
+            ["side"],
+            buckets=ROOM_BUCKETS_S,
+            registry=registry,
+        )
+        self._quarantined = Gauge(
+            "pdctl_room_pages_quarantined",
+            "Pages of finished rooms that a peer or an engine may still touch, by side.",
+            ["side"],
+            registry=registry,
+        )
+        self._sent = Counter(
+            "pdctl_room_sent_bytes_total", "Bytes of pages and aux rows that have landed at decode.", registry=registry
+        )
+        for side in Side:
+            self._open.labels(side)
+            self._seconds.labels(side)
+            self._quarantined.labels(side)
+            for phase in (Phase.SUCCESS, Phase.FAILED):
+                self._ended.labels(side, phase.name.lower())
+
+    def opened(self, side: Side) -> None:
+        self._open.labels(side).inc()
+
+    def ended(self, side: Side, phase: Phase, seconds: float) -> None:
+        self._open.labels(side).dec()
+        self._ended.labels(side, phase.name.lower()).inc()
+        if phase is Phase.SUCCESS:
+            self._seconds.labels(side).observe(seconds)
+
+    def quarantined(self, side: Side, n_pages: int) -> None:
+        """`n_pages` more than before; fewer when below 0."""
+        self._quarantined.labels(side).inc(n_pages)
+
+    def sent(self, nbytes: int) -> None:
+        self._sent.inc(nbytes)
 
 
 class SessionMetrics:

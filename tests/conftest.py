@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
+
 import pytest
+
+from pdctl.core.registry import Registry
+from pdctl.core.rooms import RoomBook
+from pdctl.dialects import native, sglang
+from pdctl.metrics import Metrics
+from pdctl.persistence.memory import MemoryJournal
+from pdctl.registrar import Registrar
+from pdctl.server import app, bind, bound, serve
 
 
 class Clock:
@@ -23,3 +34,25 @@ class Clock:
 @pytest.fixture
 def clock() -> Clock:
     return Clock()
+
+
+@pytest.fixture
+def metrics() -> Metrics:
+    return Metrics()
+
+
+@pytest.fixture
+def registrar(clock: Clock, metrics: Metrics) -> Registrar:
+    """A registry with nothing in it; its time is the hand-turned clock."""
+    return Registrar(Registry(), RoomBook(), MemoryJournal(), metrics, clock)
+
+
+@pytest.fixture
+async def registry_url(registrar: Registrar, metrics: Metrics) -> AsyncIterator[str]:
+    """The registry as `pdctl serve` runs it: real HTTP, port 0, in the test's own loop. No slash at the end."""
+    sock = bind("127.0.0.1", 0)
+    service = app([sglang.router(registrar), native.router(registrar)], metrics, unready=list)
+    server = asyncio.create_task(serve(service, sock, grace_s=1.0))
+    yield f"http://{bound(sock)}"
+    server.cancel()
+    await asyncio.wait({server})

@@ -1,0 +1,89 @@
+"""
+What every dialect does at its edge: bodies come in bounded in size and time, errors go out as statuses.
+
+No path and no field is known here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+from fastapi import Request, Response
+from fastapi.responses import JSONResponse, PlainTextResponse
+from starlette.requests import ClientDisconnect
+
+from pdctl.errors import BadField, CallerError, LimitReached, NotNow, NotReady, PdctlError, TooLarge, TooSlow
+
+MIB = 1 << 20
+BODY_DEADLINE_S = 10.0
+
+# A body over the limit is read to its end, this far, and thrown away: closing a socket with unread bytes resets the
+# connection, and the client sees "reset by peer" where it should read the 413.
+_DISCARD = 16 * MIB
+
+_STATUSES = (
+    (TooLarge, 413),
+    (CallerError, 400),
+    (LimitReached, 429),
+    (TooSlow, 408),
+    (NotNow, 503),
+)
+
+
+async def read_json(request: Request, limit: int) -> Any:
+    """The body as JSON, whatever its content type. Raises TooLarge, TooSlow, BadField("body")."""
+    body = await _read(request, limit)
+    try:
+        return json.loads(body.decode())
+    except UnicodeDecodeError as error:
+        raise BadField("body", f"is not UTF-8 at byte {error.start}: send JSON") from None
+    except json.JSONDecodeError as error:
+        raise BadField("body", f"is not JSON ({error.msg} at character {error.pos}): send one JSON object") from None
+    except (ValueError, RecursionError):  # an integer of more than 4,300 digits; nesting without end
+        raise BadField("body", "holds a number too long or is nested too deeply: send one flat JSON object") from None
+
+
+def status_of(error: PdctlError) -> int:
+    return next((status for kind, status in _STATUSES if isinstance(error, kind)), 500)
+
+
+def text_answer(error: PdctlError) -> Response:
+    return PlainTextResponse(str(error), status_of(error), _headers(error))
+
+
+def json_answer(error: PdctlError) -> Response:
+    told: dict[str, Any] = {"message": str(error)}
+    field = getattr(error, "field", None)
+    if field is not None:
+        told["field"] = field
+    return JSONResponse({"error": told}, status_of(error), _headers(error))
+
+
+def peer_of(request: Request) -> str:
+    """Who asked; an IPv4 client of a dual-stack socket by its IPv4 address."""
+    return request.client.host.removeprefix("::ffff:") if request.client else "unknown"
+
+
+def _headers(error: PdctlError) -> dict[str, str] | None:
+    return {"Retry-After": "1"} if isinstance(error, NotReady | LimitReached) else None
+
+
+async def _read(request: Request, limit: int) -> bytes:
+    body, total = bytearray(), 0
+    try:
+        async with asyncio.timeout(BODY_DEADLINE_S):
+            async for chunk in request.stream():
+                total += len(chunk)
+                if total <= limit:
+                    body += chunk
+                elif total > limit + _DISCARD:
+                    break
+    except TimeoutError:
+        raise TooSlow(f"body: {total} bytes came in {BODY_DEADLINE_S:g} s: send it at once") from None
+    except ClientDisconnect:
+        raise BadField("body", f"ended after {total} bytes: the client closed the connection") from None
+    if total > limit:
+        raise TooLarge(f"body: is over {limit} bytes, the limit of this path: send less at a time")
+    return bytes(body)

@@ -1,0 +1,211 @@
+"""
+The HTTP service: a socket that is bound and listens before anything else, an app with the dialects mounted, and
+uvicorn between them until it is cancelled.
+
+Installs no signal handler and starts no loop of its own; knows nothing of what the dialects say.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import itertools
+import socket
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from pathlib import Path
+
+import uvicorn
+from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.responses import JSONResponse, PlainTextResponse
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp
+
+from pdctl.core.address import Endpoint
+from pdctl.dialects.edge import json_answer
+from pdctl.errors import AddressTaken, ConfigError, PdctlError
+from pdctl.metrics import Metrics
+
+BACKLOG = 2048
+KEEP_ALIVE_S = (
+    3630  # stock's: a decode tries a rank look-up once, and loses it on a connection that we closed meanwhile
+)
+
+_LISTEN = "0A"  # TCP_LISTEN as /proc/net/tcp writes it
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket; `port` 0 takes any free one. "::" listens to IPv4 as well.
+
+    Raises AddressTaken, which names the holder where /proc tells, and ConfigError for an address that is not ours.
+    """
+    family, address = _resolve(host, port)
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if host == "::" else 1)
+        sock.bind(address)
+        sock.listen(BACKLOG)
+    except OSError as error:
+        sock.close()
+        raise _cannot_listen(host, port, error) from error
+    sock.setblocking(False)
+    return sock
+
+
+def bound(sock: socket.socket) -> Endpoint:
+    """Where a bound socket listens."""
+    host, port = sock.getsockname()[:2]
+    return Endpoint(host, port)
+
+
+def app(routers: Iterable[APIRouter], metrics: Metrics, unready: Callable[[], list[str]]) -> FastAPI:
+    """The dialects, and what every service of ours answers: /livez, /readyz, /metrics, /docs.
+
+    `unready` gives the reasons why this service should get no traffic; none when it should.
+    """
+    api = FastAPI(title="pdctl", description="Registry for prefill/decode disaggregated serving.", redoc_url=None)
+    for router in routers:
+        api.include_router(router)
+    api.include_router(_own_paths(metrics, unready))
+    api.add_exception_handler(PdctlError, _on_error)
+    api.add_exception_handler(HTTPException, _on_http_error)
+    api.add_exception_handler(Exception, _on_bug)
+    return api
+
+
+async def serve(asgi: ASGIApp, sock: socket.socket, *, grace_s: float) -> None:
+    """Serve on `sock` until cancelled; then stop accepting, let requests under way end within `grace_s`, and close."""
+    server = _Server(_config(asgi, grace_s))
+    running = asyncio.create_task(server.serve([sock]), name="http server")
+    try:
+        await asyncio.shield(running)
+    finally:
+        server.should_exit = True
+        done, _ = await asyncio.wait({running}, timeout=grace_s + 2.0)
+        if not done:
+            running.cancel()
+        sock.close()
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """Leave signals alone: uvicorn would replace the handlers that withdraw and drain first, then kill us again."""
+        yield
+
+
+def _config(asgi: ASGIApp, grace_s: float) -> uvicorn.Config:
+    config = uvicorn.Config(
+        asgi,
+        lifespan="off",  # a loop that dies inside a lifespan leaves /health at 200
+        ws="none",
+        access_log=False,
+        log_config=None,
+        log_level="warning",
+        server_header=False,
+        proxy_headers=False,  # whoever may claim a seat is judged by the address that the connection comes from
+        timeout_keep_alive=KEEP_ALIVE_S,
+        backlog=BACKLOG,
+    )
+    config.timeout_graceful_shutdown = grace_s  # type: ignore[assignment]  # handed to asyncio.wait_for as it is
+    return config
+
+
+def _own_paths(metrics: Metrics, unready: Callable[[], list[str]]) -> APIRouter:
+    api = APIRouter(tags=["service"])
+
+    @api.get("/livez", summary="The process serves", response_class=PlainTextResponse)
+    async def livez() -> str:
+        return "OK"
+
+    @api.get("/readyz", summary="200, or 503 with the reasons", response_class=JSONResponse)
+    async def readyz() -> Response:
+        reasons = unready()
+        return JSONResponse({"ready": not reasons, "reasons": reasons}, 503 if reasons else 200)
+
+    @api.get("/metrics", summary="Prometheus metrics", response_class=PlainTextResponse)
+    async def exposition() -> Response:
+        body, content_type = metrics.exposition()
+        return Response(body, media_type=content_type)
+
+    return api
+
+
+async def _on_error(request: Request, error: Exception) -> Response:  # noqa: ARG001
+    assert isinstance(error, PdctlError)  # noqa: S101
+    return json_answer(error)
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)  # noqa: S101
+    return _told(request, error.status_code, error.detail, error.headers)
+
+
+async def _on_bug(request: Request, error: Exception) -> Response:  # noqa: ARG001
+    """Uvicorn logs the traceback; the client learns only that it is ours to mend."""
+    return _told(request, 500, "Internal Server Error: the service's log has the traceback")
+
+
+def _told(request: Request, status: int, text: str, headers: Mapping[str, str] | None = None) -> Response:
+    """In JSON under /v1, elsewhere in the form that aiohttp gives stock's clients."""
+    if request.url.path.startswith("/v1"):
+        return JSONResponse({"error": {"message": text}}, status, headers)
+    return PlainTextResponse(f"{status}: {text}", status, headers)
+
+
+def _resolve(host: str, port: int) -> tuple[socket.AddressFamily, tuple[str, int] | tuple[str, int, int, int]]:
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (socket.gaierror, UnicodeError) as error:
+        raise ConfigError(f"cannot listen at {host!r}: {error}: give an address of this host") from error
+    family, _, _, _, address = found[0]
+    return family, address  # type: ignore[return-value]  # (int, bytes) is for hosts built without IPv6
+
+
+def _cannot_listen(host: str, port: int, error: OSError) -> AddressTaken | ConfigError:
+    where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    if error.errno == errno.EADDRINUSE:
+        holders = ", ".join(f"pid {pid} ({command})" for pid, command in _holders(port))
+        who = holders or "a process that /proc does not show to this user"
+        return AddressTaken(f"{where} is taken by {who}: stop it, or choose another port")
+    advice = "choose a port from 1024 on" if error.errno == errno.EACCES else "give an address of this host"
+    return ConfigError(f"cannot listen at {where}: {error.strerror}: {advice}")
+
+
+def _holders(port: int) -> Iterator[tuple[int, str]]:
+    """(pid, command) of each process of this network namespace that listens at `port`, as far as /proc shows."""
+    sockets = {f"socket:[{inode}]" for table in ("tcp", "tcp6") for inode in _listening(table, port)}
+    for process in sorted(Path("/proc").glob("[0-9]*"), key=lambda path: int(path.name)):
+        if sockets & set(_open_files(process)):
+            yield int(process.name), _command(process)
+
+
+def _listening(table: str, port: int) -> Iterator[str]:
+    """Socket inodes. A line is: slot, local address, remote address, state, six more, inode, ..."""
+    try:
+        lines = Path("/proc/net", table).read_text().splitlines()[1:]
+    except OSError:
+        return
+    for line in lines:
+        columns = line.split()
+        if columns[3] == _LISTEN and int(columns[1].rpartition(":")[2], 16) == port:
+            yield columns[9]
+
+
+def _open_files(process: Path) -> Iterator[str]:
+    with contextlib.suppress(OSError):  # gone meanwhile, or another user's
+        for descriptor in (process / "fd").iterdir():
+            with contextlib.suppress(OSError):
+                yield str(descriptor.readlink())
+
+
+def _command(process: Path) -> str:
+    """The command up to its first option: what follows may be a secret."""
+    try:
+        words = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return "gone meanwhile"
+    shown = itertools.takewhile(lambda word: word == "-m" or not word.startswith("-"), filter(None, words))
+    return " ".join(shown)[:120] or "unknown"
