@@ -197,6 +197,19 @@ async def test_a_session_nobody_wants_is_forgotten_and_its_questions_end() -> No
             assert bench.table.next_due is None
 
 
+async def test_a_session_that_requests_still_want_is_not_forgotten() -> None:
+    with hung() as wanted, hung() as unwanted:
+        async with probing(policy=replace(POLICY, idle_timeout_s=0.2, deadline_s=0.01)) as bench:
+            bench.block(wanted, unwanted)
+            await until(
+                lambda: (
+                    bench.prober.reason_blocked(wanted) is None
+                    or bench.count("pdctl_session_changes_total", kind="forgotten") == 1
+                )
+            )
+            assert list(bench.table.blocked()) == [wanted]
+
+
 # Many at once
 
 
