@@ -48,13 +48,3 @@ def first_outside(regions: Iterable[Region], pointers: Ints, nbytes: Ints) -> in
     # Room left in the region, not the span's end: an end past int64 would wrap and look small.
     inside = (at >= 0) & (nbytes <= table[at, 1] - pointers) & (pointers > 0)
     return None if inside.all() else int(np.argmin(inside))
-
-
-def split(plan: CopyPlan, limit: int) -> CopyPlan:
-    """The same bytes in copies of at most `limit`, in the same order."""
-    pieces = -(-plan.nbytes // limit)
-    if not len(plan) or int(pieces.max()) == 1:
-        return plan
-    owner = np.repeat(np.arange(len(plan)), pieces)
-    offset = (np.arange(len(owner)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * limit
-    return CopyPlan(plan.src[owner] + offset, plan.dst[owner] + offset, np.minimum(plan.nbytes[owner] - offset, limit))

@@ -14,6 +14,7 @@ import structlog
 
 from pdctl.core.address import check_host, is_wildcard
 from pdctl.engine import handshake
+from pdctl.engine.promises import Patience
 from pdctl.errors import BadField, ConfigError
 
 log = structlog.get_logger(__name__)
@@ -81,11 +82,12 @@ class MooncakeSettings:
         return "::1" if self.is_ipv6 else "127.0.0.1"
 
     @property
-    def longest_rest_s(self) -> float:
-        """How long blocks in flight to a hung peer can take to end: four lanes, one stall and a second each round."""
-        if self.rest_timeout_s is not None:
-            return self.rest_timeout_s
-        return -(-self.window // 4) * (self.progress_timeout_s + 1.0) + 1.0
+    def patience(self) -> Patience:
+        """Four lanes: blocks in flight to a hung peer end after one stall and a second of cool-down each round."""
+        rest_s = self.rest_timeout_s
+        if rest_s is None:
+            rest_s = -(-self.window // 4) * (self.progress_timeout_s + 1.0) + 1.0
+        return Patience(self.handshake_timeout_s, self.recheck_s, rest_s, self.block_limit)
 
 
 def environment(settings: MooncakeSettings) -> dict[str, str]:

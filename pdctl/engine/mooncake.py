@@ -16,10 +16,9 @@ import importlib
 import os
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, MutableMapping
+from collections.abc import AsyncIterator, Callable, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
@@ -27,15 +26,17 @@ import structlog
 
 from pdctl.core.address import Endpoint
 from pdctl.core.layout import Region
-from pdctl.core.plan import CopyPlan
 from pdctl.engine import handshake, wheel
-from pdctl.engine.base import Capabilities, PeerCard
-from pdctl.engine.checks import check_plan, check_region, first_outside, split
+from pdctl.engine.base import Capabilities, Engine
+from pdctl.engine.blocks import Direction, Lane, Transfer
 from pdctl.engine.environment import MooncakeSettings, environment, prepare
-from pdctl.engine.mover import Block, Lane, Mover, Submit, Transfer
-from pdctl.errors import BadField, Cause, EngineUnavailable, TransferFailed
+from pdctl.engine.handshake import Descriptor, Introduction
+from pdctl.engine.mover import Calls as MoverCalls
+from pdctl.engine.mover import Mover
+from pdctl.engine.promises import PromisedEngine, outlast
+from pdctl.errors import Cause, EngineUnavailable
 
-__all__ = ["MooncakeEngine", "MooncakeSettings", "environment", "open_mooncake"]
+__all__ = ["MooncakeSettings", "environment", "open_mooncake"]
 
 log = structlog.get_logger(__name__)
 
@@ -55,18 +56,21 @@ async def open_mooncake(
     importer: Callable[[str], ModuleType] = importlib.import_module,
     environ: MutableMapping[str, str] | None = None,
     bind_device: Callable[[], None] = lambda: None,
-) -> AsyncIterator[MooncakeEngine]:
+) -> AsyncIterator[Engine]:
     """An open engine; closing it waits, within a bound, until no block of it touches this process's memory.
 
     `factory` makes the engine object (the wheel's class by default); `bind_device` runs first on the mover thread.
     """
     prepare(settings, os.environ if environ is None else environ, wheel.MODULE in sys.modules)
-    engine = MooncakeEngine(settings)
-    await engine._open(factory or _factory(importer), bind_device)
+    carrier = _Carrier(settings)
+    await carrier.open(factory or _factory(importer), bind_device)
+    engine = PromisedEngine(carrier, settings.patience)
     try:
         yield engine
     finally:
-        await engine._close()
+        if not await engine.close():
+            log.error("blocks did not come to rest: the engine is destroyed", session=engine.session)
+        await carrier.close()
 
 
 def _factory(importer: Callable[[str], ModuleType]) -> Callable[[], Any]:
@@ -98,10 +102,10 @@ class _Calls:
             )
         return str(Endpoint(settings.host, self._engine.get_rpc_port()))
 
-    def submit_write(self, name: str, local: int, remote: int, nbytes: int) -> int:
+    def write(self, name: str, local: int, remote: int, nbytes: int) -> int:
         return int(self._engine.transfer_submit_write(name, local, remote, nbytes))
 
-    def submit_read(self, name: str, local: int, remote: int, nbytes: int) -> int:
+    def read(self, name: str, local: int, remote: int, nbytes: int) -> int:
         return int(self._engine.batch_transfer_async_read(name, [local], [remote], [nbytes]))
 
     def check(self, ticket: int) -> int:
@@ -124,43 +128,16 @@ class _Calls:
             wheel.keep_until_exit(engine)
 
 
-@dataclass(slots=True)
-class _Peer:
-    """One life of a peer. `lane.name` is what our engine calls it; `faith`: `lane.failures` at the last good answer."""
-
-    card: PeerCard
-    lane: Lane
-    introduction: handshake.Introduction | None
-    asked_at: float
-    faith: int = 0
-
-    @property
-    def doubted(self) -> bool:
-        return self.faith != self.lane.failures
-
-
-@dataclass(slots=True)
-class _Sessions:
-    """Who is pinned, who is being asked, what moves."""
-
-    peers: dict[str, _Peer] = field(default_factory=dict)
-    asking: dict[str, asyncio.Lock] = field(default_factory=dict)
-    moving: dict[str, set[Transfer]] = field(default_factory=dict)
-    names: set[str] = field(default_factory=set)
-
-
-class MooncakeEngine:
-    """See engine/base.py for what each method promises. Made by `open_mooncake`, used on that loop only."""
+class _Carrier:
+    """The mover thread with its engine object, and the thread that registers memory."""
 
     def __init__(self, settings: MooncakeSettings) -> None:
         self._settings = settings
         self._loop = asyncio.get_running_loop()
-        self._regions: set[Region] = set()
-        self._known = _Sessions()
+        self._names: set[str] = set()
         self._registering = ThreadPoolExecutor(1, "pdctl-register")
         self._opened: asyncio.Future[str] = self._loop.create_future()
         self._gone: asyncio.Future[None] = self._loop.create_future()
-        self._closed = False
 
     @property
     def session(self) -> str:
@@ -171,167 +148,48 @@ class MooncakeEngine:
         has = self._calls.has
         return Capabilities("mooncake", wheel.version(), has["send_probe"], has["batch_transfer_async_read"])
 
-    async def register(self, region: Region) -> None:
-        self._check_open(self.session)
-        check_region(region, self._regions)
-        self._regions.add(region)
-        code = await self._loop.run_in_executor(self._registering, self._calls.register, region)
-        if code != 0:
-            self._regions.discard(region)
-            raise BadField("pointer", f"the engine does not register {region} (code {code}): check that it is mapped")
+    @property
+    def is_open(self) -> bool:
+        return not self._gone.done()
 
-    async def unregister(self, region: Region) -> None:
-        self._check_open(self.session)
-        if region not in self._regions:
-            raise BadField("pointer", f"{region} is not registered: give exactly what was registered")
-        self._regions.discard(region)
-        code = await self._loop.run_in_executor(self._registering, self._calls.unregister, region)
-        if code != 0:
-            log.warning("the engine did not unregister a region", region=str(region), code=code)
+    async def register(self, region: Region) -> int:
+        return await self._loop.run_in_executor(self._registering, self._calls.register, region)
 
-    async def write(self, session: str, plan: CopyPlan, *, deadline_s: float) -> None:
-        await self._move(session, plan, deadline_s, self._calls.submit_write)
+    async def unregister(self, region: Region) -> int:
+        return await self._loop.run_in_executor(self._registering, self._calls.unregister, region)
 
-    async def read(self, session: str, plan: CopyPlan, *, deadline_s: float) -> None:
-        if not self._calls.has["batch_transfer_async_read"]:
-            raise TransferFailed(Cause.LOCAL, session, "the installed Mooncake wheel cannot read: install 0.3.13")
-        await self._move(session, plan, deadline_s, self._calls.submit_read)
+    async def describe(self, session: str, deadline_s: float) -> Descriptor:
+        return await handshake.metadata(session, deadline_s=deadline_s)
 
-    async def probe(self, session: str, *, deadline_s: float) -> PeerCard:
-        return (await handshake.metadata(session, deadline_s=deadline_s)).card
+    async def lane(self, session: str, found: Descriptor) -> Lane:
+        """Over TCP we introduce the peer ourselves. RDMA exchanges queue pairs by the peer's own name: there the engine
+        asks the peer, and a peer that hangs between our question and its own still costs all 61 s (H3)."""
+        if not self._settings.force_tcp:
+            return Lane(session)
+        introduction = await Introduction.listening(found.opening, self._settings.loopback, self._names)
+        return Lane(introduction.name, close=introduction.close)
 
-    def forget(self, session: str) -> None:
-        peer = self._known.peers.pop(session, None)
-        if peer is not None and peer.introduction is not None:
-            peer.introduction.close()
-
-    async def settle(self, session: str) -> None:
-        moving = self._known.moving.get(session)
-        if moving:
-            await asyncio.wait([transfer.rest for transfer in moving])
-
-    # --- one transfer
-
-    async def _move(self, session: str, plan: CopyPlan, deadline_s: float, submit: Submit) -> None:
-        until = self._loop.time() + deadline_s
-        self._check_open(session)
-        check_plan(plan)
-        if not len(plan):
-            return
-        self._check_local(session, plan)
-        peer = await self._meet(session, plan, until)
-        self._check_open(session)
-        pieces = split(plan, self._settings.block_limit)
-        await self._see_through(session, self._begin(session, peer, pieces, submit), until, deadline_s)
-
-    def _begin(self, session: str, peer: _Peer, pieces: CopyPlan, submit: Submit) -> Transfer:
-        rest: asyncio.Future[Any] = self._loop.create_future()
-        transfer = Transfer(peer.lane, peer.faith, submit, _blocks(pieces), len(pieces), rest)
-        moving = self._known.moving.setdefault(session, set())
-        moving.add(transfer)
-        rest.add_done_callback(lambda _: self._at_rest(session, transfer))
+    def add(self, transfer: Transfer) -> None:
         self._mover.add(transfer)
-        return transfer
 
-    def _at_rest(self, session: str, transfer: Transfer) -> None:
-        moving = self._known.moving[session]
-        moving.discard(transfer)
-        if not moving:
-            del self._known.moving[session]
-
-    async def _see_through(self, session: str, transfer: Transfer, until: float, deadline_s: float) -> None:
-        try:
-            await asyncio.wait([transfer.rest], timeout=max(0.0, until - self._loop.time()))
-        except asyncio.CancelledError:
-            self._stop(transfer, Cause.LOCAL, "cancelled")
-            await _outlast(transfer.rest)
-            raise
-        if not transfer.rest.done():
-            detail = f"not over within {deadline_s:g} s, {transfer.submitted} of {transfer.total} blocks submitted"
-            self._stop(transfer, Cause.TIMED_OUT, detail)
-            self._doubt(session)
-            raise TransferFailed(Cause.TIMED_OUT, session, detail, settled=False)
-        verdict = transfer.rest.result()
-        if verdict is not None:
-            raise TransferFailed(verdict[0], session, verdict[1])
-
-    def _stop(self, transfer: Transfer, cause: Cause, detail: str) -> None:
-        transfer.stop(cause, detail)
+    def nudge(self) -> None:
         self._mover.nudge()
 
-    def _doubt(self, session: str) -> None:
-        if session in self._known.peers:
-            self._known.peers[session].faith = -1
-
-    def _check_open(self, session: str) -> None:
-        if self._closed or self._gone.done():
-            raise TransferFailed(Cause.LOCAL, session, "this engine is closed")
-
-    def _check_local(self, session: str, plan: CopyPlan) -> None:
-        """A source that is not registered cannot be sent over RDMA, and a bad one looks like the peer's failure."""
-        bad = first_outside(self._regions, plan.src, plan.nbytes)
-        if bad is not None:
-            where = f"{int(plan.src[bad]):#x} + {int(plan.nbytes[bad])}"
-            raise TransferFailed(
-                Cause.LOCAL, session, f"local bytes {where} lie in no registered region: register them first"
-            )
-
-    # --- knowing the peer
-
-    async def _meet(self, session: str, plan: CopyPlan, until: float) -> _Peer:
-        """The pinned life, proven well where that is due, whose regions hold all of `plan.dst`."""
-        async with self._known.asking.setdefault(session, asyncio.Lock()):
-            peer, fresh = self._known.peers.get(session), False
-            if peer is None or peer.doubted or self._loop.time() - peer.asked_at >= self._settings.recheck_s:
-                peer, fresh = await self._ask(session, peer, until), True
-            bad = first_outside(peer.card.regions, plan.dst, plan.nbytes)
-            if bad is not None and not fresh:  # it may have registered more since
-                peer = await self._ask(session, peer, until)
-                bad = first_outside(peer.card.regions, plan.dst, plan.nbytes)
-        if bad is not None:
-            where = f"{int(plan.dst[bad]):#x} + {int(plan.nbytes[bad])}"
-            raise TransferFailed(
-                Cause.REJECTED_ADDRESS,
-                session,
-                f"{where} lies in none of the {len(peer.card.regions)} regions that the peer announces: "
-                "let the peer register it, or ask it for its addresses again",
-            )
-        return peer
-
-    async def _ask(self, session: str, peer: _Peer | None, until: float) -> _Peer:
-        deadline_s = min(self._settings.handshake_timeout_s, max(0.0, until - self._loop.time()))
-        failures = peer.lane.failures if peer else 0  # before the question: a failure meanwhile is one more doubt
-        try:
-            found = await handshake.metadata(session, deadline_s=deadline_s)
-        except TransferFailed as failure:
-            # Of a peer that did nothing wrong so far, silence is no news: its listener is one thread, and each idle
-            # connection to it costs 5 s. What it has in flight is bounded by the engine's own stall limit.
-            if failure.cause is Cause.TIMED_OUT and peer is not None and not peer.doubted:
-                return peer
-            raise
-        if peer is None:
-            return await self._pin(session, found)
-        if not peer.card.same_life(found.card):
-            raise TransferFailed(Cause.PEER_CHANGED, session, "another process answers there now: let it register anew")
-        peer.card, peer.asked_at, peer.faith = found.card, self._loop.time(), failures
-        return peer
-
-    async def _pin(self, session: str, found: handshake.Descriptor) -> _Peer:
-        introduction = None
-        if self._settings.force_tcp:
-            introduction = await handshake.Introduction.listening(
-                found.opening, self._settings.loopback, self._known.names
-            )
-        lane = Lane(introduction.name if introduction else session)
-        peer = self._known.peers[session] = _Peer(found.card, lane, introduction, self._loop.time())
-        return peer
-
-    # --- life
-
-    async def _open(self, factory: Callable[[], Any], bind_device: Callable[[], None]) -> None:
+    async def open(self, factory: Callable[[], Any], bind_device: Callable[[], None]) -> None:
         thread = threading.Thread(target=self._live, args=(factory, bind_device), name="pdctl-mover", daemon=True)
         thread.start()
-        await self._opened
+        try:
+            await asyncio.shield(self._opened)
+        except asyncio.CancelledError:
+            await outlast(self._opened)
+            if self._opened.exception() is None:
+                await self.close()
+            raise
+
+    async def close(self) -> None:
+        self._mover.end()
+        await outlast(self._gone)
+        self._registering.shutdown(wait=False)
 
     def _live(self, factory: Callable[[], Any], bind_device: Callable[[], None]) -> None:
         """The mover thread, from the engine's birth to its end."""
@@ -342,8 +200,8 @@ class MooncakeEngine:
         except BaseException as cause:
             self._post(_refuse, self._opened, cause)
             return
-        settings = self._settings
-        self._mover = Mover(self._loop, self._calls.check, settings.window, float(settings.progress_timeout_s))
+        calls = MoverCalls({Direction.WRITE: self._calls.write, Direction.READ: self._calls.read}, self._calls.check)
+        self._mover = Mover(self._loop, calls, self._settings.window, float(self._settings.progress_timeout_s))
         self._post(_resolve, self._opened, session)
         at_rest = self._mover.run()
         self._calls.give_up(at_rest=at_rest)
@@ -353,39 +211,6 @@ class MooncakeEngine:
     def _post(self, call: Callable[..., None], *args: object) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed
             self._loop.call_soon_threadsafe(call, *args)
-
-    async def _close(self) -> None:
-        self._closed = True
-        await self._rest()
-        for region in list(self._regions):
-            await self._loop.run_in_executor(self._registering, self._calls.unregister, region)
-        self._regions.clear()
-        self._mover.end()
-        await _outlast(self._gone)
-        for session in list(self._known.peers):
-            self.forget(session)
-        self._registering.shutdown(wait=False)
-
-    async def _rest(self) -> None:
-        moving = [transfer for transfers in self._known.moving.values() for transfer in transfers]
-        for transfer in moving:
-            self._stop(transfer, Cause.LOCAL, "this engine is closing")
-        if not moving:
-            return
-        _, restless = await asyncio.wait([t.rest for t in moving], timeout=self._settings.longest_rest_s)
-        if restless:
-            log.error("blocks did not come to rest, destroying the engine", transfers=len(restless))
-
-
-def _blocks(pieces: CopyPlan) -> Iterator[Block]:
-    return zip(pieces.src.tolist(), pieces.dst.tolist(), pieces.nbytes.tolist(), strict=True)
-
-
-async def _outlast(rest: asyncio.Future[Any]) -> None:
-    """Wait for `rest` even through further cancellations: memory that still moves cannot be handed back."""
-    while not rest.done():
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.wait([rest])
 
 
 def _resolve(future: asyncio.Future[Any], value: object) -> None:

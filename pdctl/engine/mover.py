@@ -16,72 +16,37 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import structlog
 
+from pdctl.engine.blocks import Direction, Lane, Transfer, Verdict
 from pdctl.errors import Cause
 
 log = structlog.get_logger(__name__)
 
 DONE, PENDING = 1, 0
-Verdict = tuple[Cause, str]
-Block = tuple[int, int, int]
 Submit = Callable[[str, int, int, int], int]
 
 # 200 us keeps 16 blocks of 64 KiB in flight at full speed; a transfer that has not moved for 50 ms is looked at less.
 _BRISK_S, _CALM_S, _CALM_AFTER_S = 200e-6, 2e-3, 50e-3
 
 
-@dataclass(slots=True, eq=False)
-class Lane:
-    """A peer as the engine knows it. `failures` grows whenever a block fails; only the mover writes it."""
+@dataclass(frozen=True, slots=True)
+class Calls:
+    """What the mover needs of an engine: 0 from `submit` is "not taken"; 0 from `check` is "not over"."""
 
-    name: str
-    failures: int = 0
-
-
-@dataclass(slots=True, eq=False)
-class Transfer:
-    """Blocks on their way to or from one peer. `verdict` is the first cause to stop; None while all is well.
-
-    `faith`: what `lane.failures` was when the peer was last proven well. `rest` is resolved, with the verdict, when no
-    block is in the engine's hands and none will be.
-    """
-
-    lane: Lane
-    faith: int
-    submit: Submit
-    blocks: Iterator[Block]
-    total: int
-    rest: asyncio.Future[Verdict | None]
-    verdict: Verdict | None = None
-    submitted: int = 0
-    in_flight: int = 0
-
-    def stop(self, cause: Cause, detail: str) -> None:
-        """Submit no more of it; from any thread."""
-        if self.verdict is None:
-            self.verdict = (cause, detail)
-
-    @property
-    def exhausted(self) -> bool:
-        return self.verdict is not None or self.submitted == self.total
-
-    @property
-    def at_rest(self) -> bool:
-        return self.exhausted and not self.in_flight
+    submit: Mapping[Direction, Submit]
+    check: Callable[[int], int]
 
 
 class Mover:
-    """`add` transfers from the loop, `nudge` after stopping one, `end` when all are at rest; `run` is the thread's body."""
+    """`add` transfers from the loop, `nudge` after stopping one, `end` when all rest; `run` is the thread's body."""
 
-    def __init__(
-        self, loop: asyncio.AbstractEventLoop, check: Callable[[int], int], window: int, stall_s: float
-    ) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, calls: Calls, window: int, stall_s: float) -> None:
         self._loop = loop
-        self._check = check
+        self._calls = calls
         self._window = window
         self._stall_s = stall_s
         self._inbox: deque[Transfer] = deque()
@@ -133,7 +98,7 @@ class Mover:
         while self._inbox:
             transfer = self._inbox.popleft()
             if transfer.lane not in self._windows:
-                self._windows[transfer.lane] = _Window(self._window, self._stall_s, self._check, self._tell)
+                self._windows[transfer.lane] = _Window(self._window, self._stall_s, self._calls, self._tell)
             self._windows[transfer.lane].add(transfer)
 
     def _pause(self, *, moved: bool) -> None:
@@ -148,12 +113,7 @@ class Mover:
 
     def _tell(self, transfer: Transfer) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            self._loop.call_soon_threadsafe(_resolve, transfer.rest, transfer.verdict)
-
-
-def _resolve(rest: asyncio.Future[Verdict | None], verdict: Verdict | None) -> None:
-    if not rest.done():
-        rest.set_result(verdict)
+            self._loop.call_soon_threadsafe(transfer.settle)
 
 
 @dataclass(slots=True)
@@ -162,7 +122,7 @@ class _Window:
 
     size: int
     stall_s: float
-    check: Callable[[int], int]
+    calls: Calls
     tell: Callable[[Transfer], None]
     waiting: deque[Transfer] = field(default_factory=deque)
     flying: list[tuple[int, Transfer, float]] = field(default_factory=list)
@@ -210,7 +170,7 @@ class _Window:
 
     def _submit(self, transfer: Transfer) -> None:
         block = next(transfer.blocks)
-        ticket = transfer.submit(transfer.lane.name, *block)
+        ticket = self.calls.submit[transfer.direction](transfer.lane.name, *block)
         transfer.submitted += 1
         if ticket == 0:  # refused: there is no ticket, and asking after ticket 0 is a segmentation fault (H10)
             self._failed(transfer, Cause.REFUSED, f"the engine took no block {transfer.submitted} of {transfer.total}")
@@ -222,7 +182,7 @@ class _Window:
         looked, self.flying = self.flying, []
         ended = []
         for n, (ticket, transfer, since) in enumerate(looked):
-            status = self.check(ticket)
+            status = self.calls.check(ticket)
             if status == PENDING:
                 self.flying.append(looked[n])
                 continue

@@ -1,0 +1,85 @@
+"""
+A transfer as blocks on their way, shared between the loop that waits for it and whoever carries it.
+
+No thread, no clock; the loop and the carrier each write their own fields.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+import numpy as np
+
+from pdctl.core.plan import CopyPlan
+from pdctl.errors import Cause
+
+Verdict = tuple[Cause, str]
+Block = tuple[int, int, int]
+
+
+class Direction(Enum):
+    WRITE = auto()
+    READ = auto()
+
+
+@dataclass(slots=True, eq=False)
+class Lane:
+    """One life of a peer, as the carrier knows it. `failures` counts failed blocks; only the carrier writes it."""
+
+    name: str
+    failures: int = 0
+    close: Callable[[], None] = field(default=lambda: None)
+
+
+@dataclass(slots=True, eq=False)
+class Transfer:
+    """Blocks (local, remote, nbytes) to or from one peer. `verdict`: the first cause to stop; None while all is well.
+
+    `faith`: what `lane.failures` was when the peer was last proven well. `rest` is resolved, with the verdict, when no
+    block is in the carrier's hands and none will be.
+    """
+
+    lane: Lane
+    faith: int
+    direction: Direction
+    blocks: Iterator[Block]
+    total: int
+    rest: asyncio.Future[Verdict | None]
+    verdict: Verdict | None = None
+    submitted: int = 0
+    in_flight: int = 0
+
+    def stop(self, cause: Cause, detail: str) -> None:
+        """Submit no more of it; from any thread."""
+        if self.verdict is None:
+            self.verdict = (cause, detail)
+
+    @property
+    def exhausted(self) -> bool:
+        return self.verdict is not None or self.submitted == self.total
+
+    @property
+    def at_rest(self) -> bool:
+        return self.exhausted and not self.in_flight
+
+    def settle(self) -> None:
+        """On the loop's thread: tell who waits."""
+        if not self.rest.done():
+            self.rest.set_result(self.verdict)
+
+
+def blocks(plan: CopyPlan) -> Iterator[Block]:
+    return zip(plan.src.tolist(), plan.dst.tolist(), plan.nbytes.tolist(), strict=True)
+
+
+def split(plan: CopyPlan, limit: int) -> CopyPlan:
+    """The same bytes in copies of at most `limit`, in the same order."""
+    pieces = -(-plan.nbytes // limit)
+    if not len(plan) or int(pieces.max()) == 1:
+        return plan
+    owner = np.repeat(np.arange(len(plan)), pieces)
+    offset = (np.arange(len(owner)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * limit
+    return CopyPlan(plan.src[owner] + offset, plan.dst[owner] + offset, np.minimum(plan.nbytes[owner] - offset, limit))
