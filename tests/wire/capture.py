@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import http.client
 import itertools
 import json
 import os
@@ -23,7 +22,7 @@ from typing import Any
 import numpy as np
 import zmq
 
-from tests.wire.http_pairs import PAIRS, Pair, Request
+from tests.wire.http_pairs import PAIRS, Pair, ask
 from tests.wire.stock import surroundings
 
 surroundings.install()
@@ -39,7 +38,6 @@ from sglang.srt.disaggregation.mooncake.conn import MooncakeKVManager, MooncakeK
 
 from tests.wire.stock import ranks  # noqa: E402
 
-HEADERS = ("content-type", "allow")
 DECODE_IP, DECODE_PORT, SESSION = "10.0.0.2", 41000, "10.0.0.2:15001"
 ROOM = 2**53 + 11
 
@@ -50,31 +48,22 @@ JSON = dict[str, Any]
 
 
 @contextlib.contextmanager
-def stock_registry() -> Iterator[int]:
+def stock_registry() -> Iterator[str]:
     server = CommonKVBootstrapServer("127.0.0.1", 0)
     deadline = time.monotonic() + 10
     while not (runner := getattr(server, "_runner", None)) or not runner.addresses:
         assert time.monotonic() < deadline, "the stock registry did not start"
         time.sleep(0.01)
-    yield runner.addresses[0][1]
+    host, port = runner.addresses[0]
+    yield f"{host}:{port}"
     server.close()
 
 
-def ask(port: int, request: Request) -> JSON:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-    connection.request(request.method, request.path, body=request.payload(), headers=request.headers)
-    reply = connection.getresponse()
-    headers = {name: value for name in HEADERS if (value := reply.getheader(name))}
-    answer = {"status": reply.status, "headers": headers, "body": reply.read().decode()}
-    connection.close()
-    return answer
-
-
 def capture_pair(pair: Pair) -> JSON:
-    with stock_registry() as port:
+    with stock_registry() as address:
         for earlier in pair.before:
-            ask(port, earlier)
-        response = ask(port, pair.request)
+            ask(address, earlier)
+        response = ask(address, pair.request)
     return {**pair.to_json(), "response": response}
 
 
@@ -100,9 +89,9 @@ def decode(args: Any, *, mla: bool = False, **parallel: int) -> Any:
     return manager
 
 
-def prefill(registry_port: int, **parallel: int) -> Any:
+def prefill(registry: str, **parallel: int) -> Any:
     surroundings.tell("parallel", **{**surroundings.PARALLEL, **parallel})
-    surroundings.tell("disagg", disaggregation_bootstrap_port=registry_port)
+    surroundings.tell("disagg", disaggregation_bootstrap_port=int(registry.rpartition(":")[2]))
     return ranks.manager("prefill", ranks.kv_args(), ranks.Motionless("10.0.0.1:15002"))
 
 
@@ -285,8 +274,8 @@ STATUSES: dict[str, tuple[str, int, str | None]] = {
 }
 
 
-def capture_statuses(tap: Wiretap, registry_port: int) -> Iterator[tuple[str, JSON]]:
-    manager = prefill(registry_port, attn_tp_size=4, attn_tp_rank=3)
+def capture_statuses(tap: Wiretap, registry: str) -> Iterator[tuple[str, JSON]]:
+    manager = prefill(registry, attn_tp_size=4, attn_tp_rank=3)
     to = [("127.0.0.1", tap.port)]
     for name, (note, status, reason) in STATUSES.items():
         manager.send_kv_status_message(targets=to, bootstrap_room=ROOM, status=status, failure_reason=reason)
@@ -302,8 +291,8 @@ def capture_statuses(tap: Wiretap, registry_port: int) -> Iterator[tuple[str, JS
     yield "status_failed_reason", {"note": note, "values": values, "frames": frames}
 
 
-def capture_acks_and_data(tap: Wiretap, registry_port: int) -> Iterator[tuple[str, JSON]]:
-    manager = prefill(registry_port, attn_tp_size=4, attn_tp_rank=2)
+def capture_acks_and_data(tap: Wiretap, registry: str) -> Iterator[tuple[str, JSON]]:
+    manager = prefill(registry, attn_tp_size=4, attn_tp_rank=2)
     manager._send_abort_ack(ROOM, AckTarget("127.0.0.1", tap.port, 9))
     values: JSON = {"room": ROOM, "rank_id": 2, "generation": 9}
     yield "abort_ack", {"note": "nothing of the room is in flight any more", "values": values, "frames": tap.take()}
@@ -335,9 +324,9 @@ def capture_zmq() -> Iterator[tuple[str, JSON]]:
     yield from capture_metadata(tap)
     yield from capture_aborts(tap)
     yield from capture_bootstrap(tap)
-    with stock_registry() as port:
-        yield from capture_statuses(tap, port)
-        yield from capture_acks_and_data(tap, port)
+    with stock_registry() as address:
+        yield from capture_statuses(tap, address)
+        yield from capture_acks_and_data(tap, address)
 
 
 def write(folder: Path, name: str, content: JSON) -> None:

@@ -1,15 +1,19 @@
 """
 The requests of which stock SGLang's answers are kept: what is asked, after what, and where pdctl answers otherwise.
 
-Only questions stand here; the answers come from the stock server (capture.py) and are never typed by hand.
+Only questions stand here, and how they are asked; the answers come from the stock server (capture.py) and are never
+typed by hand.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import http.client
 import json
 from dataclasses import dataclass, field
 from typing import Any
+
+HEADERS = ("content-type", "allow")  # those that a client could read something from
 
 JSON = dict[str, Any]
 Body = JSON | list[Any] | str | None
@@ -63,6 +67,17 @@ class Pair:
             defect=Instead(**content["defect"]) if content["defect"] else None,
             only_status=content["only_status"],
         )
+
+
+def ask(address: str, request: Request) -> JSON:
+    """The answer of the registry at `host:port`, over a connection of its own that adds no header."""
+    connection = http.client.HTTPConnection(address, timeout=5)
+    connection.request(request.method, request.path, body=request.payload(), headers=request.headers)
+    reply = connection.getresponse()
+    headers = {name: value for name in HEADERS if (value := reply.getheader(name))}
+    answer = {"status": reply.status, "headers": headers, "body": reply.read().decode()}
+    connection.close()
+    return answer
 
 
 AS_JSON = {"Content-Type": "application/json"}
@@ -298,7 +313,7 @@ def contradicting_puts() -> list[Pair]:
     return [
         _bad_put("other_tp_size", "attn_tp_size", "contradicts the instance, 200", tp(1, size=4), tp(0)),
         other("cp_size", attn_cp_size=2),
-        other("dp_size", attn_dp_size=2),
+        _bad_put("other_dp_size", "dp_size", "contradicts the instance, 200", tp(1, attn_dp_size=2), tp(0)),
         other("pp_size", pp_size=2),
         other("page_size", page_size=64),
         other("dtype", kv_cache_dtype="fp8_e4m3"),
