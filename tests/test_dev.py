@@ -87,9 +87,10 @@ def test_a_mistake_ends_with_2_and_a_sentence(arguments: list[str], sentence: st
 
 
 def test_a_second_set_up_has_nothing_to_do(checkout: Path) -> None:
-    with_functions(checkout, 'stamp >"$STAMP"')
-    said = dev("setup", root=checkout, cwd=Path("/"))
-    assert (said.returncode, said.stderr) == (0, "[dev] set-up is done: nothing to do\n")
+    first = with_functions(checkout, "venv_works() { true; }\npip_install() { true; }\nLIBRARIES=()\nsetup")
+    assert (first.returncode, "nothing to do" in first.stderr) == (0, False)
+    second = dev("setup", root=checkout, cwd=Path("/"))
+    assert (second.returncode, second.stderr) == (0, "[dev] set-up is done: nothing to do\n")
 
 
 @pytest.mark.parametrize("changed", ["deploy/lock/dev.txt", "pyproject.toml"])
@@ -194,7 +195,7 @@ def test_no_fit_python_is_a_sentence(checkout: Path) -> None:
         (["-p", "no:xdist"], ""),
         ([], "-n 4 --dist worksteal "),
     ],
-    ids=" ".join,
+    ids=["paths", "-n0", "-n 2", "--numprocesses", "--pdb", "no:xdist", "none"],
 )
 def test_arguments_reach_pytest_and_workers_can_be_chosen(checkout: Path, arguments: list[str], workers: str) -> None:
     python = checkout / ".venv/bin/python"
@@ -243,7 +244,7 @@ def test_a_lock_has_names_versions_and_hashes_and_no_place(lock: Path) -> None:
     text = lock.read_text()
     assert not re.search(r"://|file:|@|^-|--(?!hash=sha256:)", text, re.MULTILINE)
     found = requirements(lock)
-    assert len(found) > 20
+    assert found
     for requirement, hashes in found.items():
         assert hashes, f"{requirement} has no hash"
         assert all(re.fullmatch(r"--hash=sha256:[0-9a-f]{64}", each) for each in hashes), requirement
