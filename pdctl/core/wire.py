@@ -1,0 +1,456 @@
+"""
+What prefill and decode ranks say to each other: SGLang's ZMQ messages, both directions side by side.
+
+Frames in, values out, and back. No sockets, nothing is acted upon, and no bytes make a parser raise anything but
+BadFrames, which names the frame. Trailing frames that a later release adds are tolerated; so are whole messages that
+we have no use for (staging, other engines): they come back as `Unknown`.
+
+    decode -> prefill   RegisterBuffers, Metadata, Abort, Bootstrap
+    prefill -> decode   Status, AbortAck, AuxData
+
+Numbers are decimal ASCII, packed integers little-endian, unless a message says otherwise.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from pdctl.core.address import Endpoint
+from pdctl.core.layout import Pool
+from pdctl.core.transfer import Phase
+from pdctl.errors import BadField, BadFrames, LayoutMismatch
+
+Frames = Sequence[bytes]
+Pages = npt.NDArray[np.int32]
+IntLists = tuple[tuple[int, ...], ...]
+
+MAX_FRAMES = 64  # the longest message known has 20
+MAX_TEXT = 512  # a session, a host, a reason: what a log line can bear
+MAX_RANKS = 4096  # of one instance; a required count above it is nonsense
+_MAX_ROOM = 2**64 - 1  # stock routers draw 63 bits
+_DECIMAL = re.compile(rb"[0-9]{1,20}")
+_TAG = re.compile(rb"[A-Za-z][A-Za-z0-9_]{0,63}")
+_PAGE = np.dtype("<i4")
+
+# How a pdctl prefill begins the reason when it does not know the session. The wire carries nothing else that a decode
+# rank could tell it by, and registering anew is the cure.
+NOT_REGISTERED = "session is not registered here"
+
+
+@dataclass(frozen=True, slots=True)
+class RegisterBuffers:
+    """A decode rank's memory, once for each prefill rank. The layout fields that we do not use ride along."""
+
+    TAG: ClassVar[bytes] = b"None"
+    NAME: ClassVar[str] = "buffer registration"
+
+    reply: Endpoint
+    session: str
+    kv_pointers: tuple[int, ...]
+    aux_pointers: tuple[int, ...]
+    tp_rank: int
+    tp_size: int
+    kv_item_len: int  # of entry 0; what peers older than frame 19 have
+    kv_item_lens: tuple[int, ...] = ()
+    state_pointers: IntLists = ()
+    state_item_lens: IntLists = ()
+    state_dims: IntLists = ()
+    kv_layer_ids: tuple[int, ...] = ()
+    state_layer_ids: IntLists = ()
+    staging_pointer: int | None = None
+    staging_nbytes: int = 0
+    dcp_size: int = 1
+    dcp_rank: int = 0
+    staging_slots: tuple[int, ...] = ()
+
+    def kv_pool(self) -> Pool:
+        """Raises LayoutMismatch where the message contradicts itself."""
+        lens = self.kv_item_lens or (self.kv_item_len,) * len(self.kv_pointers)
+        return Pool(self.kv_pointers, lens)
+
+    def aux_pool(self, item_lens: tuple[int, ...]) -> Pool:
+        """The wire does not carry the row lengths: both sides must have the same buffers, so ours are taken."""
+        if len(self.aux_pointers) != len(item_lens):
+            raise LayoutMismatch(
+                f"aux: the sender has {len(item_lens)} buffers and the receiver {len(self.aux_pointers)}: "
+                "start both with the same model and the same log-prob and hidden-state settings"
+            )
+        return Pool(self.aux_pointers, item_lens)
+
+    def to_frames(self) -> list[bytes]:
+        return [
+            self.TAG,
+            *_put_endpoint(self.reply),
+            self.session.encode("ascii"),
+            _pack("Q", self.kv_pointers),
+            _pack("Q", self.aux_pointers),
+            _pack_lists("Q", self.state_pointers),
+            _put(self.tp_rank),
+            _put(self.tp_size),
+            _put(self.kv_item_len),
+            _pack_lists("I", self.state_item_lens),
+            _pack_lists("I", self.state_dims),
+            _pack("I", self.kv_layer_ids),
+            _pack_lists("I", self.state_layer_ids),
+            b"" if self.staging_pointer is None else _pack("Q", (self.staging_pointer,)),
+            b"" if self.staging_pointer is None else _put(self.staging_nbytes),
+            _put(self.dcp_size),
+            _put(self.dcp_rank),
+            _pack("Q", self.staging_slots),
+            _pack("Q", self.kv_item_lens),
+        ]
+
+    @classmethod
+    def from_frames(cls, frames: Frames) -> Self:
+        read = _Reader(cls.NAME, frames, needed=10)
+        staging = read.packed(14, "Q", "staging pointer")
+        return cls(
+            reply=read.endpoint(1, 2),
+            session=read.session(3),
+            kv_pointers=read.packed(4, "Q", "KV pointers"),
+            aux_pointers=read.packed(5, "Q", "aux pointers"),
+            state_pointers=read.lists(6, "Q", "state pointers"),
+            tp_rank=read.number(7, "TP rank"),
+            tp_size=read.number(8, "TP size", low=1, high=MAX_RANKS),
+            kv_item_len=read.number(9, "KV bytes a page"),
+            state_item_lens=read.lists(10, "I", "state item lengths"),
+            state_dims=read.lists(11, "I", "state dimensions"),
+            kv_layer_ids=read.packed(12, "I", "KV layer ids"),
+            state_layer_ids=read.lists(13, "I", "state layer ids"),
+            staging_pointer=staging[0] if staging else None,
+            staging_nbytes=read.optional(15, "staging size", 0),
+            dcp_size=read.optional(16, "DCP size", 1),
+            dcp_rank=read.optional(17, "DCP rank", 0),
+            staging_slots=read.packed(18, "Q", "staging slots"),
+            kv_item_lens=read.packed(19, "Q", "KV bytes a page of each entry"),
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Metadata:
+    """Where one request's KV and aux row go. `pages` has shape (n,), int32, all at or above 0.
+
+    aux_row None and no pages: a dummy, from a decode rank that needs nothing but must be heard of. `required`: how many
+    decode ranks this prefill rank must hear of. `prefix_len`: tokens that decode has already; `pages` begins after it.
+    """
+
+    NAME: ClassVar[str] = "metadata"
+
+    room: int
+    reply: Endpoint
+    session: str
+    pages: Pages = field(repr=False)
+    aux_row: int | None
+    required: int = 1
+    prefix_len: int = 0
+    state_rows: IntLists = ()
+    device_pages: Pages | None = field(default=None, repr=False)
+
+    @property
+    def is_dummy(self) -> bool:
+        return self.aux_row is None and not len(self.pages)
+
+    def to_frames(self) -> list[bytes]:
+        return [
+            _put(self.room),
+            *_put_endpoint(self.reply),
+            self.session.encode("ascii"),
+            self.pages.astype(_PAGE).tobytes(),
+            b"" if self.aux_row is None else _put(self.aux_row),
+            _pack_lists("i", self.state_rows),
+            _put(self.required),
+            _put(self.prefix_len),
+            b"" if self.device_pages is None else self.device_pages.astype(_PAGE).tobytes(),
+        ]
+
+    @classmethod
+    def from_frames(cls, frames: Frames) -> Self:
+        read = _Reader(cls.NAME, frames, needed=8)
+        pages = read.pages(4, "destination pages")
+        device_pages = read.pages(9, "device pages")
+        return cls(
+            room=read.room(0),
+            reply=read.endpoint(1, 2),
+            session=read.session(3),
+            pages=pages,
+            aux_row=None if not len(pages) and not frames[5] else read.number(5, "aux row"),
+            state_rows=read.lists(6, "i", "state rows"),
+            required=read.number(7, "number of decode ranks", low=1, high=MAX_RANKS),
+            prefix_len=read.optional(8, "prefix length", 0),
+            device_pages=device_pages if len(device_pages) else None,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """Decode gives the room up. With `generation` it holds the pages until that very generation is acknowledged."""
+
+    TAG: ClassVar[bytes] = b"ABORT"
+    NAME: ClassVar[str] = "abort"
+
+    room: int
+    reply: Endpoint | None = None
+    generation: int | None = None
+
+    def to_frames(self) -> list[bytes]:
+        frames = [self.TAG, _put(self.room)]
+        if self.reply is not None:
+            frames += _put_endpoint(self.reply)
+            frames += [] if self.generation is None else [_put(self.generation)]
+        return frames
+
+    @classmethod
+    def from_frames(cls, frames: Frames) -> Self:
+        read = _Reader(cls.NAME, frames, needed=2)
+        reply = read.endpoint(2, 3) if len(frames) > 2 else None
+        generation = read.number(4, "generation") if len(frames) > 4 else None
+        return cls(read.room(1), reply, generation)
+
+
+@dataclass(frozen=True, slots=True)
+class Bootstrap:
+    """Decode's address before it has pages (only with the prefill_complete policy)."""
+
+    TAG: ClassVar[bytes] = b"BOOTSTRAP"
+    NAME: ClassVar[str] = "bootstrap"
+
+    room: int
+    reply: Endpoint
+
+    def to_frames(self) -> list[bytes]:
+        return [self.TAG, _put(self.room), *_put_endpoint(self.reply)]
+
+    @classmethod
+    def from_frames(cls, frames: Frames) -> Self:
+        read = _Reader(cls.NAME, frames, needed=4)
+        return cls(read.room(1), read.endpoint(2, 3))
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """How a room stands at one prefill rank. The reason is a fourth frame: stock 0.5.23 sends none but reads it."""
+
+    NAME: ClassVar[str] = "status"
+
+    room: int
+    phase: Phase
+    rank: int
+    reason: str | None = None
+
+    def to_frames(self) -> list[bytes]:
+        frames = [_put(self.room), _put(self.phase), _put(self.rank)]
+        return frames if self.reason is None else [*frames, self.reason.encode()[:MAX_TEXT]]
+
+    @classmethod
+    def from_frames(cls, frames: Frames) -> Self:
+        read = _Reader(cls.NAME, frames, needed=3)
+        phase = Phase(read.number(1, "status", high=max(Phase)))
+        return cls(read.room(0), phase, read.number(2, "rank"), read.text(3))
+
+
+@dataclass(frozen=True, slots=True)
+class AbortAck:
+    """No chunk of the room is in flight any more. Without rank and generation (older peers) it proves nothing."""
+
+    TAG: ClassVar[bytes] = b"ABORT_ACK"
+    NAME: ClassVar[str] = "abort acknowledgement"
+
+    room: int
+    rank: int | None = None
+    generation: int | None = None
+
+    def to_frames(self) -> list[bytes]:
+        given = [self.room] + [n for n in (self.rank, self.generation) if n is not None]
+        return [self.TAG, *map(_put, given)]
+
+    @classmethod
+    def from_frames(cls, frames: Frames) -> Self:
+        read = _Reader(cls.NAME, frames, needed=2)
+        rank = read.number(2, "rank") if len(frames) > 2 else None
+        generation = read.number(3, "generation") if len(frames) > 3 else None
+        return cls(read.room(1), rank, generation)
+
+
+@dataclass(frozen=True, slots=True)
+class AuxData:
+    """One aux row over ZMQ. Its length is the one big-endian number of the wire. Not yet checked against any pool."""
+
+    TAG: ClassVar[bytes] = b"AUX_DATA"
+    NAME: ClassVar[str] = "aux data"
+
+    room: int
+    buffer: int
+    row: int
+    data: bytes = field(repr=False)
+
+    def to_frames(self) -> list[bytes]:
+        return [
+            self.TAG,
+            *map(_put, (self.room, self.buffer, self.row)),
+            struct.pack(">I", len(self.data)),
+            self.data,
+        ]
+
+    @classmethod
+    def from_frames(cls, frames: Frames) -> Self:
+        read = _Reader(cls.NAME, frames, needed=6)
+        if len(frames[4]) != 4 or struct.unpack(">I", frames[4])[0] != len(frames[5]):
+            raise read.bad(4, "length", f"does not say {len(frames[5])}, the length of frame 5")
+        return cls(read.room(1), read.number(2, "buffer"), read.number(3, "row"), bytes(frames[5]))
+
+
+@dataclass(frozen=True, slots=True)
+class Unknown:
+    """A message that we have no use for; `tag` says which."""
+
+    tag: str
+
+
+ToPrefill = RegisterBuffers | Metadata | Abort | Bootstrap | Unknown
+ToDecode = Status | AbortAck | AuxData | Unknown
+
+
+def parse_to_prefill(frames: Frames) -> ToPrefill:
+    """What a decode rank said. Raises BadFrames and nothing else."""
+    tag = _tag(frames)
+    for message in (RegisterBuffers, Abort, Bootstrap):
+        if tag == message.TAG:
+            return message.from_frames(frames)
+    return Metadata.from_frames(frames) if _DECIMAL.fullmatch(tag) else _unknown(tag)
+
+
+def parse_to_decode(frames: Frames) -> ToDecode:
+    """What a prefill rank said. Raises BadFrames and nothing else."""
+    tag = _tag(frames)
+    for message in (AbortAck, AuxData):
+        if tag == message.TAG:
+            return message.from_frames(frames)
+    return Status.from_frames(frames) if _DECIMAL.fullmatch(tag) else _unknown(tag)
+
+
+def _tag(frames: Frames) -> bytes:
+    if not 1 <= len(frames) <= MAX_FRAMES:
+        raise BadFrames(f"a message of {len(frames)} frames: one of 1 to {MAX_FRAMES} was expected")
+    return frames[0]
+
+
+def _unknown(tag: bytes) -> Unknown:
+    if not _TAG.fullmatch(tag):
+        raise BadFrames(f"frame 0 is {tag[:32]!r}: neither a room number nor the name of a message")
+    return Unknown(tag.decode("ascii"))
+
+
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """Reads one message's frames by number; every refusal names the message, the frame and what it should hold."""
+
+    message: str
+    frames: Frames
+    needed: int
+
+    def __post_init__(self) -> None:
+        if len(self.frames) < self.needed:
+            raise BadFrames(
+                f"{self.message}: {len(self.frames)} frames, needs {self.needed}: the sender is no SGLang rank"
+            )
+
+    def bad(self, index: int, what: str, problem: str) -> BadFrames:
+        return BadFrames(f"{self.message} frame {index} ({what}): {problem}")
+
+    def frame(self, index: int) -> bytes:
+        """Empty where the message is shorter: old peers leave frames out, new ones leave them empty."""
+        return self.frames[index] if index < len(self.frames) else b""
+
+    def number(self, index: int, what: str, *, low: int = 0, high: int = 2**63 - 1) -> int:
+        raw = self.frame(index)
+        # not int() alone: it takes "1_000", " 7\n" and digits of other alphabets
+        if not _DECIMAL.fullmatch(raw) or not low <= int(raw) <= high:
+            raise self.bad(index, what, f"{raw[:32]!r} is no number from {low} to {high}")
+        return int(raw)
+
+    def optional(self, index: int, what: str, default: int) -> int:
+        return self.number(index, what) if self.frame(index) else default
+
+    def room(self, index: int) -> int:
+        return self.number(index, "room", high=_MAX_ROOM)
+
+    def session(self, index: int) -> str:
+        raw = self.frame(index)
+        text = raw.decode("ascii", errors="replace")
+        if not 1 <= len(raw) <= MAX_TEXT or not text.isascii() or not text.isprintable() or " " in text:
+            raise self.bad(index, "session", f"{raw[:32]!r} is no session id")
+        return text
+
+    def endpoint(self, host: int, port: int) -> Endpoint:
+        number = self.number(port, "port", high=2**16)
+        try:
+            return Endpoint(self.frame(host).decode("ascii"), number)
+        except (BadField, UnicodeDecodeError) as error:
+            raise self.bad(host, "host and port to answer to", str(error)) from None
+
+    def text(self, index: int) -> str | None:
+        """Free text for people: cut, and without anything that could break a log line."""
+        raw = self.frame(index)[:MAX_TEXT].decode("utf-8", errors="replace")
+        return "".join(c if c.isprintable() else " " for c in raw) or None
+
+    def packed(self, index: int, code: str, what: str) -> tuple[int, ...]:
+        return self._unpack(index, code, what, self.frame(index))
+
+    def lists(self, index: int, code: str, what: str) -> IntLists:
+        """A count, that many byte lengths, then the packed lists themselves; empty for no list at all."""
+        raw = self.frame(index)
+        if not raw:
+            return ()
+        count = int.from_bytes(raw[:4], "little")
+        head = 4 * (count + 1)
+        if len(raw) < head:
+            raise self.bad(index, what, f"{len(raw)} bytes cannot hold the lengths of {count} lists")
+        ends = [
+            head,
+            *(int(n) for n in np.cumsum(np.frombuffer(raw[4:head], "<u4"), dtype=np.uint64) + np.uint64(head)),
+        ]
+        if ends[-1] != len(raw):
+            raise self.bad(index, what, f"the lists should end at byte {ends[-1]}, the frame ends at {len(raw)}")
+        return tuple(self._unpack(index, code, what, raw[start:end]) for start, end in itertools.pairwise(ends))
+
+    def pages(self, index: int, what: str) -> Pages:
+        raw = self.frame(index)
+        if len(raw) % _PAGE.itemsize:
+            raise self.bad(index, what, f"{len(raw)} bytes are no whole number of i32")
+        pages = np.frombuffer(raw, dtype=_PAGE)
+        if len(pages) and int(pages.min()) < 0:
+            raise self.bad(index, what, f"page {int(pages.min())} is below 0")
+        return pages
+
+    def _unpack(self, index: int, code: str, what: str, raw: bytes) -> tuple[int, ...]:
+        width = struct.calcsize(f"<{code}")
+        if len(raw) % width:
+            raise self.bad(index, what, f"{len(raw)} bytes are no whole number of {width}-byte integers")
+        return struct.unpack(f"<{len(raw) // width}{code}", raw)
+
+
+def _put(number: int) -> bytes:
+    return b"%d" % number
+
+
+def _put_endpoint(endpoint: Endpoint) -> list[bytes]:
+    return [endpoint.host.encode("ascii"), _put(endpoint.port)]
+
+
+def _pack(code: str, numbers: Sequence[int]) -> bytes:
+    return struct.pack(f"<{len(numbers)}{code}", *numbers)
+
+
+def _pack_lists(code: str, lists: IntLists) -> bytes:
+    if not lists:
+        return b""
+    packed = [_pack(code, numbers) for numbers in lists]
+    return _pack("I", [len(packed), *map(len, packed)]) + b"".join(packed)
