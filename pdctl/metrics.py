@@ -126,7 +126,9 @@ class RegistryMetrics:
         )
         # Children are looked up once: they stand in the path of every request
         self._changes = {kind: changes.labels(kind) for kind in SeatChangeKind}
-        self._lookups = {(what, found): lookups.labels(what, found) for what in Lookup for found in Found}
+        impossible = {(Lookup.TOPOLOGY, Found.UNKNOWN), (Lookup.ROOM, Found.NOT_READY)}
+        pairs = [(what, found) for what in Lookup for found in Found if (what, found) not in impossible]
+        self._lookups = {pair: lookups.labels(*pair) for pair in pairs}
         self._refusals = {reason: refusals.labels(reason) for reason in Refusal}
         self._instances = Gauge(
             "pdctl_registry_instances", "Instances known, by whether they are complete.", ["ready"], registry=registry
@@ -135,6 +137,7 @@ class RegistryMetrics:
             "pdctl_registry_seats", "Seats of all instances: held, or missing.", ["state"], registry=registry
         )
         self._rooms = Gauge("pdctl_registry_rooms", "Bootstrap rooms held.", registry=registry)
+        self.follow(list, int)
 
     def changed(self, kind: SeatChangeKind) -> None:
         self._changes[kind].inc()
