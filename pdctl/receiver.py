@@ -1,0 +1,492 @@
+"""
+Drives one room's arrival: pages of this decode rank, named to prefill ranks that write into them.
+
+The mirror image of sender.py. One object a room, whose state lives and dies with it; what outlives rooms is which
+prefill ranks know our memory, and the pages that somebody may still write.
+
+    async with Receiver(engine.session, link.send, link.endpoint, kv, aux, 0, 1, timeouts, clock, metrics) as receiver:
+        ... link.serve(receiver.handle) runs beside ...
+        async with receiver.open(room, prefill, pages, aux_row, release=give_pages_back) as r:
+            await r.arrived()
+
+When is a page free for reuse? `release` is called with the pages (their aux row goes with them), once, when nothing can
+write them any more:
+
+- after success, on leaving the block: the prefill's engine has had every block acknowledged by ours;
+- when no prefill rank was told of them;
+- after any other ending, when every prefill rank that was told has confirmed our abort (it has stopped submitting and
+  its blocks are at rest), or has proven to be gone, and `drain_margin_s` more have passed. The margin is for bytes that
+  the prefill's kernel had taken before: they are written into our memory whatever the two engines think, registered or
+  not (MOONCAKE_FACTS H12), and there is no word on the wire for their end.
+
+Until then they show in `receiver.quarantine`. No time frees them by itself: a prefill rank that neither confirms nor
+is gone is asked again every `release_s`, with a warning. Stock SGLang gives such pages away after 30 s, and a stopped
+prefill that goes on writes into the next request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import itertools
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+import structlog
+
+from pdctl.core.address import Endpoint
+from pdctl.core.layout import Pool
+from pdctl.core.plan import Ints
+from pdctl.core.transfer import OVERDUE, RECEIVER, Event, Phase, Quarantined, RoomTimeouts, Side, step
+from pdctl.core.wire import (
+    NOT_REGISTERED,
+    Abort,
+    AbortAck,
+    AuxData,
+    Metadata,
+    RegisterBuffers,
+    Status,
+    Unknown,
+    parse_to_decode,
+)
+from pdctl.errands import Errands
+from pdctl.errors import BadFrames, CallerError, RoomFailed, Unreachable
+from pdctl.metrics import Metrics
+
+log = structlog.get_logger(__name__)
+
+Send = Callable[[Endpoint, Sequence[bytes]], Awaitable[None]]
+IsGone = Callable[[Endpoint], Awaitable[bool]]
+Release = Callable[[Ints], None]
+
+_FLUSH_S = 1.0  # what a peer is allowed for taking a last abort
+_MAX_PREFILLS = 4096  # prefill ranks of which is remembered that they know our memory
+
+
+async def never_gone(_: Endpoint) -> bool:
+    """For those who cannot find out."""
+    return False
+
+
+@dataclass(slots=True)
+class _Prefill:
+    """Whether a prefill rank has been told of our memory; the lock makes rooms of the same moment tell it once."""
+
+    told: bool = False
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+@dataclass(slots=True)
+class _Held:
+    """Pages of a failed room; `asked`: by the generation of our abort, the prefill ranks that have not confirmed."""
+
+    room: int
+    pages: Ints
+    release: Release | None
+    reason: str
+    since: float
+    asked: dict[int, Endpoint]
+    timer: asyncio.TimerHandle | None = None
+
+
+class Receiver:
+    """A decode rank's receiving side. Open with `async with`; give `handle` every message of the control link.
+
+    session: under which our engine is reached; reply: where this control link is. is_gone: whether a prefill rank's
+    process has proven to have ended (`PeerLink.is_gone`): its engine is in that process.
+    """
+
+    def __init__(
+        self,
+        session: str,
+        send: Send,
+        reply: Endpoint,
+        kv: Pool,
+        aux: Pool,
+        tp_rank: int,
+        tp_size: int,
+        timeouts: RoomTimeouts,
+        clock: Callable[[], float],
+        metrics: Metrics,
+        is_gone: IsGone = never_gone,
+    ) -> None:
+        self.session, self.reply, self.kv, self.aux, self.timeouts = session, reply, kv, aux, timeouts
+        self.clock, self.metrics = clock, metrics.rooms
+        self._registration = _registration(session, reply, kv, aux, tp_rank, tp_size).to_frames()
+        self._send, self._is_gone = send, is_gone
+        self._prefills: OrderedDict[Endpoint, _Prefill] = OrderedDict()
+        self._rooms: dict[int, ArrivingRoom] = {}
+        self._held: list[_Held] = []
+        self._generations = itertools.count(1)
+        self.errands = Errands()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._held:
+            log.warning("closing while pages may still be written", rooms=len(self._held))
+        await self.errands.aclose(_FLUSH_S)
+        for held in self._held:
+            _cancel(held.timer)
+
+    @property
+    def rooms(self) -> tuple[int, ...]:
+        """Open now."""
+        return tuple(self._rooms)
+
+    @property
+    def prefills(self) -> tuple[Endpoint, ...]:
+        """Prefill ranks that have been told of our memory."""
+        return tuple(at for at, prefill in self._prefills.items() if prefill.told)
+
+    @property
+    def quarantine(self) -> tuple[Quarantined, ...]:
+        """Pages of failed rooms that a prefill rank, or bytes on their way, may still write."""
+        return tuple(
+            Quarantined(held.room, held.pages, held.since, held.reason, tuple(map(str, held.asked.values())))
+            for held in self._held
+        )
+
+    def open(
+        self,
+        room: int,
+        prefill: Endpoint | Sequence[Endpoint],
+        pages: npt.ArrayLike,
+        aux_row: int,
+        prefix_len: int = 0,
+        responses: int = 1,
+        release: Release | None = None,
+        *,
+        ranks: Collection[int] | None = None,
+        dummies: Sequence[Endpoint] = (),
+        required: int = 1,
+    ) -> ArrivingRoom:
+        """`pages`, shape (n,), and `aux_row` are where `prefill` writes what follows `prefix_len` tokens.
+
+        responses: how many different prefill ranks must report success. ranks: the ids whose reports count, where they
+        are known. dummies: prefill ranks that must hear of the room and write nothing. required: how many decode ranks
+        each of them must hear of.
+        """
+        given = np.asarray(pages, dtype=np.int64).ravel()
+        prefills = (prefill,) if isinstance(prefill, Endpoint) else tuple(prefill)
+        self._check_own(given, aux_row, prefills)
+        named = Metadata(room, self.reply, self.session, given.astype(np.int32), aux_row, required, prefix_len)
+        dummy = Metadata(room, self.reply, self.session, np.empty(0, np.int32), None, required, prefix_len)
+        telling = [(at, named) for at in prefills] + [(at, dummy) for at in dummies]
+        return ArrivingRoom(self, named, telling, responses, None if ranks is None else frozenset(ranks), release)
+
+    def handle(self, frames: Sequence[bytes]) -> None:
+        """One message of a prefill rank. Raises BadFrames for one that cannot be read or must not be obeyed."""
+        match parse_to_decode(frames):
+            case Status() as status:
+                self._status(status)
+            case AbortAck() as ack:
+                self._acknowledged(ack)
+            case AuxData() as aux:
+                self._aux_data(aux)
+            case Unknown() as other:
+                log.debug("message not used", message=other.tag)
+
+    def gone(self, prefill: Endpoint, why: str) -> None:
+        """The process at `prefill` has proven to have ended: its rooms fail now, and its pages wait for the margin."""
+        self.forget(prefill)
+        for room in list(self._rooms.values()):
+            room.prefill_gone(prefill, why)
+        self._confirm_gone(prefill)
+
+    def forget(self, prefill: Endpoint) -> None:
+        """Tell this prefill rank of our memory again before its next room."""
+        self._prefills.pop(prefill, None)
+
+    # --- what prefill ranks say
+
+    def _status(self, status: Status) -> None:
+        room = self._rooms.get(status.room)
+        if room is None:
+            log.debug("status of an unknown room", room=status.room, rank=status.rank)
+        else:
+            room.reported(status)
+
+    def _acknowledged(self, ack: AbortAck) -> None:
+        """Generations are ours and never used twice, so each names one prefill rank's share of one room."""
+        for held in self._held:
+            if held.room == ack.room and ack.generation in held.asked:
+                self._confirm(held, ack.generation)
+                return
+        log.debug("late or unknown abort ack", room=ack.room, generation=ack.generation)
+
+    def _aux_data(self, aux: AuxData) -> None:
+        """Write it if it is this room's own row in one of our buffers, whole; stock writes wherever it is told to."""
+        room = self._rooms.get(aux.room)
+        if room is None or room.phase is not Phase.TRANSFERRING:
+            raise BadFrames(f"aux data for room {aux.room}, which waits for none")
+        if aux.row != room.named.aux_row:
+            raise BadFrames(f"aux data frame 3 (row): {aux.row} is not the row of room {aux.room}")
+        if aux.buffer >= len(self.aux):
+            raise BadFrames(f"aux data frame 2 (buffer): {aux.buffer}, there are {len(self.aux)}")
+        nbytes = self.aux.item_lens[aux.buffer]
+        if len(aux.data) != nbytes:
+            raise BadFrames(f"aux data frame 5 (data): {len(aux.data)} bytes, a row of the buffer has {nbytes}")
+        ctypes.memmove(self.aux.pointers[aux.buffer] + aux.row * nbytes, aux.data, nbytes)
+
+    # --- for the rooms
+
+    def enter(self, room: ArrivingRoom) -> None:
+        if room.room in self._rooms:
+            raise CallerError(f"room {room.room} is open already: give each request a room of its own")
+        self._rooms[room.room] = room
+        self.metrics.opened(Side.RECEIVER)
+
+    def leave(self, room: ArrivingRoom) -> None:
+        del self._rooms[room.room]
+        self.metrics.ended(Side.RECEIVER, room.phase, self.clock() - room.opened_at)
+
+    async def tell_memory(self, prefill: Endpoint) -> None:
+        """Register our buffers there, unless that has been done. Raises Unreachable."""
+        known = self._prefills.setdefault(prefill, _Prefill())
+        self._prefills.move_to_end(prefill)
+        while len(self._prefills) > _MAX_PREFILLS:
+            self._prefills.popitem(last=False)
+        async with known.lock:
+            if not known.told:
+                await self._send(prefill, self._registration)
+                known.told = True
+
+    async def tell_pages(self, prefill: Endpoint, named: Metadata) -> None:
+        """Raises Unreachable, and then `prefill` does not know of the pages."""
+        await self._send(prefill, named.to_frames())
+
+    def hold(self, room: ArrivingRoom, told: Sequence[Endpoint], release: Release | None) -> None:
+        """Keep the room's pages until every one of `told` has confirmed that it writes no more."""
+        asked = {next(self._generations): at for at in told}
+        held = _Held(room.room, room.pages, release, room.reason or "", self.clock(), asked)
+        self._held.append(held)
+        self.metrics.quarantined(Side.RECEIVER, len(held.pages))
+        self._ask(held)
+
+    # --- quarantine
+
+    def _ask(self, held: _Held) -> None:
+        for generation, at in held.asked.items():
+            self.errands.spawn(f"abort to {at}", self._ask_one(held, generation, at))
+        held.timer = asyncio.get_running_loop().call_later(self.timeouts.release_s, self._ask_again, held)
+
+    def _ask_again(self, held: _Held) -> None:
+        log.warning(
+            "pages stay in quarantine: no word that nobody writes them",
+            room=held.room,
+            pages=len(held.pages),
+            for_s=round(self.clock() - held.since, 1),
+            waiting_for=[str(at) for at in held.asked.values()],
+        )
+        self._ask(held)
+
+    async def _ask_one(self, held: _Held, generation: int, at: Endpoint) -> None:
+        try:
+            await self._send(at, Abort(held.room, self.reply, generation).to_frames())
+            return
+        except Unreachable as error:
+            log.warning("prefill rank not told of an abort", room=held.room, to=str(at), why=str(error))
+        if await self._is_gone(at):
+            self.gone(at, "its host says that nobody listens there any more")
+
+    def _confirm_gone(self, prefill: Endpoint) -> None:
+        for held in list(self._held):
+            for generation in [g for g, at in held.asked.items() if at == prefill]:
+                self._confirm(held, generation)
+
+    def _confirm(self, held: _Held, generation: int) -> None:
+        del held.asked[generation]
+        if not held.asked:
+            _cancel(held.timer)
+            loop = asyncio.get_running_loop()
+            held.timer = loop.call_later(self.timeouts.drain_margin_s, self._let_go, held)
+
+    def _let_go(self, held: _Held) -> None:
+        self._held.remove(held)
+        self.metrics.quarantined(Side.RECEIVER, -len(held.pages))
+        if held.release is not None:
+            held.release(held.pages)
+
+    def _check_own(self, pages: Ints, aux_row: int, prefills: Sequence[Endpoint]) -> None:
+        """Our own mistakes are found here, before a stranger is asked to write somewhere."""
+        if not prefills:
+            raise CallerError("no prefill rank given: a room needs at least one")
+        for what, items, pool in (("page", pages, self.kv), ("aux row", np.asarray([aux_row]), self.aux)):
+            limit = 2**31 if pool.n_items is None else pool.n_items
+            wrong = items[(items < 0) | (items >= limit)]
+            if len(wrong):
+                raise CallerError(f"{what} {wrong[0]} is outside the pool, which has {limit}: check the page table")
+        if len(np.unique(pages)) != len(pages):
+            raise CallerError("a page is named twice in one room: check the page table")
+
+
+class ArrivingRoom:
+    """One room at the decode side. Every failure comes out of its methods as RoomFailed with the first cause."""
+
+    def __init__(
+        self,
+        receiver: Receiver,
+        named: Metadata,
+        telling: Sequence[tuple[Endpoint, Metadata]],
+        responses: int,
+        ranks: frozenset[int] | None,
+        release: Release | None,
+    ) -> None:
+        self.room = named.room
+        self.named = named
+        self.pages = named.pages.astype(np.int64)
+        self.phase = Phase.BOOTSTRAPPING
+        self.reason: str | None = None
+        self.opened_at = receiver.clock()
+        self._of = receiver
+        self._telling = telling
+        self._responses = responses
+        self._ranks = ranks
+        self._release = release
+        self._told: list[Endpoint] = []
+        self._answers: set[int] = set()
+        self._ended = asyncio.Event()
+        self._announcing: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def __aenter__(self) -> Self:
+        self._of.enter(self)
+        self._watch()
+        try:
+            await self._announce()
+        except BaseException as error:
+            self._fail(Event.ABORTED, f"the decode engine left the room on {type(error).__name__}: {error}")
+            self._leave()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        why = "before its pages arrived" if error is None else f"on {type(error).__name__}: {error}"
+        self._fail(Event.ABORTED, f"the decode engine left the room {why}")
+        self._leave()
+
+    async def arrived(self) -> None:
+        """Return when every prefill rank that has to has reported success: pages and aux row are here."""
+        await self._ended.wait()
+        self._check()
+
+    # --- what prefill ranks say
+
+    def reported(self, status: Status) -> None:
+        """Before we have named our pages it speaks of an earlier room; 2 only says that prefill has computed."""
+        expected = self._ranks is None or status.rank in self._ranks
+        if not expected or not self._told or status.phase not in (Phase.SUCCESS, Phase.FAILED):
+            log.debug("status not used", room=self.room, rank=status.rank, phase=status.phase.name)
+        elif status.phase is Phase.FAILED:
+            self._prefill_failed(status)
+        elif status.rank not in self._answers:
+            self._answers.add(status.rank)
+            complete = len(self._answers) >= self._responses
+            self._step(Event.ALL_ANSWERED if complete else Event.PREFILL_ANSWERED)
+
+    def prefill_gone(self, prefill: Endpoint, why: str) -> None:
+        if any(at == prefill for at, _ in self._telling):
+            self._fail(Event.PEER_FAILED, f"prefill rank at {prefill} is gone: {why}")
+
+    def _prefill_failed(self, status: Status) -> None:
+        reason = status.reason or "it gave no reason, see its log for this room"
+        if reason.startswith(NOT_REGISTERED):
+            self._forget_all()
+        self._fail(Event.PEER_FAILED, f"prefill rank {status.rank} says: {reason}")
+
+    # --- telling
+
+    async def _announce(self) -> None:
+        try:
+            for at, _ in self._telling:
+                await self._of.tell_memory(at)
+            self._step(Event.BUFFERS_REGISTERED)
+            for at, named in self._telling:
+                self._check()
+                await self._tell(at, named)
+            self._step(Event.METADATA_SENT)
+        except Unreachable as error:
+            self._forget_all()
+            self._fail(Event.PEER_UNREACHABLE, str(error))
+        self._check()
+
+    async def _tell(self, at: Endpoint, named: Metadata) -> None:
+        self._told.append(at)  # before: cancelled in the middle, it may have been told
+        try:
+            await self._of.tell_pages(at, named)
+        except Unreachable:
+            self._told.remove(at)
+            raise
+
+    def _forget_all(self) -> None:
+        for at, _ in self._telling:
+            self._of.forget(at)
+
+    # --- phases and endings
+
+    def _step(self, event: Event) -> None:
+        before, self.phase = self.phase, step(RECEIVER, self.phase, event)
+        if self.phase is not before and self.phase is not Phase.WAITING_FOR_INPUT:  # which shares a limit with before
+            self._watch()
+        if self.phase.is_final:
+            self._ended.set()
+
+    def _check(self) -> None:
+        if self.phase is Phase.FAILED:
+            raise RoomFailed(self.room, self.reason or "for no known reason")
+
+    def _fail(self, event: Event, reason: str) -> None:
+        """The first cause wins: a finished room stays as it is."""
+        if self.phase.is_final:
+            return
+        self.reason = reason
+        self._step(event)
+        log.warning("room failed", room=self.room, side=Side.RECEIVER.value, event=event.value, reason=reason)
+        if self._told:
+            self._of.hold(self, self._told, self._release)
+            self._release = None
+
+    def _watch(self) -> None:
+        _cancel(self._timer)
+        self._timer = None
+        if not self.phase.is_final:
+            limit_s = OVERDUE[Side.RECEIVER, self.phase].limit_s(self._of.timeouts)
+            self._timer = asyncio.get_running_loop().call_later(limit_s, self._overdue)
+
+    def _overdue(self) -> None:
+        who = "prefill at " + ", ".join(str(at) for at, _ in self._telling)
+        self._forget_all()  # silence may mean another process there
+        self._fail(Event.TIMED_OUT, OVERDUE[Side.RECEIVER, self.phase].sentence(self._of.timeouts, who))
+
+    def _leave(self) -> None:
+        """Here `release` is still ours only after success, or when nobody was told of the pages."""
+        self._of.leave(self)
+        if self._release is not None:
+            self._release(self.pages)
+
+
+def _registration(session: str, reply: Endpoint, kv: Pool, aux: Pool, tp_rank: int, tp_size: int) -> RegisterBuffers:
+    return RegisterBuffers(
+        reply=reply,
+        session=session,
+        kv_pointers=kv.pointers,
+        aux_pointers=aux.pointers,
+        tp_rank=tp_rank,
+        tp_size=tp_size,
+        kv_item_len=kv.item_lens[0] if kv.item_lens else 0,
+        kv_item_lens=kv.item_lens,
+    )
+
+
+def _cancel(timer: asyncio.TimerHandle | None) -> None:
+    if timer is not None:
+        timer.cancel()

@@ -1,0 +1,588 @@
+"""
+Drives one room's sends: pages of this prefill rank into the pages that decode ranks have named.
+
+The mirror image of receiver.py. One object a room, whose state lives and dies with it; what outlives rooms is who has
+registered which memory. Nothing is retried: a room that fails ends with its first cause, here and at every decode rank.
+
+    async with Sender(engine, link.send, kv, aux, rank, gate, timeouts, clock, metrics) as sender:
+        ... link.serve(sender.handle) runs beside ...
+        async with sender.open(room, release=give_pages_back) as r:
+            await r.peers_ready()
+            await r.send(pages)          # as often as there are chunks
+            await r.finish(aux_row)
+
+A source page is free for reuse when `release` has been called with it: on leaving the block, or, where the engine could
+not bring its blocks to rest in time, when it has. Until then it shows in `sender.quarantine`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import structlog
+
+from pdctl.core.address import Endpoint
+from pdctl.core.layout import Pool, check_pair
+from pdctl.core.plan import CopyPlan, Ints, item_plan
+from pdctl.core.sessions import Gate
+from pdctl.core.transfer import OVERDUE, SENDER, Event, Phase, Quarantined, RoomTimeouts, Side, step
+from pdctl.core.wire import (
+    NOT_REGISTERED,
+    Abort,
+    AbortAck,
+    Bootstrap,
+    Metadata,
+    RegisterBuffers,
+    Status,
+    Unknown,
+    parse_to_prefill,
+)
+from pdctl.engine.base import Engine
+from pdctl.errands import Errands
+from pdctl.errors import (
+    CallerError,
+    LayoutMismatch,
+    PdctlError,
+    RoomFailed,
+    SessionBlocked,
+    TransferFailed,
+    Unreachable,
+)
+from pdctl.metrics import Metrics
+
+log = structlog.get_logger(__name__)
+
+Send = Callable[[Endpoint, Sequence[bytes]], Awaitable[None]]
+Release = Callable[[Ints], None]
+
+_FLUSH_S = 1.0  # what a peer is allowed for taking a last status
+
+
+@dataclass(frozen=True, slots=True)
+class SenderLimits:
+    """What strangers can make this side remember.
+
+    max_peers: decode ranks whose memory is known; the one unused for longest is forgotten, and told so when it asks.
+    max_early_rooms, max_early_pages: metadata that came before the engine opened the room; the oldest is forgotten.
+    """
+
+    max_peers: int = 4096
+    max_early_rooms: int = 4096
+    max_early_pages: int = 16 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class _Destination:
+    """Where one decode rank wants one room."""
+
+    kv: Pool
+    aux: Pool
+    named: Metadata
+
+    @property
+    def session(self) -> str:
+        return self.named.session
+
+
+class Sender:
+    """A prefill rank's sending side. Open with `async with`; give `handle` every message of the control link."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        send: Send,
+        kv: Pool,
+        aux: Pool,
+        rank: int,
+        gate: Gate,
+        timeouts: RoomTimeouts,
+        clock: Callable[[], float],
+        metrics: Metrics,
+        limits: SenderLimits | None = None,
+    ) -> None:
+        self.engine, self.kv, self.aux, self.gate, self.timeouts = engine, kv, aux, gate, timeouts
+        self.clock, self.metrics = clock, metrics.rooms
+        self._send, self._rank = send, rank
+        self._limits = limits or SenderLimits()
+        self._peers: OrderedDict[str, RegisterBuffers] = OrderedDict()
+        self._rooms: dict[int, SendingRoom] = {}
+        self._unsettled: set[SendingRoom] = set()
+        self._early = _EarlyBook(self._limits, timeouts.bootstrap_s)
+        self.errands = Errands()
+        self.settling = Errands(limit=None)  # as many as rooms were left unsettled, and none may be dropped
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._unsettled:
+            log.warning("closing while the engine still reads pages", rooms=len(self._unsettled))
+        await self.settling.aclose(flush_s=0)
+        await self.errands.aclose(_FLUSH_S)
+
+    @property
+    def rooms(self) -> tuple[int, ...]:
+        """Open now."""
+        return tuple(self._rooms)
+
+    @property
+    def early(self) -> tuple[int, ...]:
+        """Rooms that decode ranks have named and this engine has not opened."""
+        return tuple(self._early.rooms(self.clock()))
+
+    @property
+    def sessions(self) -> tuple[str, ...]:
+        """Decode sessions whose memory is known."""
+        return tuple(self._peers)
+
+    @property
+    def quarantine(self) -> tuple[Quarantined, ...]:
+        """Pages of finished rooms that the engine may still read."""
+        return tuple(room.quarantined() for room in self._unsettled)
+
+    def open(self, room: int, required: int | None = None, release: Release | None = None) -> SendingRoom:
+        """`required`: decode ranks to hear of; by default what their metadata says."""
+        return SendingRoom(self, room, required, release)
+
+    def handle(self, frames: Sequence[bytes]) -> None:
+        """One message of a decode rank. Raises BadFrames for one that cannot be read; changes nothing then."""
+        match parse_to_prefill(frames):
+            case RegisterBuffers() as said:
+                self._registered(said)
+            case Metadata() as named:
+                self._named(named)
+            case Abort() as abort:
+                self._aborted(abort)
+            case Bootstrap() | Unknown() as other:
+                log.debug("message not used", message=type(other).__name__)
+
+    def _registered(self, said: RegisterBuffers) -> None:
+        before = self._peers.get(said.session)
+        self._peers[said.session] = said
+        self._peers.move_to_end(said.session)
+        while len(self._peers) > self._limits.max_peers:
+            self._peers.popitem(last=False)
+        if before is not None and before != said:
+            for room in list(self._rooms.values()):
+                room.peer_replaced(said.session)
+        self.engine.forget(said.session)
+        self.gate.registered(said.session)
+        log.info("decode rank registered", session=said.session, entries=len(said.kv_pointers), reply=str(said.reply))
+
+    def _named(self, named: Metadata) -> None:
+        room = self._rooms.get(named.room)
+        if room is None or room.phase.is_final:  # the next use of a room id may come while the last is being left
+            self._early.put(named, self.clock())
+        else:
+            room.named(named)
+
+    def _aborted(self, abort: Abort) -> None:
+        room = self._rooms.get(abort.room) or next((r for r in self._unsettled if r.room == abort.room), None)
+        if room is not None:
+            room.aborted(abort)
+            return
+        self._early.abort(abort, self.clock())
+        if abort.reply is not None and abort.generation is not None:
+            self.acknowledge(abort.room, abort.reply, abort.generation)  # nothing of it is in flight
+
+    # --- for the rooms
+
+    def enter(self, room: SendingRoom) -> tuple[list[Metadata], str | None]:
+        """Take the room in; what was said about it before, and why it is over already if it is."""
+        if room.room in self._rooms:
+            raise CallerError(f"room {room.room} is open already: give each request a room of its own")
+        self._rooms[room.room] = room
+        self.metrics.opened(Side.SENDER)
+        return self._early.take(room.room, self.clock())
+
+    def leave(self, room: SendingRoom) -> None:
+        del self._rooms[room.room]
+        self.metrics.ended(Side.SENDER, room.phase, self.clock() - room.opened_at)
+
+    def unsettled(self, room: SendingRoom, n_pages: int) -> None:
+        self._unsettled.add(room)
+        self.metrics.quarantined(Side.SENDER, n_pages)
+
+    def settled(self, room: SendingRoom, n_pages: int) -> None:
+        self._unsettled.remove(room)
+        self.metrics.quarantined(Side.SENDER, -n_pages)
+
+    def pair(self, named: Metadata) -> _Destination:
+        """Raises a PdctlError, with its reason, when this decode rank cannot be served."""
+        said = self._peers.get(named.session)
+        if said is None:
+            raise CallerError(f"{NOT_REGISTERED}: {named.session} must send its buffer registration before metadata")
+        self._peers.move_to_end(named.session)
+        blocked = self.gate.reason_blocked(named.session)
+        if blocked is not None:
+            raise SessionBlocked(named.session, blocked)
+        _check_supported(said, named)
+        destination = _Destination(said.kv_pool(), said.aux_pool(self.aux.item_lens), named)
+        check_pair(self.kv, destination.kv, "KV")
+        return destination
+
+    def report(self, to: Endpoint, room: int, phase: Phase, reason: str | None = None) -> None:
+        self._post(to, Status(room, phase, self._rank, reason).to_frames(), "status")
+
+    def acknowledge(self, room: int, to: Endpoint, generation: int) -> None:
+        self._post(to, AbortAck(room, self._rank, generation).to_frames(), "abort ack")
+
+    def _post(self, to: Endpoint, frames: Sequence[bytes], what: str) -> None:
+        async def deliver() -> None:
+            try:
+                await self._send(to, frames)
+            except Unreachable as error:
+                log.warning("decode rank not told", what=what, to=str(to), why=str(error))
+
+        self.errands.spawn(f"{what} to {to}", deliver())
+
+
+class SendingRoom:
+    """One room at the prefill side. Every failure comes out of its methods as RoomFailed with the first cause."""
+
+    def __init__(self, sender: Sender, room: int, required: int | None, release: Release | None) -> None:
+        self.room = room
+        self.phase = Phase.BOOTSTRAPPING
+        self.reason: str | None = None
+        self.opened_at = sender.clock()
+        self._of = sender
+        self._required = required
+        self._release = release
+        self._named: dict[str, Metadata] = {}
+        self._destinations: dict[str, _Destination] = {}
+        self._acks: dict[Endpoint, int] = {}
+        self._writes: set[asyncio.Task[None]] = set()
+        self._unsettled: set[str] = set()
+        self._sources: list[Ints] = []
+        self._n_sent = 0
+        self._left_at = 0.0
+        self._no_longer_bootstrapping = asyncio.Event()
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def __aenter__(self) -> Self:
+        early, over = self._of.enter(self)
+        self._watch()
+        for named in early:
+            self.named(named)
+        if over is not None:
+            self._fail(Event.PEER_FAILED, over)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        why = "before its last chunk" if error is None else f"on {type(error).__name__}: {error}"
+        self._fail(Event.ABORTED, f"the prefill engine left the room {why}")
+        try:
+            await self._rest()
+        finally:
+            self._leave()
+
+    @property
+    def prefix_len(self) -> int:
+        """Tokens that decode has already; known when the peers are ready."""
+        return max((named.prefix_len for named in self._named.values()), default=0)
+
+    @property
+    def n_pages(self) -> int:
+        """Pages that decode expects; known when the peers are ready."""
+        return max((len(named.pages) for named in self._named.values()), default=0)
+
+    async def peers_ready(self) -> None:
+        """Return when every decode rank of the room has named its pages."""
+        await self._no_longer_bootstrapping.wait()
+        self._check()
+
+    async def send(self, pages: npt.ArrayLike) -> None:
+        """Copy `pages`, shape (n,), to the next n of the pages that decode named; returns when they have landed."""
+        source = np.asarray(pages, dtype=np.int64).ravel()
+        start, end = self._n_sent, self._n_sent + len(source)
+        self._check()
+        self._step(Event.CHUNK_QUEUED)
+        self._n_sent = end
+        self._sources.append(source)
+        await self._write(lambda d: self._chunk(d, source, start, end))
+        self._step(Event.CHUNK_LANDED)
+
+    async def finish(self, aux_row: int | None = None) -> None:
+        """Copy the aux row, shape of one item, when all chunks have landed; then the decode ranks hear of success."""
+        while self._writes:
+            await asyncio.wait(self._writes)
+        self._check()
+        self._step(Event.CHUNK_QUEUED)
+        await self._write(lambda d: self._last(d, aux_row))
+        self._step(Event.LAST_CHUNK_LANDED)
+        for destination in self._destinations.values():
+            self._of.report(destination.named.reply, self.room, Phase.SUCCESS)
+
+    # --- what peers say
+
+    def named(self, named: Metadata) -> None:
+        """A decode rank has named its pages. What comes when the room is complete is late or a repetition."""
+        if self.phase is not Phase.BOOTSTRAPPING:
+            log.debug("late metadata", room=self.room, session=named.session)
+            return
+        self._named[named.session] = named
+        if not named.is_dummy:
+            try:
+                self._destinations[named.session] = self._of.pair(named)
+            except PdctlError as error:
+                self._fail(Event.TRANSFER_FAILED, str(error))
+                return
+        required = self._required or max(each.required for each in self._named.values())
+        complete = len(self._named) >= required
+        self._step(Event.ALL_NAMED_PAGES if complete else Event.PEER_NAMED_PAGES)
+        if complete:
+            self._no_longer_bootstrapping.set()
+
+    def aborted(self, abort: Abort) -> None:
+        """A decode rank has given the room up; acknowledged when nothing of the room is in flight."""
+        who = f"decode rank {abort.reply}" if abort.reply else "a decode rank"
+        self._fail(Event.PEER_FAILED, f"{who} has given the room up: see its log", but_tell_not=abort.reply)
+        if abort.reply is not None and abort.generation is not None:
+            self._acks[abort.reply] = abort.generation
+            self._acknowledge_at_rest()
+
+    def peer_replaced(self, session: str) -> None:
+        """Another process, or other memory, has announced itself under this session."""
+        if session in self._destinations:
+            self._fail(Event.TRANSFER_FAILED, f"decode session {session} has registered other memory in mid-room")
+
+    def quarantined(self) -> Quarantined:
+        waiting_for = tuple(sorted(self._unsettled)) or tuple(sorted(self._destinations))
+        return Quarantined(self.room, self._pages(), self._left_at, self.reason or "", waiting_for)
+
+    # --- planning and writing
+
+    def _chunk(self, to: _Destination, source: Ints, start: int, end: int) -> CopyPlan:
+        named = to.named.pages
+        if end > len(named):
+            raise LayoutMismatch(
+                f"KV: decode session {to.session} named {len(named)} pages and page {end} is being sent: "
+                "start both with the same page size, and count from the same prefix"
+            )
+        return item_plan(self._of.kv, to.kv, source, named[start:end], "KV")
+
+    def _last(self, to: _Destination, aux_row: int | None) -> CopyPlan:
+        if self._n_sent != len(to.named.pages):
+            raise LayoutMismatch(
+                f"KV: decode session {to.session} named {len(to.named.pages)} pages and {self._n_sent} were sent: "
+                "start both with the same page size, and count from the same prefix"
+            )
+        if aux_row is None or to.named.aux_row is None:
+            return CopyPlan.of()
+        return item_plan(self._of.aux, to.aux, [aux_row], [to.named.aux_row], "aux")
+
+    async def _write(self, plan: Callable[[_Destination], CopyPlan]) -> None:
+        """Perform one plan for each destination, at once; return when all have landed, or raise RoomFailed."""
+        try:
+            plans = [(each, plan(each)) for each in self._destinations.values()]
+        except LayoutMismatch as error:
+            self._fail(Event.TRANSFER_FAILED, str(error))
+            plans = []
+        writes = {self._start(self._write_one(to, what)) for to, what in plans if len(what)}
+        self._watch()
+        try:
+            while running := writes & self._writes:
+                await asyncio.wait(running)
+        except asyncio.CancelledError:
+            self._fail(Event.ABORTED, "the prefill engine cancelled the send")
+            await self._rest()
+            raise
+        self._check()
+
+    def _start(self, write: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(write, name=f"write of room {self.room}")
+        self._writes.add(task)
+        task.add_done_callback(self._write_ended)
+        return task
+
+    async def _write_one(self, to: _Destination, plan: CopyPlan) -> None:
+        blocked = self._of.gate.reason_blocked(to.session)
+        if blocked is not None:
+            self._fail(Event.TRANSFER_FAILED, str(SessionBlocked(to.session, blocked)))
+            return
+        try:
+            await self._of.engine.write(to.session, plan, deadline_s=self._of.timeouts.transfer_s)
+        except TransferFailed as error:
+            if not error.settled:
+                self._unsettled.add(to.session)
+            if error.cause.speaks_of_peer:
+                self._of.gate.failed(to.session, error.cause, error.detail)
+            self._fail(Event.TRANSFER_FAILED, str(error))
+        else:
+            self._of.metrics.sent(plan.total)
+
+    def _write_ended(self, task: asyncio.Task[None]) -> None:
+        self._writes.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("write failed by a defect", room=self.room, exc_info=error)
+            self._fail(Event.TRANSFER_FAILED, f"defect in the transfer engine's adapter: {error!r}")
+        self._watch()
+        self._acknowledge_at_rest()
+
+    async def _rest(self) -> None:
+        while self._writes:
+            await asyncio.wait(self._writes)
+
+    # --- phases and endings
+
+    def _step(self, event: Event) -> None:
+        before, self.phase = self.phase, step(SENDER, self.phase, event)
+        if self.phase is not before:
+            self._watch()
+
+    def _check(self) -> None:
+        if self.phase is Phase.FAILED:
+            raise RoomFailed(self.room, self.reason or "for no known reason")
+
+    def _fail(self, event: Event, reason: str, but_tell_not: Endpoint | None = None) -> None:
+        """The first cause wins: a finished room stays as it is."""
+        if self.phase.is_final:
+            return
+        self.reason = reason
+        self._step(event)
+        log.warning("room failed", room=self.room, side=Side.SENDER.value, event=event.value, reason=reason)
+        current = asyncio.current_task()
+        for write in self._writes:
+            if write is not current:
+                write.cancel()
+        for named in self._named.values():
+            if not named.is_dummy and named.reply != but_tell_not:
+                self._of.report(named.reply, self.room, Phase.FAILED, reason)
+        self._no_longer_bootstrapping.set()
+
+    def _acknowledge_at_rest(self) -> None:
+        if self._writes or self._unsettled:
+            return
+        while self._acks:
+            to, generation = self._acks.popitem()
+            self._of.acknowledge(self.room, to, generation)
+
+    def _watch(self) -> None:
+        """Bound the wait that the room is in. A write is bounded by its own deadline."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if not self.phase.is_final and not self._writes:
+            limit_s = OVERDUE[Side.SENDER, self.phase].limit_s(self._of.timeouts)
+            self._timer = asyncio.get_running_loop().call_later(limit_s, self._overdue)
+
+    def _overdue(self) -> None:
+        if self.phase is Phase.BOOTSTRAPPING:
+            known = f" (heard of: {', '.join(sorted(self._named))})" if self._named else ""
+            who = f"the decode ranks of room {self.room}{known}"
+        else:
+            who = "the prefill engine"
+        self._fail(Event.TIMED_OUT, OVERDUE[Side.SENDER, self.phase].sentence(self._of.timeouts, who))
+
+    def _pages(self) -> Ints:
+        return np.concatenate(self._sources) if self._sources else np.empty(0, np.int64)
+
+    def _leave(self) -> None:
+        self._left_at = self._of.clock()
+        self._of.leave(self)
+        if self._writes or self._unsettled:
+            self._of.unsettled(self, self._n_sent)
+            self._of.settling.spawn(f"settle room {self.room}", self._settle())
+        elif self._release is not None:
+            self._release(self._pages())
+
+    async def _settle(self) -> None:
+        await self._rest()
+        for session in sorted(self._unsettled):
+            await self._of.engine.settle(session)
+        self._unsettled.clear()
+        self._of.settled(self, self._n_sent)
+        self._acknowledge_at_rest()
+        if self._release is not None:
+            self._release(self._pages())
+
+
+@dataclass(slots=True)
+class _Early:
+    """`aborted`: who gave the room up, by the address it answers at; None for one that did not say."""
+
+    expires: float
+    by_session: dict[str, Metadata] = field(default_factory=dict)
+    aborted: set[Endpoint | None] = field(default_factory=set)
+
+
+class _EarlyBook:
+    """Metadata whose room this engine has not opened yet: bounded, expiring, oldest first out."""
+
+    def __init__(self, limits: SenderLimits, ttl_s: float) -> None:
+        self._limits = limits
+        self._ttl_s = ttl_s
+        self._rooms: OrderedDict[int, _Early] = OrderedDict()  # in the order of expiry
+        self._n_pages = 0
+
+    def rooms(self, now: float) -> list[int]:
+        self._expire(now)
+        return list(self._rooms)
+
+    def put(self, named: Metadata, now: float) -> None:
+        """News of a decode rank replaces its older news, an abort included: within a connection ZMQ keeps the order."""
+        early = self._pop(named.room) or _Early(now)
+        early.by_session[named.session] = named
+        early.aborted.discard(named.reply)
+        early.expires = now + self._ttl_s
+        self._rooms[named.room] = early
+        self._n_pages += _n_pages(early)
+        self._expire(now)
+
+    def abort(self, abort: Abort, now: float) -> None:
+        """Remember it only for a room that was named: an abort of a finished room must not reach its id's next use."""
+        self._expire(now)
+        early = self._rooms.get(abort.room)
+        if early is not None:
+            early.aborted.add(abort.reply)
+
+    def take(self, room: int, now: float) -> tuple[list[Metadata], str | None]:
+        self._expire(now)
+        early = self._pop(room)
+        if early is None:
+            return [], None
+        who = ", ".join(sorted(str(reply or "unknown") for reply in early.aborted))
+        over = f"decode rank {who} gave the room up before it was opened here" if who else None
+        return list(early.by_session.values()), over
+
+    def _pop(self, room: int) -> _Early | None:
+        early = self._rooms.pop(room, None)
+        self._n_pages -= 0 if early is None else _n_pages(early)
+        return early
+
+    def _expire(self, now: float) -> None:
+        while self._rooms and self._is_over(now):
+            room = next(iter(self._rooms))
+            log.warning("room was never opened", room=room, early_rooms=len(self._rooms))
+            self._pop(room)
+
+    def _is_over(self, now: float) -> bool:
+        oldest = next(iter(self._rooms.values()))
+        too_many = len(self._rooms) > self._limits.max_early_rooms or self._n_pages > self._limits.max_early_pages
+        return too_many or oldest.expires <= now
+
+
+def _n_pages(early: _Early) -> int:
+    return sum(len(named.pages) + 1 for named in early.by_session.values())
+
+
+def _check_supported(said: RegisterBuffers, named: Metadata) -> None:
+    wanted = {
+        f"a DCP size of {said.dcp_size}": said.dcp_size != 1,
+        "state beside KV": any(named.state_rows),
+        "device pages beside host pages": named.device_pages is not None,
+    }
+    for what, is_wanted in wanted.items():
+        if is_wanted:
+            raise LayoutMismatch(
+                f"decode session {named.session} wants {what}, this prefill moves KV and aux rows: start decode without"
+            )
