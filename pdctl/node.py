@@ -8,9 +8,34 @@ engine and its control link listens, and what it opened last is closed first.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
-from contextlib import asynccontextmanager
+import socket
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager, closing
+from dataclasses import dataclass, replace
+from random import SystemRandom
 from typing import Any
+
+from pdctl import server
+from pdctl.client import RegistryClient
+from pdctl.config import Settings
+from pdctl.core.address import Endpoint
+from pdctl.core.layout import Pool, Region
+from pdctl.core.registry import Registry
+from pdctl.core.rooms import RoomBook
+from pdctl.core.route import Announcement, Seat, Shape
+from pdctl.core.sessions import SessionTable
+from pdctl.dialects import native, sglang
+from pdctl.engine.base import Engine, PeerCard
+from pdctl.engine.mooncake import open_mooncake
+from pdctl.errors import LayoutMismatch, NotReady
+from pdctl.metrics import Metrics
+from pdctl.peer import PeerLink, open_link
+from pdctl.persistence.memory import MemoryJournal
+from pdctl.prober import Prober
+from pdctl.receiver import Receiver
+from pdctl.registrar import Registrar
+from pdctl.sender import Sender
 
 
 class LoopEnded(RuntimeError):
@@ -55,3 +80,187 @@ async def beside(**loops: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
     finally:
         for loop in loops.values():
             loop.close()  # one that was cancelled before its first step has never been awaited
+
+
+@dataclass(frozen=True, slots=True)
+class Sidecar:
+    """A registry that serves. `url` is where it has been bound."""
+
+    url: str
+    registrar: Registrar
+
+
+@asynccontextmanager
+async def sidecar(settings: Settings) -> AsyncIterator[Sidecar]:
+    """The service of `pdctl serve`. Raises AddressTaken before anything else is opened."""
+    sock = server.bind(settings.serve.host, settings.serve.port)
+    metrics = Metrics()
+    rooms = RoomBook(settings.serve.max_rooms, settings.serve.room_ttl_s)
+    registrar = Registrar(Registry(), rooms, MemoryJournal(), metrics, time.monotonic)
+    await registrar.restore()
+    api = server.app([sglang.router(registrar), native.router(registrar)], metrics, unready=list)
+    url = f"http://{server.bound(sock)}"
+    async with beside(http=server.serve(api, sock, grace_s=settings.serve.grace_s), sweep=registrar.sweep()):
+        yield Sidecar(url, registrar)
+
+
+async def register(settings: Settings) -> None:
+    """Register one rank for an engine that cannot; with `hold`, until cancelled. Raises as RegistryClient.register."""
+    given, how = settings.rank, settings.node
+    announcement = given.announcement()
+    async with RegistryClient(how.registry, policy=settings.retry) as client:
+        if given.hold:
+            await client.hold(announcement, how.announce_every_s, how.exhaustion)
+        await client.register(announcement, how.exhaustion)
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillNode:
+    """A prefill rank that is open: its rooms are opened at `sender`."""
+
+    sender: Sender
+    engine: Engine
+    prober: Prober
+    client: RegistryClient
+    metrics_url: str
+
+    @property
+    def registered(self) -> bool:
+        """Whether the registry's last answer about this rank was yes; `/readyz` says the same."""
+        return self.client.registered
+
+
+@asynccontextmanager
+async def prefill_node(
+    settings: Settings, *, kv: Pool, aux: Pool, arena: Region, seat: Seat, shape: Shape
+) -> AsyncIterator[PrefillNode]:
+    """A prefill rank in `seat`: `arena` holds both pools, and is all that peers may reach.
+
+    It announces itself when its memory is registered and its link listens, goes on announcing while it lives, and is
+    `registered` only while the registry says so. Raises EngineUnavailable, AddressTaken, RegistrationGaveUp, ...
+    """
+    clock = time.monotonic
+    async with _rank(settings, arena) as rank:
+        table: SessionTable[PeerCard] = SessionTable(settings.probe, SystemRandom().random)
+        prober = Prober(table, rank.engine.probe, clock=clock, metrics=rank.metrics)
+        sender = Sender(
+            rank.engine, rank.link.send, kv, aux, _rank_id(seat, shape), prober, settings.room, clock, rank.metrics
+        )
+        client = RegistryClient(settings.node.registry, policy=settings.retry)
+        async with sender, client:
+            announcement = Announcement(seat, shape, rank.link.endpoint)
+            unready = lambda: [] if client.registered else [f"not registered at {client.url}"]  # noqa: E731
+            async with beside(
+                link=rank.link.serve(sender.handle),
+                prober=prober.run(),
+                http=rank.http(unready),
+                registration=client.hold(announcement, settings.node.announce_every_s, settings.node.exhaustion),
+            ):
+                yield PrefillNode(sender, rank.engine, prober, client, rank.metrics_url)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeNode:
+    """A decode rank that is open: `pair` says where a room's prefill rank is, `receiver` opens the room there."""
+
+    receiver: Receiver
+    engine: Engine
+    metrics_url: str
+    shape: Shape
+    tp_rank: int
+    _settings: Settings
+
+    async def pair(self, registry: str, room: int) -> Endpoint:
+        """The control link of the prefill rank that will send `room` to this one.
+
+        Asked anew for every room (two requests of a millisecond): a prefill that was replaced is found by the next one,
+        and no stale address can be kept. Raises NotReady, Unreachable, and LayoutMismatch with both values.
+        """
+        async with RegistryClient(registry, policy=self._settings.retry) as client:
+            shape = await client.topology()
+            check_plain_pair(shape, self.shape)
+            return await client.rank(Seat(await _dp_rank(client, shape, room), 0, self.tp_rank, 0))
+
+
+@asynccontextmanager
+async def decode_node(
+    settings: Settings, *, kv: Pool, aux: Pool, arena: Region, shape: Shape, tp_rank: int = 0
+) -> AsyncIterator[DecodeNode]:
+    """A decode rank; `shape` is its own, with which a prefill's must agree. `arena` holds both pools."""
+    async with _rank(settings, arena) as rank:
+        receiver = Receiver(
+            rank.engine.session,
+            rank.link.send,
+            rank.link.endpoint,
+            kv,
+            aux,
+            tp_rank,
+            shape.attn_tp_size,
+            settings.room,
+            time.monotonic,
+            rank.metrics,
+        )
+        async with receiver, beside(link=rank.link.serve(receiver.handle), http=rank.http(list)):
+            yield DecodeNode(receiver, rank.engine, rank.metrics_url, shape, tp_rank, settings)
+
+
+def check_plain_pair(prefill: Shape, decode: Shape) -> None:
+    """Raise LayoutMismatch, with both values, unless each decode rank gets all it needs from the like prefill rank."""
+    for name in ("attn_tp_size", "page_size", "kv_cache_dtype", "kv_layout"):
+        theirs, ours = getattr(prefill, name), getattr(decode, name)
+        if theirs != ours:
+            raise LayoutMismatch(
+                f"{name} is {theirs!r} at the prefill and {ours!r} at this decode: start both with the same {name}"
+            )
+    for name in ("attn_cp_size", "pp_size"):
+        if (theirs := getattr(prefill, name)) != 1:
+            raise LayoutMismatch(f"{name} is {theirs} at the prefill: this version pairs instances with {name} 1 only")
+
+
+async def _dp_rank(client: RegistryClient, shape: Shape, room: int) -> int:
+    """Which DP rank has `room`: SGLANG_WIRE 1.4."""
+    if shape.dp_size == 1:
+        return 0
+    if shape.follow_bootstrap_room:
+        return room % shape.dp_size
+    found = await client.rooms([room])
+    if room not in found:
+        raise NotReady(f"no DP rank has announced room {room} yet: send the request to the prefill first, or ask again")
+    return found[room]
+
+
+def _rank_id(seat: Seat, shape: Shape) -> int:
+    """By which decode ranks tell the answers of an instance's ranks apart: SGLANG_WIRE 2."""
+    return (seat.tp * shape.pp_size + seat.pp) * shape.attn_cp_size + seat.cp
+
+
+@dataclass(frozen=True, slots=True)
+class _Rank:
+    """What a prefill and a decode rank have in common."""
+
+    engine: Engine
+    link: PeerLink
+    metrics: Metrics
+    sock: socket.socket
+    grace_s: float
+
+    @property
+    def metrics_url(self) -> str:
+        return f"http://{server.bound(self.sock)}/metrics"
+
+    async def http(self, unready: Callable[[], list[str]]) -> None:
+        """Serve this rank's own /livez, /readyz and /metrics."""
+        await server.serve(server.app([], self.metrics, unready), self.sock, grace_s=self.grace_s)
+
+
+@asynccontextmanager
+async def _rank(settings: Settings, arena: Region) -> AsyncIterator[_Rank]:
+    host, metrics = settings.node.host, Metrics()
+    sock = server.bind(host, settings.node.http_port)
+    with closing(sock):
+        async with (
+            open_mooncake(replace(settings.engine, host=host)) as engine,
+            open_link(host, metrics=metrics) as link,
+        ):
+            await engine.register(arena)
+            yield _Rank(engine, link, metrics, sock, settings.serve.grace_s)

@@ -1,0 +1,152 @@
+"""
+Flags -> Settings -> run. The only place that prints or exits.
+
+    0   done
+    1   the work was done and something in it failed (a check of the demo, a probe)
+    2   wrong usage or settings; nothing was started
+    69  a service that was needed cannot be had (the registry, the engine, the port)
+    130 stopped by SIGINT; 143 by SIGTERM where it came before the work was whole
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TypeAlias
+
+from pdctl import config, logs, node
+from pdctl.config import Settings
+from pdctl.errors import CallerError, ConfigError, OperatorError, PdctlError
+
+USAGE, UNAVAILABLE = 2, 69
+
+Run = Callable[[Settings, argparse.Namespace], Awaitable[int]]
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command and exit with its status."""
+    sys.exit(run(argv))
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit status."""
+    args = parser().parse_args(argv)
+    flags = {name: value for name, value in vars(args).items() if "." in name}
+    try:
+        settings = config.load(flags, file=args.config)
+        logs.configure(settings.log)
+        return asyncio.run(_until_told_to_stop(args.run(settings, args)))
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except PdctlError as error:
+        print(f"pdctl: {error}", file=sys.stderr)
+        return _status(error)
+
+
+def _status(error: PdctlError) -> int:
+    if isinstance(error, ConfigError | CallerError):
+        return USAGE
+    return UNAVAILABLE if isinstance(error, OperatorError) else 1
+
+
+async def _until_told_to_stop(work: Awaitable[int]) -> int:
+    """Await `work`; SIGTERM ends it in order, as SIGINT does by asyncio's own handler."""
+    task = asyncio.ensure_future(work)
+    told = asyncio.Event()
+
+    def stop() -> None:
+        told.set()
+        task.cancel()
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop)
+    try:
+        return await task
+    except asyncio.CancelledError:
+        if not told.is_set():
+            raise
+        return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands; a flag's dest is the dotted name of the knob that it turns."""
+    top = argparse.ArgumentParser(
+        prog="pdctl", description="The control plane for prefill/decode disaggregated LLM serving."
+    )
+    top.add_argument("--version", action="version", version=f"pdctl {version('pdctl')}")
+    commands = top.add_subparsers(metavar="COMMAND", required=True)
+    for add in (_add_serve, _add_register, _add_demo):
+        add(commands)
+    return top
+
+
+def _add_serve(commands: Commands) -> None:
+    """`pdctl serve`: the sidecar."""
+    command = _command(commands, "serve", _serve, "serve the bootstrap registry, and what stands beside it")
+    command.add_argument("--host", dest="serve.host", help="address to listen at (127.0.0.1)")
+    command.add_argument("--port", dest="serve.port", help="port to listen at; 0 takes any free one (8998)")
+    command.add_argument("--journal", dest="serve.journal", help="where the rows live: memory: (the default)")
+
+
+def _add_register(commands: Commands) -> None:
+    """`pdctl register`: for an engine that has no client of its own."""
+    command = _command(commands, "register", _register, "register one prefill rank for an engine that cannot")
+    command.add_argument("--registry", dest="node.registry", help="the registry's URL (http://127.0.0.1:8998)")
+    command.add_argument("--rank-host", dest="rank.host", help="where decode reaches the rank's control port")
+    command.add_argument("--rank-port", dest="rank.port", help="the rank's control port (ZMQ)")
+    for axis in ("tp", "cp", "dp", "pp"):
+        command.add_argument(f"--{axis}-size", dest=f"rank.{axis}_size", help=f"{axis} ranks in the instance (1)")
+        command.add_argument(f"--{axis}-rank", dest=f"rank.{axis}_rank", help="this rank among them (0)")
+    command.add_argument("--page-size", dest="rank.page_size", help="tokens in a KV page (1)")
+    command.add_argument("--kv-cache-dtype", dest="rank.kv_cache_dtype", help="as the engine names it (auto)")
+    command.add_argument("--prefill-http-port", dest="rank.prefill_http_port", help="the engine's own API port")
+    command.add_argument(
+        "--hold",
+        dest="rank.hold",
+        action="store_true",
+        help="stay and repeat it: a registry that forgot learns",
+    )
+    command.add_argument("--on-exhaustion", dest="node.exhaustion", help="raise (default), exit or keep-trying")
+    command.add_argument("--max-attempts", dest="retry.max_attempts", help="give up after so many (never)")
+    command.add_argument("--give-up-after", dest="retry.give_up_after_s", help="give up after so many seconds (never)")
+
+
+def _add_demo(commands: Commands) -> None:
+    """`pdctl demo`: the main job, for people to watch."""
+    command = _command(commands, "demo", _demo, "move real KV between real processes, break it, watch it heal")
+    command.add_argument("--prompt", action="append", help="a prompt to run; may be given again (a built-in set)")
+    command.add_argument("--trace", type=Path, help="replay the lengths and shared prefixes of a trace, JSON lines")
+    command.add_argument("--requests", type=int, default=20, help="how many requests of the trace (20)")
+    command.add_argument("--json", action="store_true", help="one JSON document instead of the show")
+
+
+def _command(commands: Commands, name: str, run: Run, what: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=what, description=what, argument_default=argparse.SUPPRESS)
+    command.set_defaults(run=run)
+    command.add_argument("--config", type=Path, default=None, help="settings as a TOML file, one table a section")
+    command.add_argument("--log-format", dest="log.format", help="kv (key=value, the default) or json")
+    command.add_argument("--log-level", dest="log.level", help="debug, info (the default), warning or error")
+    return command
+
+
+async def _serve(settings: Settings, args: argparse.Namespace) -> int:  # noqa: ARG001
+    async with node.sidecar(settings) as sidecar:
+        print(f"serving at {sidecar.url}", flush=True)
+        await asyncio.Event().wait()
+    return 0
+
+
+async def _register(settings: Settings, args: argparse.Namespace) -> int:  # noqa: ARG001
+    await node.register(settings)
+    return 0
+
+
+async def _demo(settings: Settings, args: argparse.Namespace) -> int:  # noqa: ARG001
+    from pdctl.demo import story  # rich and a transformer: only the demo pays for them
+
+    return await story.run(story.DemoOptions(args.prompt, args.trace, args.requests, args.json))

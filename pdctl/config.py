@@ -1,0 +1,263 @@
+"""
+Every knob, once.
+
+    flags > PDCTL_* in the environment > the field's own names (SGLANG_*, MOONCAKE_*) > --config FILE (TOML) > defaults
+
+`PDCTL_PROBE__INTERVAL_S=2` sets `probe.interval_s`; the file has one table for each section. The sections are the value
+objects that the shells take: each knob is declared beside the code that it turns, and no shell ever sees this bag.
+The only file that reads the environment.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from pdctl.client import Exhaustion
+from pdctl.core.address import Endpoint
+from pdctl.core.route import Announcement, Seat, Shape
+from pdctl.core.sessions import ProbePolicy
+from pdctl.core.transfer import RoomTimeouts
+from pdctl.engine.mooncake import MooncakeSettings
+from pdctl.errors import ConfigError
+from pdctl.logs import LogSettings
+from pdctl.retry import RetryPolicy
+
+PREFIX = "PDCTL_"
+
+Nested = dict[str, Any]
+"""section -> name -> value, as yet unchecked."""
+
+ALIASES: dict[str, str] = {
+    "SGLANG_ENABLE_FAILED_SESSION_PROBE": "probe.enabled",
+    "SGLANG_FAILED_SESSION_PROBE_INTERVAL_S": "probe.interval_s",
+    "SGLANG_FAILED_SESSION_PROBE_MAX_INTERVAL_S": "probe.max_interval_s",
+    "SGLANG_FAILED_SESSION_PROBE_IDLE_TIMEOUT_S": "probe.idle_timeout_s",
+    "SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT": "room.bootstrap_s",
+    "SGLANG_DISAGGREGATION_WAITING_TIMEOUT": "room.waiting_s",
+    "SGLANG_DISAGGREGATION_DEFERRED_DECODE_KV_RELEASE_TIMEOUT": "room.release_s",
+    "SGLANG_DISAGGREGATION_BOOTSTRAP_ENTRY_CLEANUP_INTERVAL": "serve.room_ttl_s",
+    "SGLANG_HOST_IP": "node.host",
+    "HOST_IP": "node.host",
+    "MOONCAKE_PROTOCOL": "engine.protocol",
+    "MOONCAKE_DEVICE": "engine.device",
+    "MC_FORCE_TCP": "engine.force_tcp",
+}
+"""What operators of the field have set already -> our name for it. The first of two names for one knob wins."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServeSettings:
+    """The sidecar's service.
+
+    host, port  where to listen; loopback unless told otherwise, 8998 as SGLang's own registry, 0 = any free port
+    journal     where the registry's rows live: `memory:` forgets them with the process
+    max_rooms   rooms remembered at most; beyond it a new one is answered 429
+    room_ttl_s  a room is dropped this long after it was announced (SGLang: 120, our prefills wait 300)
+    grace_s     how long requests under way may go on after SIGTERM
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8998
+    journal: str = "memory:"
+    max_rooms: int = 1_000_000
+    room_ttl_s: float = 300.0
+    grace_s: float = 5.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ValueError(f"port is {self.port}: choose 0 (any free one) to 65535")
+        if self.journal != "memory:":
+            raise ValueError(f"journal is {self.journal!r}: this version knows memory:")
+        if self.max_rooms < 1 or self.room_ttl_s <= 0 or self.grace_s < 0:
+            raise ValueError("max_rooms needs at least 1, room_ttl_s more than 0, grace_s at least 0")
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSettings:
+    """A rank of ours: a prefill or a decode that pdctl drives.
+
+    registry          the bootstrap registry's URL
+    host              the address that this rank announces and listens at; peers must be able to reach it
+    http_port         where this rank's own /metrics, /livez and /readyz answer; 0 = any free port
+    announce_every_s  how often a registration is repeated, so that a registry that forgot learns it again
+    exhaustion        what the end of all registration attempts means: raise, exit or keep-trying
+    """
+
+    registry: str = "http://127.0.0.1:8998"
+    host: str = "127.0.0.1"
+    http_port: int = 0
+    announce_every_s: float = 10.0
+    exhaustion: Exhaustion = Exhaustion.RAISE
+
+    def __post_init__(self) -> None:
+        if urlsplit(self.registry).scheme not in ("http", "https"):
+            raise ValueError(f"registry is {self.registry!r}: give http://host:port")
+        if self.announce_every_s <= 0:
+            raise ValueError("announce_every_s needs more than 0")
+
+
+@dataclass(frozen=True, slots=True)
+class RankSettings:
+    """What `pdctl register` announces: one prefill rank of an engine that has no client. Fields as on SGLang's wire."""
+
+    host: str = ""
+    port: int = 0
+    tp_size: int = 1
+    tp_rank: int = 0
+    cp_size: int = 1
+    cp_rank: int = 0
+    dp_size: int = 1
+    dp_rank: int = 0
+    pp_size: int = 1
+    pp_rank: int = 0
+    page_size: int = 1
+    kv_cache_dtype: str = "auto"
+    kv_layout: str | None = None
+    load_balance_method: str = "follow_bootstrap_room"
+    prefill_http_port: int | None = None
+    hold: bool = False
+
+    def announcement(self) -> Announcement:
+        """Raises ConfigError for a rank that is not named, BadField for one that cannot be."""
+        if not self.host or not self.port:
+            raise ConfigError("register needs the rank's address: give --rank-host and --rank-port")
+        shape = Shape(
+            attn_tp_size=self.tp_size,
+            attn_cp_size=self.cp_size,
+            dp_size=self.dp_size,
+            pp_size=self.pp_size,
+            page_size=self.page_size,
+            kv_cache_dtype=self.kv_cache_dtype,
+            kv_layout=self.kv_layout,
+            follow_bootstrap_room=self.load_balance_method == "follow_bootstrap_room",
+        )
+        seat = Seat(self.dp_rank, self.cp_rank, self.tp_rank, self.pp_rank)
+        return Announcement(seat, shape, Endpoint(self.host, self.port), self.prefill_http_port)
+
+
+class Settings(BaseSettings):
+    """All sections; frozen. `load` makes one from everything that an operator may have said."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, env_nested_delimiter="__", extra="forbid", frozen=True, env_ignore_empty=True
+    )
+
+    serve: ServeSettings = ServeSettings()
+    node: NodeSettings = NodeSettings()
+    rank: RankSettings = RankSettings()
+    probe: ProbePolicy = ProbePolicy()
+    retry: RetryPolicy = RetryPolicy()
+    room: RoomTimeouts = RoomTimeouts()
+    engine: MooncakeSettings = MooncakeSettings()
+    log: LogSettings = LogSettings()
+
+
+class _Given(PydanticBaseSettingsSource):
+    """A source whose nested values are already at hand."""
+
+    def __init__(self, settings_cls: type[BaseSettings], values: Nested) -> None:
+        super().__init__(settings_cls)
+        self._values = values
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:  # noqa: ARG002
+        return self._values.get(field_name), field_name, False
+
+    def __call__(self) -> Nested:
+        return self._values
+
+
+def load(flags: Mapping[str, object] | None = None, *, file: Path | None = None) -> Settings:
+    """Settings from `flags` (dotted names), the environment and `file`, in that order of weight.
+
+    Raises ConfigError that names the knob, what was given and, for an unknown name, the known ones.
+    """
+    aliases, table = _from_aliases(os.environ), _from_file(file)
+    _refuse_unknown_sections(os.environ)
+
+    class _Loaded(Settings):
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+            file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            return (init_settings, env_settings, _Given(settings_cls, aliases), _Given(settings_cls, table))
+
+    try:
+        return _Loaded(**_nested((flags or {}).items()))
+    except ValidationError as error:
+        raise ConfigError(_in_words(error)) from error
+
+
+def environment() -> Mapping[str, str]:
+    """The process environment, for those below who take it as an argument."""
+    return os.environ
+
+
+def _nested(items: Iterable[tuple[str, object]]) -> Nested:
+    """{"probe.enabled": 1} -> {"probe": {"enabled": 1}}; the first of two values for one name wins."""
+    result: Nested = {}
+    for dotted, value in items:
+        section, _, name = dotted.partition(".")
+        result.setdefault(section, {}).setdefault(name, value)
+    return result
+
+
+def _from_aliases(environ: Mapping[str, str]) -> Nested:
+    return _nested((ours, environ[theirs]) for theirs, ours in ALIASES.items() if environ.get(theirs))
+
+
+def _from_file(file: Path | None) -> Nested:
+    if file is None:
+        return {}
+    try:
+        return tomllib.loads(file.read_text())
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"settings file {file} cannot be used ({error}): give a readable TOML file") from error
+
+
+def _refuse_unknown_sections(environ: Mapping[str, str]) -> None:
+    known = sorted(Settings.model_fields)
+    for name in environ:
+        section = name.removeprefix(PREFIX).partition("__")[0].lower()
+        if name.startswith(PREFIX) and section not in known:
+            raise ConfigError(
+                f"{name} is no setting: its first part must be one of {', '.join(known)}, then two underscores"
+            )
+
+
+def _in_words(error: ValidationError) -> str:
+    return "; ".join(_problem_in_words(problem) for problem in error.errors(include_url=False))
+
+
+def _problem_in_words(problem: ErrorDetails) -> str:
+    dotted = ".".join(str(part) for part in problem["loc"])
+    variable = PREFIX + "__".join(str(part).upper() for part in problem["loc"])
+    if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        return f"{dotted} is no setting: {_known(problem['loc'])}"
+    given = problem["input"]
+    said = f" (given: {given!r})" if isinstance(given, str | int | float | bool) else ""
+    return (
+        f"{dotted}: {problem['msg'].removeprefix('Value error, ')}{said}: mend it in the flag, {variable} or the file"
+    )
+
+
+def _known(loc: tuple[int | str, ...]) -> str:
+    section = Settings.model_fields.get(str(loc[0]))
+    if section is None:
+        return f"the sections are {', '.join(sorted(Settings.model_fields))}"
+    return f"{loc[0]} has {', '.join(f.name for f in fields(type(section.default)))}"
