@@ -41,14 +41,23 @@ class Prober:
     """One engine's session table, kept true. `run` is its only loop; without it nothing is lifted but by registration.
 
     `ask` gets the policy's deadline and is also held to it from here: an engine that forgets its own costs nothing.
+    `known` is the card of the life that transfers are meant for, if the engine has one pinned: what an answer after a
+    failure is held against. Who has no such look-up calls `remember` whenever a trusted session shows its card.
     """
 
     def __init__(
-        self, table: SessionTable[PeerCard], ask: Ask, *, clock: Callable[[], float], metrics: Metrics
+        self,
+        table: SessionTable[PeerCard],
+        ask: Ask,
+        *,
+        clock: Callable[[], float],
+        metrics: Metrics,
+        known: Callable[[str], PeerCard | None] = lambda _: None,
     ) -> None:
         self._table = table
         self._policy = table.policy
         self._ask = ask
+        self._known = known
         self._clock = clock
         self._metrics = metrics.sessions
         self._asking = 0
@@ -62,6 +71,8 @@ class Prober:
         return self._table.reason_blocked(session, now)
 
     def failed(self, session: str, cause: Cause, detail: str) -> None:
+        if cause.speaks_of_peer and (card := self._known(session)) is not None:
+            self.remember(session, card)
         self._tell(self._table.fail(session, cause, detail, self._clock()))
         self._news.set()
 
@@ -69,7 +80,7 @@ class Prober:
         self._tell(self._table.registered(session, self._clock()))
 
     def remember(self, session: str, card: PeerCard) -> None:
-        """The card that a trusted session shows: what a later answer is held against. Call it whenever one is seen."""
+        """The card that a trusted session shows."""
         self._tell(self._table.remember(session, card, self._clock()))
 
     # The loop

@@ -87,11 +87,14 @@ class Bench:
 
 @asynccontextmanager
 async def probing(
-    ask: Ask = ask_who, policy: ProbePolicy = POLICY, clock: Callable[[], float] = time.monotonic
+    ask: Ask = ask_who,
+    policy: ProbePolicy = POLICY,
+    clock: Callable[[], float] = time.monotonic,
+    known: Callable[[str], PeerCard | None] = lambda _: None,
 ) -> AsyncIterator[Bench]:
     registry = CollectorRegistry()
     table: SessionTable[PeerCard] = SessionTable(policy, random.Random(1).random)
-    prober = Prober(table, ask, clock=clock, metrics=Metrics(registry))
+    prober = Prober(table, ask, clock=clock, metrics=Metrics(registry), known=known)
     task = asyncio.create_task(prober.run(), name="prober under test")
     try:
         yield Bench(prober, table, registry, task)
@@ -178,6 +181,14 @@ async def test_another_process_on_the_same_port_is_not_let_in_until_it_registers
         bench.prober.registered(peer.session)
         bench.block(peer.session)
         await until(lambda: bench.prober.reason_blocked(peer.session) is None)
+
+
+async def test_an_answer_is_held_against_the_life_that_the_engine_has_pinned() -> None:
+    async with listening(Peer()) as peer:
+        pinned = PeerCard(peer.session, peer.data_port + 1, ())
+        async with probing(known={peer.session: pinned}.get) as bench:
+            bench.block(peer.session)
+            await until(lambda: bench.count("pdctl_session_changes_total", kind="dropped") == 1)
 
 
 async def test_a_process_that_has_registered_more_memory_since_is_still_itself() -> None:

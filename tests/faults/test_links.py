@@ -1,0 +1,145 @@
+"""Links to real engines that are stopped, continued, killed and replaced, and the prober that watches over them."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from pdctl.core.plan import CopyPlan
+from pdctl.core.sessions import ProbePolicy, SessionTable
+from pdctl.engine.base import Engine, PeerCard
+from pdctl.engine.mooncake import MooncakeSettings, open_mooncake
+from pdctl.errors import Cause, TransferFailed
+from pdctl.memory import Arena
+from pdctl.metrics import Metrics
+from pdctl.prober import Prober
+from tests.engine.processes import Child, child
+from tests.faults.peers import NBYTES
+
+QUICK = ProbePolicy(interval_s=0.1, max_interval_s=0.4, deadline_s=0.5)
+
+
+@pytest.fixture
+def arena() -> Iterator[Arena]:
+    with Arena(NBYTES) as arena:
+        yield arena
+
+
+@pytest.fixture
+async def engine(arena: Arena) -> AsyncIterator[Engine]:
+    async with open_mooncake(MooncakeSettings()) as engine:
+        await engine.register(arena.region)
+        yield engine
+
+
+@dataclass
+class Watch:
+    """A running prober, and what it has counted."""
+
+    prober: Prober
+    table: SessionTable[PeerCard]
+    registry: CollectorRegistry
+
+    def count(self, name: str, **labels: str) -> float:
+        return self.registry.get_sample_value(name, labels) or 0.0
+
+    def well(self, session: str) -> bool:
+        return self.prober.reason_blocked(session) is None
+
+
+@asynccontextmanager
+async def watching(engine: Engine, policy: ProbePolicy = QUICK) -> AsyncIterator[Watch]:
+    registry = CollectorRegistry()
+    table: SessionTable[PeerCard] = SessionTable(policy, random.Random(1).random)
+    prober = Prober(table, engine.probe, clock=time.monotonic, metrics=Metrics(registry))
+    task = asyncio.create_task(prober.run(), name="prober under test")
+    try:
+        yield Watch(prober, table, registry)
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def until(true: Callable[[], bool], within_s: float) -> float:
+    """Wait for the thing itself, with a deadline; how long it took."""
+    began = time.monotonic()
+    async with asyncio.timeout(within_s):
+        while not true():  # noqa: ASYNC110
+            await asyncio.sleep(0.002)
+    return time.monotonic() - began
+
+
+def peers(n: int, port: int | None = None) -> AbstractAsyncContextManager[Child]:
+    ports = {} if port is None else {"MC_MIN_RPC_PORT": str(port), "MC_MAX_RPC_PORT": str(port)}
+    return child("tests.faults.peers", str(n), environ=ports)
+
+
+async def write(engine: Engine, arena: Arena, peer: Child, *, deadline_s: float) -> None:
+    plan = CopyPlan.of((arena.region.pointer, peer.hello["pointers"][0], NBYTES))
+    await engine.write(peer.session, plan, deadline_s=deadline_s)
+
+
+async def test_a_stopped_peer_is_blocked_by_its_failed_transfer_and_back_when_it_continues(
+    engine: Engine, arena: Arena
+) -> None:
+    async with peers(1) as peer, watching(engine) as watch:
+        await write(engine, arena, peer, deadline_s=5.0)
+        peer.stop()
+        with pytest.raises(TransferFailed) as failure:
+            await write(engine, arena, peer, deadline_s=0.3)
+        watch.prober.failed(peer.session, failure.value.cause, failure.value.detail)
+        await until(lambda: watch.count("pdctl_session_probes_total", result="timed_out") >= 2, 5.0)
+        assert "timed out" in (watch.prober.reason_blocked(peer.session) or "")
+        peer.resume()
+        await until(lambda: watch.well(peer.session), QUICK.max_interval_s + QUICK.deadline_s + 1.0)
+        await write(engine, arena, peer, deadline_s=5.0)
+
+
+async def test_fifty_blocked_and_eight_of_them_stopped_the_healthy_are_back_within_two_intervals(
+    engine: Engine,
+) -> None:
+    policy = replace(QUICK, interval_s=0.5, max_interval_s=1.0, deadline_s=1.0)
+    async with peers(42) as healthy, peers(8) as stopped, watching(engine, policy) as watch:
+        stopped.stop()
+        for session in [*stopped.hello["sessions"], *healthy.hello["sessions"]]:
+            watch.prober.failed(session, Cause.PEER_GONE, "connection reset")
+        await until(lambda: watch.count("sglang:failed_session_recoveries_total") == 42, 2 * policy.interval_s)
+        assert set(watch.table.blocked()) == set(stopped.hello["sessions"])
+        stopped.resume()
+        await until(lambda: not watch.table.blocked(), policy.max_interval_s + policy.deadline_s + 1.0)
+
+
+async def test_a_killed_peer_stays_blocked_while_wanted_and_is_forgotten_when_idle(engine: Engine) -> None:
+    policy = replace(QUICK, idle_timeout_s=1.0)
+    async with peers(1) as peer, watching(engine, policy) as watch:
+        await peer.kill()
+        watch.prober.failed(peer.session, Cause.PEER_GONE, "connection reset")
+        await until(
+            lambda: watch.well(peer.session) or watch.count("pdctl_session_probes_total", result="refused") >= 5,
+            10.0,
+        )
+        assert not watch.well(peer.session)
+        await until(lambda: not watch.table.blocked(), policy.idle_timeout_s + policy.max_interval_s + 1.0)
+        assert watch.count("pdctl_session_changes_total", kind="forgotten") == 1
+
+
+async def test_a_peer_restarted_under_the_same_session_is_not_lifted_until_it_registers(engine: Engine) -> None:
+    async with AsyncExitStack() as stack:
+        watch = await stack.enter_async_context(watching(engine))
+        old = await stack.enter_async_context(peers(1))
+        watch.prober.remember(old.session, await engine.probe(old.session, deadline_s=1.0))
+        await old.kill()
+        watch.prober.failed(old.session, Cause.PEER_GONE, "connection reset")
+        new = await stack.enter_async_context(peers(1, port=int(old.session.rpartition(":")[2])))
+        assert new.session == old.session
+        await until(lambda: watch.count("pdctl_session_changes_total", kind="dropped") == 1, 5.0)
+        assert watch.table.blocked() == {new.session: Cause.PEER_CHANGED}
+        watch.prober.registered(new.session)
+        assert watch.well(new.session)
