@@ -1,0 +1,415 @@
+"""
+What a rank says to the registry and asks it, over SGLang's HTTP wire; pdctl's registry or a stock one.
+
+`registered` is True only while the registry's last answer about the present announcement was 200. Nothing here carries
+on unregistered in silence: the end of all attempts is an exception, an exit, or further attempts with `registered`
+False. Error texts are shown, never understood: the two stock registries word them differently.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import os
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from http import HTTPStatus
+from random import Random, SystemRandom
+from types import TracebackType
+from typing import Any, Generic, NoReturn, Self, TypeVar
+from urllib.parse import urlsplit
+
+import aiohttp
+import structlog
+
+from pdctl.core.address import Endpoint
+from pdctl.core.route import Announcement, Seat, Shape, as_integer, as_object, rank_from_body, shape_from_topology
+from pdctl.errors import (
+    BadField,
+    ConfigError,
+    NotNow,
+    NotReady,
+    PutOff,
+    RegistrationGaveUp,
+    RegistryRefused,
+    Unreachable,
+)
+from pdctl.retry import Failure, RetryPolicy, Sleep, parse_retry_after, retrying, root_cause
+
+log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
+
+LOOK_UP = RetryPolicy(first_wait_s=0.1, max_wait_s=2.0, give_up_after_s=10.0)
+"""For questions that a request waits for. Stock asks once, and one lost keep-alive connection costs the request (85 of
+300 look-ups); a prefill gives its rooms 300 s, so 10 s of asking is affordable and still an answer for the user."""
+
+POLL = RetryPolicy(first_wait_s=0.2, multiplier=1.5, max_wait_s=1.0)
+"""For an instance that is coming up: not a failure but a state, so it is asked about as often as stock does (1 s)."""
+
+MAX_ANSWER_BYTES = 1 << 20
+"""10,000 rooms are answered with 250 KB. What is longer than this is no registry's."""
+
+ROOMS_A_QUESTION = 10_000
+"""Stock refuses bodies above 1 MiB (413): 10,000 rooms of 20 digits are 220 KB."""
+
+_LONGEST_TEXT = 500
+_MAY_PASS = frozenset({HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS})
+_TOPOLOGY = Seat(-1, -1, -1, -1)
+
+
+class Exhaustion(StrEnum):
+    """What it means that every attempt the policy allows has failed; the caller chooses."""
+
+    RAISE = "raise"  # RegistrationGaveUp
+    EXIT = "exit"  # the process ends with EX_UNAVAILABLE (69): for ranks under a supervisor that starts them again
+    KEEP_TRYING = "keep-trying"  # at the policy's longest wait, with `registered` False
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    status: int
+    body: bytes
+    retry_after_s: float | None
+    location: str | None
+
+    @property
+    def text(self) -> str:
+        """The server's own words on one line, from any of the registries' error bodies."""
+        if self.location is not None and 300 <= self.status < 400:
+            return f"it redirects to {self.location[:_LONGEST_TEXT]}: give that URL if it is the registry's"
+        words = " ".join(_message(self.body).split())[:_LONGEST_TEXT]
+        return "".join(c if c.isprintable() else "?" for c in words) or _phrase(self.status)
+
+    @property
+    def is_final(self) -> bool:
+        """Whether asking again would change nothing. Redirects are not followed: whoever sends one is no registry."""
+        return 300 <= self.status < 500 and self.status not in _MAY_PASS
+
+
+@dataclass(frozen=True, slots=True)
+class _Question(Generic[T]):
+    """`what` in words; `read` makes the answer's body into what was wanted; `not_yet` is a 4xx that may pass."""
+
+    what: str
+    method: str
+    path: str
+    read: Callable[[bytes], T]
+    params: Mapping[str, str] | None = None
+    body: object = None
+    not_yet: int | None = None
+
+
+class RegistryClient:
+    """One rank's side of the registry; one keep-alive session from `async with` to its end.
+
+    base_url           http://host:port, or with a path where the registry is mounted below one
+    policy             for registrations; `look_up` for the questions that a request waits for
+    attempt_timeout_s  for one attempt, from name resolution to the answer's last byte
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        policy: RetryPolicy | None = None,
+        look_up: RetryPolicy = LOOK_UP,
+        attempt_timeout_s: float = 5.0,
+        random: Random | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+        sleep: Sleep = asyncio.sleep,
+    ) -> None:
+        if not (math.isfinite(attempt_timeout_s) and attempt_timeout_s > 0):
+            raise ConfigError(f"attempt_timeout_s is {attempt_timeout_s}: give a number of seconds above 0")
+        self._url = _checked(base_url)
+        self._policy = policy or RetryPolicy()
+        self._look_up = look_up
+        self._attempt_timeout_s = attempt_timeout_s
+        self._random = random or SystemRandom()
+        self._clock = clock
+        self._wall_clock = wall_clock
+        self._sleep = sleep
+        self._session: aiohttp.ClientSession | None = None
+        self._present: Announcement | None = None
+        self._confirmed: Announcement | None = None
+
+    async def __aenter__(self) -> Self:
+        self._session = aiohttp.ClientSession(
+            # no DNS cache: a registry that was replaced behind its name is found by the very next attempt
+            connector=aiohttp.TCPConnector(use_dns_cache=False, keepalive_timeout=60.0),
+            timeout=aiohttp.ClientTimeout(total=self._attempt_timeout_s),
+            headers={"Accept-Encoding": "identity"},  # so that MAX_ANSWER_BYTES means bytes on the wire
+        )
+        # aiohttp sends a PUT or GET a second time, unseen, when a connection ends without an answer: attempts that no
+        # warning tells of. It has no public switch for it; test_a_lost_connection_is_one_attempt notices when it goes
+        self._session._retry_connection = False
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        session, self._session, self._confirmed = self._session, None, None
+        if session is not None:
+            await session.close()
+
+    @property
+    def url(self) -> str:
+        return self._url
+
+    @property
+    def registered(self) -> bool:
+        """Whether the registry's last answer about the present announcement was 200.
+
+        False again from the first failed repetition on: a registry that is down may come back without us. An attempt
+        that is cancelled says nothing, and changes nothing.
+        """
+        return self._present is not None and self._confirmed == self._present
+
+    async def register(self, announcement: Announcement, exhaustion: Exhaustion = Exhaustion.RAISE) -> None:
+        """Announce until the registry has taken it. Harmless to repeat.
+
+        Raises RegistryRefused at once where the registry says no; at the policy's end RegistrationGaveUp or SystemExit.
+        """
+        self._present = announcement
+        gave_up = await self._retrying(
+            lambda: self._announce(announcement),
+            self._policy,
+            on_failure=lambda failure: self._not_registered(announcement, failure),
+            on_exhaustion=lambda failure: self._gave_up(announcement, failure),
+            keep_trying=exhaustion is Exhaustion.KEEP_TRYING,
+        )
+        if gave_up is None:
+            return
+        if exhaustion is Exhaustion.EXIT:
+            log.error(
+                "registration gave up, exiting", attempts=gave_up.attempts, cause=gave_up.cause, registry=self._url
+            )
+            raise SystemExit(os.EX_UNAVAILABLE) from gave_up
+        raise gave_up
+
+    async def hold(
+        self, announcement: Announcement, every_s: float = 10.0, exhaustion: Exhaustion = Exhaustion.RAISE
+    ) -> NoReturn:
+        """Register, then say it again every `every_s` or a little sooner, so that a registry that forgot learns it.
+
+        Ends only as `register` does, or by cancellation.
+        """
+        if not (math.isfinite(every_s) and every_s > 0):
+            raise ConfigError(f"every_s is {every_s}: give a number of seconds above 0")
+        while True:
+            await self.register(announcement, exhaustion)
+            await self._sleep(every_s * self._random.uniform(0.8, 1.0))
+
+    async def topology(self) -> Shape:
+        """The instance's shape, asked for once. Raises NotReady with the registry's words while it is incomplete."""
+        return await self._question(_about(_TOPOLOGY, "topology", shape_from_topology))
+
+    async def await_topology(self, deadline_s: float) -> Shape:
+        """The shape, as soon as the instance is complete. After `deadline_s` NotReady or Unreachable, and why."""
+        last: NotNow = Unreachable(f"registry {self._url} has not answered yet")
+
+        def remember(failure: Failure) -> None:
+            nonlocal last
+            if isinstance(failure.error, NotNow):
+                last = failure.error
+
+        try:
+            async with asyncio.timeout(deadline_s):
+                return await self._retrying(self.topology, POLL, on_failure=remember)
+        except TimeoutError:
+            kind = NotReady if isinstance(last, NotReady) else Unreachable
+            raise kind(f"no topology within {deadline_s:g} s: {last}") from last
+
+    async def rank(self, seat: Seat) -> Endpoint:
+        """Where the rank in `seat` listens. A seat that the registry does not know (404) may still come: NotReady."""
+        return await self._patiently(_about(seat, f"look-up of {seat}", rank_from_body, HTTPStatus.NOT_FOUND))
+
+    async def announce_room(self, room: int, dp_rank: int) -> None:
+        """Say which DP rank has the room. The last one said wins, so repeating is harmless."""
+        body = {"bootstrap_room": room, "dp_rank": dp_rank}
+        await self._patiently(_Question("announcement of a room", "POST", "/register_dp_rank", _nothing, body=body))
+
+    async def rooms(self, rooms: Iterable[int]) -> dict[int, int]:
+        """The DP rank of each of `rooms` that the registry knows; the others are absent."""
+        wanted, found = list(dict.fromkeys(rooms)), dict[int, int]()
+        for start in range(0, len(wanted), ROOMS_A_QUESTION):
+            body = {"bootstrap_rooms": wanted[start : start + ROOMS_A_QUESTION]}
+            question: _Question[dict[int, int]] = _Question(
+                "question for rooms", "POST", "/query_dp_ranks", _from_json(_dp_ranks), body=body
+            )
+            answer: dict[int, int] = await self._patiently(question)
+            found |= answer
+        return found
+
+    async def healthy(self) -> bool:
+        """Whether the registry answers /health with 200; asked once, whatever is wrong means no."""
+        try:
+            return (await self._ask(_Question("health", "GET", "/health", _nothing))).status == HTTPStatus.OK
+        except Unreachable:
+            return False
+
+    async def _announce(self, announcement: Announcement) -> RegistrationGaveUp | None:
+        await self._question(_Question("registration", "PUT", "/route", _nothing, body=announcement.to_body()))
+        if not self.registered:
+            log.info("registered", registry=self._url, seat=str(announcement.seat), address=str(announcement.address))
+        self._confirmed = announcement
+        return None
+
+    def _not_registered(self, announcement: Announcement, failure: Failure) -> None:
+        self._confirmed = None
+        log.warning(
+            "registration attempt failed",
+            attempt=failure.attempt,
+            cause=failure.cause,
+            next_wait_s=None if failure.next_wait_s is None else round(failure.next_wait_s, 3),
+            registry=self._url,
+            seat=str(announcement.seat),
+        )
+
+    def _gave_up(self, announcement: Announcement, failure: Failure) -> RegistrationGaveUp:
+        gave_up = RegistrationGaveUp(
+            f"registration of {announcement.seat} with {self._url} failed {failure.attempt} times, at last: "
+            f"{failure.cause}: see that the registry runs and can be reached from here, or allow more attempts",
+            attempts=failure.attempt,
+            cause=failure.cause,
+        )
+        gave_up.__cause__ = failure.error
+        return gave_up
+
+    async def _patiently(self, question: _Question[T]) -> T:
+        """`_question`, asked again by the look-up policy."""
+
+        def say(failure: Failure) -> None:
+            said = {"what": question.what, "attempt": failure.attempt, "cause": failure.cause}
+            log.info("registry question failed", **said, registry=self._url)
+
+        return await self._retrying(lambda: self._question(question), self._look_up, on_failure=say)
+
+    async def _retrying(self, attempt: Callable[[], Awaitable[T]], policy: RetryPolicy, **more: Any) -> T:
+        return await retrying(
+            policy,
+            attempt,
+            is_permanent=lambda error: not isinstance(error, NotNow),
+            wait_hint=lambda error: error.retry_after_s if isinstance(error, PutOff) else None,
+            sleep=self._sleep,
+            clock=self._clock,
+            random=self._random,
+            **more,
+        )
+
+    async def _question(self, question: _Question[T]) -> T:
+        """One question's answer, read. Raises RegistryRefused for a final no, PutOff for "not now"."""
+        answer = await self._ask(question)
+        if answer.status == HTTPStatus.OK:
+            return self._read(question, answer)
+        said = f"{question.what} with {answer.status}: {answer.text}"
+        if answer.is_final and answer.status != question.not_yet:
+            raise RegistryRefused(
+                f"registry {self._url} refused {said}: trying again changes nothing, mend what it names",
+                status=answer.status,
+                text=answer.text,
+            )
+        raise PutOff(
+            f"registry {self._url} put off {said}",
+            status=answer.status,
+            text=answer.text,
+            retry_after_s=answer.retry_after_s,
+        )
+
+    def _read(self, question: _Question[T], answer: _Answer) -> T:
+        try:
+            return question.read(answer.body)
+        except (BadField, ValueError, RecursionError) as error:
+            raise Unreachable(f"what answers at {self._url} is no registry: {question.what}: {error}") from None
+
+    async def _ask(self, question: _Question[T]) -> _Answer:
+        """One HTTP exchange: the bridge where aiohttp's errors become ours."""
+        if self._session is None:
+            raise RuntimeError("RegistryClient is used outside of its `async with`: open it first")
+        url = self._url + question.path
+        try:
+            async with self._session.request(
+                question.method, url, params=question.params, json=question.body, allow_redirects=False
+            ) as response:
+                return await self._received(response)
+        except aiohttp.InvalidURL as error:
+            raise ConfigError(f"registry URL {self._url} cannot be used ({error}): write http://host:port") from None
+        except TimeoutError:
+            late = TimeoutError(f"timed out after {self._attempt_timeout_s:g} s")
+            raise Unreachable(f"registry {self._url} does not answer: {late}") from late
+        except (aiohttp.ClientError, OSError) as error:
+            raise Unreachable(f"registry {self._url} does not answer: {root_cause(error)}") from error
+
+    async def _received(self, response: aiohttp.ClientResponse) -> _Answer:
+        body = bytearray()
+        async for chunk in response.content.iter_any():
+            body += chunk
+            if len(body) > MAX_ANSWER_BYTES:
+                raise Unreachable(f"what answers at {self._url} is no registry: more than {MAX_ANSWER_BYTES} bytes")
+        retry_after_s = parse_retry_after(
+            response.headers.get("Retry-After"), now=self._wall_clock(), date=response.headers.get("Date")
+        )
+        return _Answer(response.status, bytes(body), retry_after_s, response.headers.get("Location"))
+
+
+def _checked(base_url: str) -> str:
+    """`base_url` without its last slash. Raises ConfigError for what no registry can be reached by."""
+    text = base_url.strip()
+    if "@" in text:
+        raise ConfigError("registry URL carries a user or password, which would end up in logs: write http://host:port")
+    if "://" not in text:
+        raise ConfigError(f"registry URL {base_url!r} has no scheme: write http://{text or 'host:port'}")
+    try:
+        parts = urlsplit(text)
+        host, port = parts.hostname, parts.port
+    except ValueError as error:
+        raise ConfigError(f"registry URL {base_url!r} cannot be read ({error}): write http://host:port") from None
+    if parts.scheme not in ("http", "https") or not host or port == 0 or not text.isprintable() or " " in text:
+        raise ConfigError(f"registry URL {base_url!r} is none: write http://host:port")
+    if "?" in text or "#" in text:
+        raise ConfigError(f"registry URL {base_url!r} has a query or a fragment: write http://host:port[/path]")
+    return text.rstrip("/")
+
+
+def _about(seat: Seat, what: str, read: Callable[[object], T], not_yet: int | None = None) -> _Question[T]:
+    """The question for one seat; stock's way to ask for the topology is the seat of which all four parts are -1."""
+    params = {
+        "prefill_dp_rank": str(seat.dp),
+        "prefill_cp_rank": str(seat.cp),
+        "target_tp_rank": str(seat.tp),
+        "target_pp_rank": str(seat.pp),
+    }
+    return _Question(what, "GET", "/route", _from_json(read), params=params, not_yet=not_yet)
+
+
+def _from_json(read: Callable[[object], T]) -> Callable[[bytes], T]:
+    return lambda body: read(json.loads(body))
+
+
+def _nothing(body: bytes) -> None:
+    """A reader for answers whose status says everything."""
+
+
+def _dp_ranks(body: object) -> dict[int, int]:
+    return {as_integer(room, "room"): as_integer(rank, "dp_rank") for room, rank in as_object(body).items()}
+
+
+def _message(body: bytes) -> str:
+    """Plain text as it is; of a JSON error ({"error": {"message": ...}}), the message."""
+    text = body[: 8 * _LONGEST_TEXT].decode(errors="replace")
+    try:
+        message = json.loads(body)["error"]["message"]
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError):
+        return text
+    return message if isinstance(message, str) else text
+
+
+def _phrase(status: int) -> str:
+    try:
+        return HTTPStatus(status).phrase
+    except ValueError:
+        return "no words"
