@@ -1,1 +1,95 @@
+"""
+The control plane for prefill/decode disaggregated LLM serving.
 
+The public names; each is fetched from its room when it is first asked for, so that importing pdctl runs nothing and an
+engine that only wants the client does not load the server.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pdctl.client import Exhaustion, RegistryClient
+    from pdctl.config import Settings, load
+    from pdctl.core.address import Endpoint
+    from pdctl.core.layout import Pool, Region
+    from pdctl.core.plan import CopyPlan
+    from pdctl.core.route import Announcement, Seat, Shape
+    from pdctl.core.sessions import ProbePolicy
+    from pdctl.core.transfer import RoomTimeouts
+    from pdctl.engine.base import Engine
+    from pdctl.engine.mooncake import MooncakeSettings, open_mooncake
+    from pdctl.errors import Cause, PdctlError, RoomFailed, SessionBlocked, TransferFailed
+    from pdctl.memory import Arena, open_arena
+    from pdctl.node import DecodeNode, PrefillNode, Sidecar, decode_node, prefill_node, sidecar
+    from pdctl.prober import Prober
+    from pdctl.receiver import Receiver
+    from pdctl.retry import RetryPolicy
+    from pdctl.sender import Sender
+
+__all__ = [
+    "Announcement",
+    "Arena",
+    "Cause",
+    "CopyPlan",
+    "DecodeNode",
+    "Endpoint",
+    "Engine",
+    "Exhaustion",
+    "MooncakeSettings",
+    "PdctlError",
+    "Pool",
+    "PrefillNode",
+    "ProbePolicy",
+    "Prober",
+    "Receiver",
+    "Region",
+    "RegistryClient",
+    "RetryPolicy",
+    "RoomFailed",
+    "RoomTimeouts",
+    "Seat",
+    "Sender",
+    "SessionBlocked",
+    "Settings",
+    "Shape",
+    "Sidecar",
+    "TransferFailed",
+    "decode_node",
+    "load",
+    "open_arena",
+    "open_mooncake",
+    "prefill_node",
+    "sidecar",
+]
+
+_ROOMS = {
+    "client": ("Exhaustion", "RegistryClient"),
+    "config": ("Settings", "load"),
+    "core.address": ("Endpoint",),
+    "core.layout": ("Pool", "Region"),
+    "core.plan": ("CopyPlan",),
+    "core.route": ("Announcement", "Seat", "Shape"),
+    "core.sessions": ("ProbePolicy",),
+    "core.transfer": ("RoomTimeouts",),
+    "engine.base": ("Engine",),
+    "engine.mooncake": ("MooncakeSettings", "open_mooncake"),
+    "errors": ("Cause", "PdctlError", "RoomFailed", "SessionBlocked", "TransferFailed"),
+    "memory": ("Arena", "open_arena"),
+    "node": ("DecodeNode", "PrefillNode", "Sidecar", "decode_node", "prefill_node", "sidecar"),
+    "prober": ("Prober",),
+    "receiver": ("Receiver",),
+    "retry": ("RetryPolicy",),
+    "sender": ("Sender",),
+}
+
+
+def __getattr__(name: str) -> object:
+    for room, names in _ROOMS.items():
+        if name in names:
+            value: object = getattr(import_module(f"pdctl.{room}"), name)
+            globals()[name] = value
+            return value
+    raise AttributeError(f"pdctl has no {name}: the public names are in pdctl.__all__")

@@ -45,11 +45,17 @@ class CopyPlan:
 
     @classmethod
     def join(cls, *plans: CopyPlan) -> CopyPlan:
-        return cls(*(np.concatenate([getattr(p, name) for p in plans] or [np.empty(0, np.int64)])
-                     for name in ("src", "dst", "nbytes")))
+        return cls(
+            *(
+                np.concatenate([getattr(p, name) for p in plans] or [np.empty(0, np.int64)])
+                for name in ("src", "dst", "nbytes")
+            )
+        )
 
 
-def item_plan(source: Pool, destination: Pool, src_items: npt.ArrayLike, dst_items: npt.ArrayLike, what: str) -> CopyPlan:
+def item_plan(
+    source: Pool, destination: Pool, src_items: npt.ArrayLike, dst_items: npt.ArrayLike, what: str
+) -> CopyPlan:
     """Copy item `src_items[i]` of every entry to item `dst_items[i]`; runs that go on at both sides become one copy.
 
     Both index arrays have shape (k,). Raises LayoutMismatch when the pools do not pair, when the arrays differ in
@@ -83,4 +89,6 @@ def _check_items(pool: Pool, items: Ints, what: str) -> None:
     low, high = int(items.min()), int(items.max())
     if low < 0 or (pool.n_items is not None and high >= pool.n_items):
         size = "" if pool.n_items is None else f", the pool has {pool.n_items}"
-        raise LayoutMismatch(f"{what}: index {low if low < 0 else high} is outside the pool{size}: check the page table")
+        raise LayoutMismatch(
+            f"{what}: index {low if low < 0 else high} is outside the pool{size}: check the page table"
+        )
