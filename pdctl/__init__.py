@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pdctl.engine.base import Engine
     from pdctl.engine.mooncake import MooncakeSettings, open_mooncake
     from pdctl.errors import Cause, PdctlError, RoomFailed, SessionBlocked, TransferFailed
-    from pdctl.memory import Arena, open_arena
+    from pdctl.memory import Arena
     from pdctl.node import DecodeNode, PrefillNode, Sidecar, decode_node, prefill_node, sidecar
     from pdctl.prober import Prober
     from pdctl.receiver import Receiver
@@ -59,7 +59,6 @@ __all__ = [
     "TransferFailed",
     "decode_node",
     "load",
-    "open_arena",
     "open_mooncake",
     "prefill_node",
     "sidecar",
@@ -77,7 +76,7 @@ _ROOMS = {
     "engine.base": ("Engine",),
     "engine.mooncake": ("MooncakeSettings", "open_mooncake"),
     "errors": ("Cause", "PdctlError", "RoomFailed", "SessionBlocked", "TransferFailed"),
-    "memory": ("Arena", "open_arena"),
+    "memory": ("Arena",),
     "node": ("DecodeNode", "PrefillNode", "Sidecar", "decode_node", "prefill_node", "sidecar"),
     "prober": ("Prober",),
     "receiver": ("Receiver",),
