@@ -450,7 +450,7 @@ class ArrivingRoom:
             return
         self.reason = reason
         self._step(event)
-        log.warning("room failed", room=self.room, side=Side.RECEIVER.value, event=event.value, reason=reason)
+        log.warning("room failed", room=self.room, side=Side.RECEIVER.value, ended_by=event.value, reason=reason)
         if self._told:
             self._of.hold(self, self._told, self._release)
             self._release = None

@@ -449,7 +449,7 @@ class SendingRoom:
             return
         self.reason = reason
         self._step(event)
-        log.warning("room failed", room=self.room, side=Side.SENDER.value, event=event.value, reason=reason)
+        log.warning("room failed", room=self.room, side=Side.SENDER.value, ended_by=event.value, reason=reason)
         current = asyncio.current_task()
         for write in self._writes:
             if write is not current:
