@@ -32,9 +32,9 @@ _STATUSES = (
 )
 
 
-async def read_json(request: Request, limit: int) -> Any:
+async def read_json(request: Request, limit: int, deadline_s: float = BODY_DEADLINE_S) -> Any:
     """The body as JSON, whatever its content type. Raises TooLarge, TooSlow, BadField("body")."""
-    body = await _read(request, limit)
+    body = await _read(request, limit, deadline_s)
     try:
         return json.loads(body.decode())
     except UnicodeDecodeError as error:
@@ -70,10 +70,10 @@ def _headers(error: PdctlError) -> dict[str, str] | None:
     return {"Retry-After": "1"} if isinstance(error, NotReady | LimitReached) else None
 
 
-async def _read(request: Request, limit: int) -> bytes:
+async def _read(request: Request, limit: int, deadline_s: float) -> bytes:
     body, total = bytearray(), 0
     try:
-        async with asyncio.timeout(BODY_DEADLINE_S):
+        async with asyncio.timeout(deadline_s):
             async for chunk in request.stream():
                 total += len(chunk)
                 if total <= limit:
@@ -81,7 +81,7 @@ async def _read(request: Request, limit: int) -> bytes:
                 elif total > limit + _DISCARD:
                     break
     except TimeoutError:
-        raise TooSlow(f"body: {total} bytes came in {BODY_DEADLINE_S:g} s: send it at once") from None
+        raise TooSlow(f"body: {total} bytes came in {deadline_s:g} s: send it at once") from None
     except ClientDisconnect:
         raise BadField("body", f"ended after {total} bytes: the client closed the connection") from None
     if total > limit:

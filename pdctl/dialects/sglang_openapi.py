@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi.responses import PlainTextResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 
 Docs = dict[str, Any]
 
@@ -46,7 +46,7 @@ def _operation(summary: str, description: str, responses: dict[int, Docs], extra
         "description": description,
         "responses": responses,
         "openapi_extra": extra or {},
-        "response_class": PlainTextResponse,
+        "response_class": JSONResponse if "application/json" in responses[200]["content"] else PlainTextResponse,
     }
 
 
