@@ -1,0 +1,123 @@
+"""The registry's owner: journalled before acknowledged, each change told once, rooms swept in slices."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+from structlog.testing import capture_logs
+
+from pdctl.core.address import Endpoint
+from pdctl.core.registry import Change, Registry
+from pdctl.core.rooms import RoomBook
+from pdctl.core.route import Announcement, Seat, Shape
+from pdctl.errors import NotNow, NotReady, Refused
+from pdctl.metrics import Metrics
+from pdctl.persistence.memory import MemoryJournal
+from pdctl.registrar import SWEEP_BUDGET, Registrar
+from tests.conftest import Clock
+
+TP2 = Shape(attn_tp_size=2, attn_cp_size=1, dp_size=1, pp_size=1, page_size=16, kv_cache_dtype=None)
+
+
+def claim(tp: int, shape: Shape = TP2, port: int = 0) -> Announcement:
+    return Announcement(Seat(0, 0, tp, 0), shape, Endpoint("10.0.0.1", port or 40000 + tp))
+
+
+class SlowJournal(MemoryJournal):
+    """Takes rows only when the gate is open, and can be full."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = asyncio.Event()
+        self.full = False
+
+    async def append(self, changes: Sequence[Change]) -> None:
+        await self.gate.wait()
+        if self.full:
+            raise NotNow("no space is left on the device: free some")
+        await super().append(changes)
+
+
+def told(logs: Sequence[object]) -> list[object]:
+    return [entry["event"] for entry in logs if isinstance(entry, dict)]
+
+
+async def test_a_claim_is_acknowledged_when_the_journal_has_it(clock: Clock) -> None:
+    journal = SlowJournal()
+    registrar = Registrar(Registry(), RoomBook(), journal, Metrics(), clock)
+    pending = asyncio.create_task(registrar.register("a", claim(0)))
+    done, _ = await asyncio.wait({pending}, timeout=0.05)
+    assert not done
+    journal.gate.set()
+    await pending
+    assert len(await journal.load()) == 1
+
+
+async def test_a_journal_that_takes_no_rows_is_an_error_for_the_caller(clock: Clock) -> None:
+    journal = SlowJournal()
+    journal.full = True
+    journal.gate.set()
+    registrar = Registrar(Registry(), RoomBook(), journal, Metrics(), clock)
+    with pytest.raises(NotNow, match="no space"):
+        await registrar.register("a", claim(0))
+
+
+async def test_each_change_is_told_once_and_a_repeated_claim_never(registrar: Registrar) -> None:
+    with capture_logs() as logs:
+        for tp in (0, 0, 1, 1):
+            await registrar.register("a", claim(tp))
+        await registrar.register("a", claim(1, port=50000))
+    assert told(logs) == ["seat taken", "seat taken", "instance complete", "seat taken by a new life"]
+    assert logs[-1]["before"] == "10.0.0.1:40001"
+    assert logs[-1]["address"] == "10.0.0.1:50000"
+
+
+async def test_a_refused_claim_is_neither_journalled_nor_told(clock: Clock) -> None:
+    journal = MemoryJournal()
+    registrar = Registrar(Registry(), RoomBook(), journal, Metrics(), clock)
+    await registrar.register("a", claim(0))
+    with capture_logs() as logs, pytest.raises(Refused):
+        await registrar.register("a", claim(1, replace(TP2, page_size=64)))
+    assert logs == []
+    assert len(await journal.load()) == 1
+
+
+async def test_a_restarted_registry_takes_back_what_the_journal_kept(clock: Clock) -> None:
+    journal = MemoryJournal()
+    first = Registrar(Registry(), RoomBook(), journal, Metrics(), clock)
+    for tp in (0, 1):
+        await first.register("a", claim(tp))
+    clock.forward(100.0)
+    second = Registrar(Registry(), RoomBook(), journal, Metrics(), clock)
+    with pytest.raises(NotReady, match="0 workers"):
+        second.topology("a")
+    await second.restore()
+    assert second.rank("a", Seat(0, 0, 1, 0)) == Endpoint("10.0.0.1", 40001)
+    assert second.age_s(second.topology("a").alive[Seat(0, 0, 0, 0)].since) == 0.0
+
+
+async def test_a_rank_outside_a_complete_instance_is_unknown_not_an_error(registrar: Registrar) -> None:
+    for tp in (0, 1):
+        await registrar.register("a", claim(tp))
+    assert registrar.rank("a", Seat(0, 0, 2, 0)) is None
+
+
+async def test_the_sweep_empties_the_rooms_and_lets_others_run_meanwhile(clock: Clock) -> None:
+    rooms = RoomBook(ttl_s=10.0)
+    registrar = Registrar(Registry(), rooms, MemoryJournal(), Metrics(), clock)
+    for room in range(10 * SWEEP_BUDGET):
+        registrar.announce_room(room, 0)
+    clock.forward(10.0)
+    turns = 0
+    sweeping = asyncio.create_task(registrar.sweep())
+    async with asyncio.timeout(10.0):
+        while len(rooms):
+            turns += 1
+            await asyncio.sleep(0)
+    sweeping.cancel()
+    await asyncio.wait({sweeping})
+    assert turns >= 10
+    assert sweeping.cancelled()
