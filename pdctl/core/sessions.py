@@ -57,7 +57,7 @@ class ProbePolicy:
         ask together for ever. Shortened, never lengthened: max_interval_s stays a bound.
     max_concurrent: questions in flight. 64 hung peers hold every place for one deadline at first; at max_interval_s
         it takes 64 * 30 of them to do so.
-    max_sessions: what the table holds at most, about 1 KB each; see SessionTable for what happens there.
+    max_sessions: what the table holds at most, about 0.5 KB each; see SessionTable for what happens there.
     """
 
     enabled: bool = True

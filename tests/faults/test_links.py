@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 
+import psutil
 import pytest
 from prometheus_client import CollectorRegistry
 
+from pdctl.core.layout import Region
 from pdctl.core.plan import CopyPlan
 from pdctl.core.sessions import ProbePolicy, SessionTable
 from pdctl.engine.base import Engine, PeerCard
@@ -20,7 +22,7 @@ from pdctl.errors import Cause, TransferFailed
 from pdctl.memory import Arena
 from pdctl.metrics import Metrics
 from pdctl.prober import Prober
-from tests.engine.processes import Child, child
+from tests.engine.processes import Child
 from tests.faults.peers import NBYTES
 
 QUICK = ProbePolicy(interval_s=0.1, max_interval_s=0.4, deadline_s=0.5)
@@ -76,9 +78,32 @@ async def until(true: Callable[[], bool], within_s: float) -> float:
     return time.monotonic() - began
 
 
-def peers(n: int, port: int | None = None) -> AbstractAsyncContextManager[Child]:
-    ports = {} if port is None else {"MC_MIN_RPC_PORT": str(port), "MC_MAX_RPC_PORT": str(port)}
-    return child("tests.faults.peers", str(n), environ=ports)
+def peers(n: int, environ: Mapping[str, str] | None = None) -> Child:
+    return Child("tests.faults.peers", str(n), environ=environ)
+
+
+def card_of(peer: Child) -> PeerCard:
+    """What its handshake would show, without asking: a question would leave its port in TIME_WAIT, and no successor
+    could have it for a minute. An engine listens on two ports, both over IPv4 or one over both families."""
+    listening = {c.laddr.port for c in psutil.Process(peer.pid).net_connections() if c.status == psutil.CONN_LISTEN}
+    (data_port,) = listening - {port_of(peer)}
+    return PeerCard(peer.session, data_port, (Region(peer.hello["pointers"][0], NBYTES),))
+
+
+def port_of(peer: Child) -> int:
+    return int(peer.session.rpartition(":")[2])
+
+
+def successor(of: Child) -> Child:
+    """A new process under the session of a dead one. An engine takes two ports of a range, in an order of its own."""
+    port = port_of(of)
+    for first in [port, port - 1] * 10:
+        with suppress(EOFError):  # the neighbour is taken
+            new = peers(1, {"MC_MIN_RPC_PORT": str(first), "MC_MAX_RPC_PORT": str(first + 1)})
+            if new.session == of.session:
+                return new
+            new.kill()
+    raise AssertionError("no process got the port of the dead one")
 
 
 async def write(engine: Engine, arena: Arena, peer: Child, *, deadline_s: float) -> None:
@@ -89,57 +114,65 @@ async def write(engine: Engine, arena: Arena, peer: Child, *, deadline_s: float)
 async def test_a_stopped_peer_is_blocked_by_its_failed_transfer_and_back_when_it_continues(
     engine: Engine, arena: Arena
 ) -> None:
-    async with peers(1) as peer, watching(engine) as watch:
-        await write(engine, arena, peer, deadline_s=5.0)
-        peer.stop()
-        with pytest.raises(TransferFailed) as failure:
-            await write(engine, arena, peer, deadline_s=0.3)
-        watch.prober.failed(peer.session, failure.value.cause, failure.value.detail)
-        await until(lambda: watch.count("pdctl_session_probes_total", result="timed_out") >= 2, 5.0)
-        assert "timed out" in (watch.prober.reason_blocked(peer.session) or "")
-        peer.resume()
-        await until(lambda: watch.well(peer.session), QUICK.max_interval_s + QUICK.deadline_s + 1.0)
-        await write(engine, arena, peer, deadline_s=5.0)
+    with peers(1) as peer:
+        async with watching(engine) as watch:
+            await write(engine, arena, peer, deadline_s=5.0)
+            peer.stop()
+            with pytest.raises(TransferFailed) as failure:
+                await write(engine, arena, peer, deadline_s=0.3)
+            watch.prober.failed(peer.session, failure.value.cause, failure.value.detail)
+            await until(lambda: watch.count("pdctl_session_probes_total", result="timed_out") >= 2, 5.0)
+            assert "timed out" in (watch.prober.reason_blocked(peer.session) or "")
+            peer.resume()
+            await until(lambda: watch.well(peer.session), QUICK.max_interval_s + QUICK.deadline_s + 1.0)
+            await write(engine, arena, peer, deadline_s=5.0)
 
 
 async def test_fifty_blocked_and_eight_of_them_stopped_the_healthy_are_back_within_two_intervals(
     engine: Engine,
 ) -> None:
     policy = replace(QUICK, interval_s=0.5, max_interval_s=1.0, deadline_s=1.0)
-    async with peers(42) as healthy, peers(8) as stopped, watching(engine, policy) as watch:
-        stopped.stop()
-        for session in [*stopped.hello["sessions"], *healthy.hello["sessions"]]:
-            watch.prober.failed(session, Cause.PEER_GONE, "connection reset")
-        await until(lambda: watch.count("sglang:failed_session_recoveries_total") == 42, 2 * policy.interval_s)
-        assert set(watch.table.blocked()) == set(stopped.hello["sessions"])
-        stopped.resume()
-        await until(lambda: not watch.table.blocked(), policy.max_interval_s + policy.deadline_s + 1.0)
+    with peers(42) as healthy, peers(8) as stopped:
+        async with watching(engine, policy) as watch:
+            stopped.stop()
+            for session in [*stopped.hello["sessions"], *healthy.hello["sessions"]]:
+                watch.prober.failed(session, Cause.PEER_GONE, "connection reset")
+            await until(lambda: watch.count("sglang:failed_session_recoveries_total") == 42, 2 * policy.interval_s)
+            assert set(watch.table.blocked()) == set(stopped.hello["sessions"])
+            stopped.resume()
+            await until(lambda: not watch.table.blocked(), policy.max_interval_s + policy.deadline_s + 1.0)
 
 
 async def test_a_killed_peer_stays_blocked_while_wanted_and_is_forgotten_when_idle(engine: Engine) -> None:
     policy = replace(QUICK, idle_timeout_s=1.0)
-    async with peers(1) as peer, watching(engine, policy) as watch:
-        await peer.kill()
-        watch.prober.failed(peer.session, Cause.PEER_GONE, "connection reset")
-        await until(
-            lambda: watch.well(peer.session) or watch.count("pdctl_session_probes_total", result="refused") >= 5,
-            10.0,
-        )
-        assert not watch.well(peer.session)
-        await until(lambda: not watch.table.blocked(), policy.idle_timeout_s + policy.max_interval_s + 1.0)
-        assert watch.count("pdctl_session_changes_total", kind="forgotten") == 1
+    with peers(1) as peer:
+        async with watching(engine, policy) as watch:
+            peer.kill()
+            watch.prober.failed(peer.session, Cause.PEER_GONE, "connection reset")
+            await until(
+                lambda: watch.well(peer.session) or watch.count("pdctl_session_probes_total", result="refused") >= 5,
+                10.0,
+            )
+            assert not watch.well(peer.session)
+            await until(lambda: not watch.table.blocked(), policy.idle_timeout_s + policy.max_interval_s + 1.0)
+            assert watch.count("pdctl_session_changes_total", kind="forgotten") == 1
 
 
 async def test_a_peer_restarted_under_the_same_session_is_not_lifted_until_it_registers(engine: Engine) -> None:
-    async with AsyncExitStack() as stack:
-        watch = await stack.enter_async_context(watching(engine))
-        old = await stack.enter_async_context(peers(1))
-        watch.prober.remember(old.session, await engine.probe(old.session, deadline_s=1.0))
-        await old.kill()
-        watch.prober.failed(old.session, Cause.PEER_GONE, "connection reset")
-        new = await stack.enter_async_context(peers(1, port=int(old.session.rpartition(":")[2])))
-        assert new.session == old.session
-        await until(lambda: watch.count("pdctl_session_changes_total", kind="dropped") == 1, 5.0)
-        assert watch.table.blocked() == {new.session: Cause.PEER_CHANGED}
-        watch.prober.registered(new.session)
-        assert watch.well(new.session)
+    with peers(1) as old:
+        async with watching(engine) as watch:
+            card = card_of(old)
+            old.kill()
+            with successor(old) as new:
+                watch.prober.remember(new.session, card)
+                watch.prober.failed(new.session, Cause.PEER_GONE, "connection reset")
+                await until(lambda: watch.count("pdctl_session_changes_total", kind="dropped") == 1, 5.0)
+                assert watch.table.blocked() == {new.session: Cause.PEER_CHANGED}
+                watch.prober.registered(new.session)
+                assert watch.well(new.session)
+
+
+async def test_what_listens_is_what_the_handshake_shows(engine: Engine) -> None:
+    with peers(1) as peer:
+        shown = await engine.probe(peer.session, deadline_s=5.0)
+        assert shown == card_of(peer)
