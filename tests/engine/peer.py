@@ -1,0 +1,89 @@
+"""
+A process with an engine of its own, driven by JSON lines: `python -m tests.engine.peer ENGINE_SETTINGS_JSON`.
+
+First line out: {"session": ...}. Then one answer for each command. Dies with its parent, whatever kills that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from typing import Any
+
+import numpy as np
+
+from pdctl.core.plan import CopyPlan
+from pdctl.engine.base import Engine
+from pdctl.engine.mooncake import MooncakeSettings, open_mooncake
+from pdctl.errors import PdctlError
+from pdctl.memory import Arena
+from tests.engine.processes import die_with_parent
+
+
+class Commands:
+    """What a test can ask of its peer; each method is one command."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.arenas: dict[int, tuple[Arena, Any]] = {}
+
+    async def register(self, nbytes: int, fill: int = 0) -> dict[str, Any]:
+        arena = Arena(nbytes)
+        view = arena.array(nbytes, np.uint8)
+        view[:] = fill
+        await self.engine.register(arena.region)
+        self.arenas[arena.region.pointer] = (arena, view)
+        return {"pointer": arena.region.pointer, "nbytes": arena.region.nbytes}
+
+    async def unregister(self, pointer: int) -> dict[str, Any]:
+        await self.engine.unregister(self.arenas.pop(pointer)[0].region)
+        return {}
+
+    async def empty(self) -> dict[str, Any]:
+        for pointer in list(self.arenas):
+            await self.unregister(pointer)
+        return {}
+
+    async def fill(self, pointer: int, value: int) -> dict[str, Any]:
+        self.arenas[pointer][1][:] = value
+        return {}
+
+    async def count(self, pointer: int, value: int, first: int = 0, nbytes: int | None = None) -> dict[str, Any]:
+        """How many of the bytes have `value`."""
+        view = self.arenas[pointer][1]
+        return {"n": int((view[first : None if nbytes is None else first + nbytes] == value).sum())}
+
+    async def bytes(self, pointer: int, first: int, nbytes: int) -> dict[str, Any]:
+        return {"hex": self.arenas[pointer][1][first : first + nbytes].tobytes().hex()}
+
+    async def write(self, session: str, src: int, dst: int, nbytes: int) -> dict[str, Any]:
+        await self.engine.write(session, CopyPlan.of((src, dst, nbytes)), deadline_s=10)
+        return {}
+
+
+async def main(settings: MooncakeSettings) -> None:
+    reader = asyncio.StreamReader()
+    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+    async with open_mooncake(settings) as engine:
+        commands = Commands(engine)
+        print(json.dumps({"session": engine.session}), flush=True)
+        while line := await reader.readline():
+            asked = json.loads(line)
+            print(json.dumps(await answer(commands, asked.pop("do"), asked)), flush=True)
+
+
+async def answer(commands: Commands, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    try:
+        done: dict[str, Any] = await getattr(commands, name)(**arguments)
+    except PdctlError as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+    return done
+
+
+if __name__ == "__main__":
+    die_with_parent()
+    asyncio.run(main(MooncakeSettings(**json.loads(sys.argv[1]))))
+    sys.stdout.flush()
+    os._exit(0)
