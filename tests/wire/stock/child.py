@@ -58,6 +58,11 @@ class Child:
         self.managers[name], self.pools[name] = manager, pool
         return {"rank_ip": manager.local_ip, "rank_port": manager.rank_port, "session": manager.get_session_id()}
 
+    def change_args(self, name: str, **changes: Any) -> None:
+        """Start over with other settings, as far as stock's checks see."""
+        for each, value in changes.items():
+            setattr(self.managers[name].kv_args, each, value)
+
     def topology(self, name: str, address: str) -> JSON | None:
         """try_ensure_parallel_info: what decode then knows of the instance, or None."""
         manager = self.managers[name]
