@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import socket
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -81,9 +82,9 @@ class PeerLink:
         self._unlogged = 0
 
     @property
-    def n_sockets(self) -> int:
-        """Peers that a socket is held for now."""
-        return len(self._peers)
+    def connected(self) -> tuple[Endpoint, ...]:
+        """Peers that a socket is held for now, the one unused for longest first."""
+        return tuple(self._peers)
 
     async def send(self, to: Endpoint, frames: Sequence[bytes]) -> None:
         """Hand `frames` to the connection with `to`, in order with what was sent to it before.
@@ -132,10 +133,12 @@ class PeerLink:
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(self._settings.send_deadline_s):
-                found = await loop.getaddrinfo(to.host, to.port, type=1)
+                found = await loop.getaddrinfo(to.host, to.port, type=socket.SOCK_STREAM)
         except (OSError, TimeoutError) as error:
             raise self._unreachable(to, f"its name cannot be resolved ({error or 'no answer'})") from None
-        return Endpoint(str(found[0][4][0]), to.port).tcp
+        # IPv4 first: a name is mostly listened at as ZMQ itself resolves it, without IPv6
+        best = min(found, key=lambda address: address[0] != socket.AF_INET)
+        return Endpoint(str(best[4][0]), to.port).tcp
 
     def _peer(self, to: Endpoint, address: str) -> _Peer:
         if to not in self._peers:
@@ -153,9 +156,9 @@ class PeerLink:
         # what it has taken may still leave: nobody waits for that here
         self._peers.pop(idle).socket.close(linger=_ms(self._settings.flush_s))
 
-    async def _hand_over(self, socket: zmq.asyncio.Socket, to: Endpoint, frames: Sequence[bytes]) -> None:
+    async def _hand_over(self, push: zmq.asyncio.Socket, to: Endpoint, frames: Sequence[bytes]) -> None:
         # wait() and not timeout(): a message taken in the very moment of the deadline must not be called unsent
-        sending = asyncio.ensure_future(socket.send_multipart(list(frames)))
+        sending = asyncio.ensure_future(push.send_multipart(list(frames)))
         try:
             await asyncio.wait({sending}, timeout=self._settings.send_deadline_s)
         finally:
