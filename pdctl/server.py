@@ -76,7 +76,10 @@ def app(routers: Iterable[APIRouter], metrics: Metrics, unready: Callable[[], li
 
 
 async def serve(asgi: ASGIApp, sock: socket.socket, *, grace_s: float) -> None:
-    """Serve on `sock` until cancelled; then stop accepting, let requests under way end within `grace_s`, and close."""
+    """Serve on `sock` until cancelled; then stop accepting, let requests under way end within `grace_s`, and close.
+
+    A task that is cancelled before its first step closes nothing: whoever bound the socket holds it in a `with`.
+    """
     server = _Server(_config(asgi, grace_s))
     running = asyncio.create_task(server.serve([sock]), name="http server")
     try:
