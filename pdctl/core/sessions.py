@@ -47,7 +47,8 @@ class ProbePolicy:
     enabled: off means that only a registration lifts, as with an engine that nobody can ask.
     interval_s: wait before the first question; doubled after each that was not answered well. 100 ms, because an answer
         costs 0.3 ms and a peer that hiccupped should be back well within a second (stock SGLang: 30 s).
-    max_interval_s: where doubling ends. 30 s: a peer down for hours costs two questions a minute.
+    max_interval_s: where doubling ends. 30 s: a peer down for hours costs two questions a minute. Below interval_s it
+        means interval_s: who sets stock's own 60 s for the first must not be refused for our default of the second.
     idle_timeout_s: a blocked session that no request has wanted for so long is forgotten: a restarted peer comes back
         under a new session, and nobody ever registers the old one again. 10 minutes is above every request's time-out.
     deadline_s: what one question may take. A time-out means unknown, not dead: the peer's listener serves one
@@ -76,11 +77,6 @@ class ProbePolicy:
                 raise ConfigError(f"probe {field.name} is {value}: give a number of seconds above 0")
             if field.name.startswith("max_") and value < 1 and field.name != "max_interval_s":
                 raise ConfigError(f"probe {field.name} is {value}: give at least 1")
-        if self.interval_s > self.max_interval_s:
-            raise ConfigError(
-                f"probe interval_s is {self.interval_s} but max_interval_s {self.max_interval_s}: "
-                "raise the second or lower the first"
-            )
         if not 0 <= self.jitter < 1:
             raise ConfigError(f"probe jitter is {self.jitter}: give a share from 0 up to, not including, 1")
 
@@ -331,7 +327,8 @@ class SessionTable(Generic[LifeT]):
             return
         # 2.0 ** 1024 overflows, and a peer down for a working day gets there at 30 s a question.
         doubled_s = self.policy.interval_s * 2.0 ** min(block.questions, 64)
-        wait_s = min(doubled_s, self.policy.max_interval_s) * (1 - self.policy.jitter * self._random())
+        ceiling_s = max(self.policy.interval_s, self.policy.max_interval_s)
+        wait_s = min(doubled_s, ceiling_s) * (1 - self.policy.jitter * self._random())
         block.next_at = now + wait_s
         heapq.heappush(self._agenda, (block.next_at, block.session))
 

@@ -270,7 +270,6 @@ def test_a_full_table_lets_the_idlest_go_and_the_dropped_last() -> None:
     "wrong",
     [
         {"interval_s": 0.0},
-        {"interval_s": 31.0},
         {"max_interval_s": float("inf")},
         {"idle_timeout_s": -1.0},
         {"deadline_s": float("nan")},
@@ -284,6 +283,15 @@ def test_a_full_table_lets_the_idlest_go_and_the_dropped_last() -> None:
 def test_a_policy_that_cannot_work_names_the_setting(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         ProbePolicy(**wrong)
+
+
+def test_a_first_wait_above_the_ceiling_is_kept_for_every_question() -> None:
+    sessions: SessionTable[Any] = SessionTable(ProbePolicy(interval_s=60.0, jitter=0.0), lambda: 0.0)
+    sessions.fail(A, Cause.REFUSED, "", 0.0)
+    for due in (60.0, 120.0, 180.0):
+        assert sessions.next_due == due
+        (question,) = sessions.ask_due(due, 1)
+        sessions.answered(question, Unwell(Cause.REFUSED, ""), due)
 
 
 # Any order of events
