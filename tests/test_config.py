@@ -47,7 +47,7 @@ def test_the_prober_is_switched_off_by_either_name(name: str, off: str, monkeypa
 def test_every_alias_turns_a_knob_that_exists(alias: str, monkeypatch: pytest.MonkeyPatch) -> None:
     section, _, knob = config.ALIASES[alias].partition(".")
     default = getattr(getattr(config.load(), section), knob)
-    given = {bool: str(int(not default)), str: "10.9.8.7"}.get(type(default), "42")
+    given = {bool: str(int(not default)), type(None): "1", str: "10.9.8.7"}.get(type(default), "42")
     monkeypatch.setenv(alias, given)
     assert getattr(getattr(config.load(), section), knob) != default
 

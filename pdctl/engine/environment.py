@@ -33,7 +33,8 @@ class MooncakeSettings:
     """How the engine is opened.
 
     `host`: under which peers reach it; it listens on every interface all the same (H7). IPv6 text makes the whole
-    process IPv6. `force_tcp`: without it the engine takes RDMA wherever it sees an adapter, whatever `protocol` says.
+    process IPv6. `force_tcp`: without it the engine takes RDMA wherever it sees an adapter, whatever `protocol` says; left out, it is
+    on exactly when `protocol` is tcp.
     `window`: blocks in flight to one peer; 16 is full speed, and a hung peer is at rest after window / 4 stalls.
     `progress_timeout_s`: how long a block may stand still; whole seconds, as the engine reads it.
     `block_limit`: longer copies are split, so that the window holds for them too (beyond 16 MiB nothing is gained).
@@ -46,7 +47,7 @@ class MooncakeSettings:
     host: str = "127.0.0.1"
     protocol: str = "tcp"
     device: str = ""
-    force_tcp: bool = True
+    force_tcp: bool | None = None
     window: int = 16
     block_limit: int = 16 << 20
     progress_timeout_s: int = 5
@@ -73,6 +74,10 @@ class MooncakeSettings:
             raise ConfigError(f"mooncake recheck_s is {self.recheck_s}: give 0 or more")
 
     @property
+    def forces_tcp(self) -> bool:
+        return self.protocol == "tcp" if self.force_tcp is None else self.force_tcp
+
+    @property
     def is_ipv6(self) -> bool:
         return ":" in self.host
 
@@ -94,7 +99,7 @@ def environment(settings: MooncakeSettings) -> dict[str, str]:
     """The engine's and the store's variables, all of them, for the process that will open an engine."""
     stall = str(settings.progress_timeout_s)
     return _defaults(settings) | {
-        "MC_FORCE_TCP": "1" if settings.force_tcp else "0",
+        **({"MC_FORCE_TCP": "1"} if settings.forces_tcp else {}),
         "MC_TCP_PROGRESS_TIMEOUT_SEC": stall,
         "MC_TCP_STATUS_TIMEOUT_SEC": stall,
         "MC_TCP_MAX_QUEUED_TRANSFERS_PER_PEER": str(ENOUGH),

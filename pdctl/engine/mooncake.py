@@ -164,7 +164,7 @@ class _Carrier:
     async def lane(self, session: str, found: Descriptor) -> Lane:
         """Over TCP we introduce the peer ourselves. RDMA exchanges queue pairs by the peer's own name: there the engine
         asks the peer, and a peer that hangs between our question and its own still costs all 61 s (H3)."""
-        if not self._settings.force_tcp:
+        if not self._settings.forces_tcp:
             return Lane(session)
         introduction = await Introduction.listening(found.opening, self._settings.loopback, self._names)
         return Lane(introduction.name, close=introduction.close)
