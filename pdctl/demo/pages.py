@@ -8,6 +8,7 @@ only. It never waits: what cannot be had now is an error.
 from __future__ import annotations
 
 import hashlib
+import heapq
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
@@ -19,7 +20,7 @@ class PageBook:
 
     def __init__(self, n_pages: int, page_size: int) -> None:
         self._page_size = page_size
-        self._free = list(range(n_pages))[::-1]
+        self._free = list(range(n_pages))  # a heap: neighbours go out together, and travel as one block
         self._holders: dict[int, int] = {}
         self._kept: OrderedDict[bytes, int] = OrderedDict()  # beginning -> page, the longest unused first
         self._beginning: dict[int, bytes] = {}
@@ -35,8 +36,8 @@ class PageBook:
             raise NotReady(f"{n} pages wanted, {len(self._free) + len(idle)} to be had: wait for a request to end")
         for page in idle[: max(0, n - len(self._free))]:
             del self._kept[self._beginning.pop(page)]
-            self._free.append(page)
-        pages = [self._free.pop() for _ in range(n)]
+            heapq.heappush(self._free, page)
+        pages = [heapq.heappop(self._free) for _ in range(n)]
         self._holders.update(dict.fromkeys(pages, 1))
         return pages
 
@@ -65,7 +66,7 @@ class PageBook:
             if not self._holders[page]:
                 del self._holders[page]
                 if page not in self._beginning:
-                    self._free.append(page)
+                    heapq.heappush(self._free, page)
 
     def _beginnings(self, tokens: Sequence[int]) -> Iterator[bytes]:
         """A digest of everything up to the end of each whole page."""

@@ -48,9 +48,10 @@ class Ending:
 
 
 class Child:
-    """One process. `events` holds every line that it said unasked, oldest first."""
+    """One process. `events` holds every line that it said unasked, oldest first; `hear` is told of each as it comes."""
 
     def __init__(self, name: str, process: asyncio.subprocess.Process, goodbye: Goodbye) -> None:
+        self.hear: Callable[[Event], None] = _ignore
         self.name, self.pid, self.events = name, process.pid, list[Event]()
         self._process, self._goodbye = process, goodbye
         self._news = asyncio.Condition()
@@ -80,15 +81,19 @@ class Child:
     async def event(self, kind: str, *, deadline_s: float = 30.0, **equal: object) -> Event:
         """The first event of this kind with these values, said or yet to be said."""
         wanted = {"event": kind, **equal}
+        return await self.first(kind, lambda event: wanted.items() <= event.items(), deadline_s=deadline_s)
+
+    async def first(self, what: str, is_it: Callable[[Event], bool], *, deadline_s: float = 30.0) -> Event:
+        """The first event that `is_it`, said or yet to be said; `what` names it in the error."""
         try:
             async with asyncio.timeout(deadline_s), self._news:
-                while (found := next((e for e in self.events if wanted.items() <= e.items()), None)) is None:
+                while (found := next(filter(is_it, self.events), None)) is None:
                     if self._silent:
                         raise self._gone()
                     await self._news.wait()
                 return found
         except TimeoutError as exc:
-            raise Unreachable(f"{self.name} has not said {kind} within {deadline_s:g} s: read its log") from exc
+            raise Unreachable(f"{self.name} has not said {what} within {deadline_s:g} s: read its log") from exc
 
     def pause(self) -> None:
         self._process.send_signal(signal.SIGSTOP)
@@ -107,6 +112,13 @@ class Child:
     @property
     def alive(self) -> bool:
         return self._process.returncode is None
+
+    def listening_ports(self) -> list[int]:
+        """TCP ports that it listens at, as the kernel has them."""
+        sockets = {os.readlink(fd) for fd in Path(f"/proc/{self.pid}/fd").iterdir() if fd.is_symlink()}
+        tables = [Path(f"/proc/{self.pid}/net/{name}") for name in ("tcp", "tcp6")]
+        rows = [line.split() for table in tables if table.exists() for line in table.read_text().splitlines()[1:]]
+        return sorted({int(row[1].rpartition(":")[2], 16) for row in rows if _is_listening(row, sockets)})
 
     def log_tail(self, n: int = 12) -> list[str]:
         return list(self._log)[-n:]
@@ -165,6 +177,7 @@ class Child:
             answered.set_result(event)
             return
         self.events.append(event)
+        self.hear(event)
         async with self._news:
             self._news.notify_all()
 
@@ -199,11 +212,15 @@ class Question:
 
 
 class Family:
-    """The children of one demo, in the order of their birth; ended in reverse by `family()`."""
+    """The children of one demo, in the order of their birth; ended in reverse by `family()`.
+
+    `children` are those that were not ended yet, `everyone` has been born.
+    """
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         self._environment = dict(environment)
         self.children: list[Child] = []
+        self.everyone: list[Child] = []
         self.endings: list[Ending] = []
 
     async def start(self, name: str, module: str, *args: str, goodbye: Goodbye = Goodbye.END_OF_INPUT) -> Child:
@@ -223,6 +240,7 @@ class Family:
         )
         child = Child(name, process, goodbye)
         self.children.append(child)
+        self.everyone.append(child)
         return child
 
     async def end(self, child: Child, ending: Callable[[Child], Any] = Child.close) -> Ending:
@@ -257,6 +275,15 @@ def _piped(stream: asyncio.StreamReader | None) -> asyncio.StreamReader:
     if stream is None:
         raise ValueError("the child was started without pipes: start it through a Family")
     return stream
+
+
+def _is_listening(row: list[str], sockets: set[str]) -> bool:
+    """A row of /proc/net/tcp: state 0A is LISTEN, column 9 the socket's inode."""
+    return row[3] == "0A" and f"socket:[{row[9]}]" in sockets
+
+
+def _ignore(event: Event) -> None:
+    """Nobody listens yet."""
 
 
 def _fail(future: asyncio.Future[Event], reason: Unreachable) -> None:

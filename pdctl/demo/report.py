@@ -6,8 +6,8 @@ A check is made where it is measured and judged here; nothing is printed. No che
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from itertools import zip_longest
 
 
@@ -22,6 +22,9 @@ class Check:
     expected: str
     evidence: tuple[str, ...] = ()
 
+    def with_evidence(self, more: Iterable[str]) -> Check:
+        return replace(self, evidence=(*self.evidence, *more))
+
 
 @dataclass(frozen=True, slots=True)
 class Moved:
@@ -32,6 +35,7 @@ class Moved:
     pages: int = 0
     blocks: int = 0
     nbytes: int = 0
+    aux_nbytes: int = 0
     seconds: float = 0.0
 
     def __add__(self, other: Moved) -> Moved:

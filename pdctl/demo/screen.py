@@ -37,23 +37,22 @@ class Screen:
         self._progress = _progress(console)
 
     def title(self, text: str) -> None:
-        self._console.print(f"[bold]{escape(text)}[/]", highlight=False)
+        self._line(f"[bold]{escape(text)}[/]")
 
     def act(self, number: int, name: str, what: str) -> None:
-        self._console.print(f"\n[bold cyan]{number}. {escape(name)}[/]", highlight=False)
-        self._console.print(f"   {escape(what)}", style="dim", highlight=False)
+        self._line(f"\n[bold cyan]{number}. {escape(name)}[/]")
+        self._line(f"   {escape(what)}", style="dim")
 
     def note(self, text: str) -> None:
-        self._console.print(f"   {escape(text)}", highlight=False)
+        self._line(f"   {escape(text)}")
 
     def check(self, check: Check) -> None:
         mark = "[green]ok  [/]" if check.ok else "[bold red]FAIL[/]"
         expected = "" if check.ok else f" [red](expected: {escape(check.expected)})[/]"
-        line = f"   {mark} {escape(check.name)}: [bold]{escape(check.measured)}[/]{expected}"
-        self._console.print(line, highlight=False)
+        self._line(f"   {mark} {escape(check.name)}: [bold]{escape(check.measured)}[/]{expected}")
         if not check.ok:
             for evidence in check.evidence:
-                self._console.print(f"        {escape(evidence)}", style="red", highlight=False)
+                self._line(f"        {escape(evidence)}", style="red")
 
     def bar(self, label: str, total: int) -> Bar:
         return Bar(self._progress, label, total)
@@ -69,16 +68,18 @@ class Screen:
             yield
 
     def finish(self, report: Report) -> None:
-        self._console.print()
-        self._console.print(_figures(report))
+        self._line("\n[bold]what was moved, and how long each recovery took[/]")
+        self._console.print(_figures(report) if self._console.is_terminal else _as_lines(report), soft_wrap=True)
         if report.metric_lines:
-            self._console.print("[bold]metrics that show it, from the prefill rank's /metrics[/]", highlight=False)
-            for line in report.metric_lines:
-                self._console.print(f"   {escape(line)}", highlight=False)
+            self._line("[bold]metrics that show it, from the prefill rank's /metrics[/]")
+        for line in report.metric_lines:
+            self._line(f"   {escape(line)}")
         n_ok = sum(check.ok for check in report.checks)
         style = "bold green" if report.ok else "bold red"
-        verdict = f"{n_ok} of {len(report.checks)} checks ok, {report.seconds:.1f} s"
-        self._console.print(f"\n[{style}]{verdict}[/]", highlight=False)
+        self._line(f"\n[{style}]{n_ok} of {len(report.checks)} checks ok, {report.seconds:.1f} s[/]")
+
+    def _line(self, text: str, style: str | None = None) -> None:
+        self._console.print(text, style=style, highlight=False, soft_wrap=True)
 
 
 def _progress(console: Console) -> Progress:
@@ -94,9 +95,13 @@ def _progress(console: Console) -> Progress:
 
 
 def _figures(report: Report) -> Table:
-    table = Table(title="what was moved, and how long each recovery took", title_justify="left", show_header=False)
+    table = Table(show_header=False)
     table.add_column(style="bold")
     table.add_column()
     for name, value in report.figures.items():
         table.add_row(escape(name), escape(value))
     return table
+
+
+def _as_lines(report: Report) -> str:
+    return "\n".join(f"   {escape(name)}: {escape(value)}" for name, value in report.figures.items())

@@ -64,6 +64,13 @@ def test_a_page_that_someone_holds_is_not_taken_away() -> None:
     assert book.n_held == 1
 
 
+def test_neighbours_are_given_out_together_whatever_came_back_in_which_order() -> None:
+    book = PageBook(8, page_size=2)
+    pages = book.take(8)
+    book.give_back([pages[n] for n in (5, 2, 7, 3, 4, 6)])
+    assert book.take(4) == [2, 3, 4, 5]
+
+
 class Life(RuleBasedStateMachine):
     """Whatever is taken, kept, found and given back, nobody's page is handed to someone with other tokens."""
 

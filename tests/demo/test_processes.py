@@ -70,6 +70,15 @@ async def test_answers_find_their_questions_and_the_rest_is_news(members: Family
     assert (await child.event("progress", of=2))["of"] == 2
 
 
+async def test_news_is_heard_as_it_comes(members: Family) -> None:
+    child = await start(members, ECHO)
+    heard: list[object] = []
+    child.hear = lambda event: heard.append(event["of"])
+    await child.ask("echo")
+    await child.ask("echo")
+    assert heard == [1, 2]
+
+
 async def test_a_child_told_to_end_says_goodbye_and_is_gone(members: Family) -> None:
     child = await start(members, ECHO)
     ending = await members.end(child)
@@ -139,15 +148,17 @@ async def test_all_are_gone_when_even_the_farewell_is_cancelled() -> None:
 
     async def live() -> None:
         async with family(os.environ) as members:
-            started.set_result((await start(members, DEAF, Goodbye.SIGTERM)).pid)
+            started.set_result(await start(members, DEAF, Goodbye.SIGTERM))
 
     task = asyncio.create_task(live())
-    pid = await started
+    child = await started
     async with asyncio.timeout(5):
         while not task.done():
             task.cancel()
             await asyncio.sleep(0)
-    await until_gone(pid)
+        while child.alive:  # noqa: ASYNC110  # killed without waiting: only the loop's own bookkeeping tells
+            await asyncio.sleep(0.01)
+    assert gone(child.pid)
 
 
 async def test_a_child_dies_with_its_parent_even_when_it_is_stopped(tmp_path: Path) -> None:
@@ -180,6 +191,16 @@ async def test_a_child_dies_with_its_parent_even_when_it_is_stopped(tmp_path: Pa
 async def test_ctrl_c_reaches_the_parent_only(members: Family) -> None:
     child = await start(members, ECHO)
     assert os.getsid(child.pid) == child.pid != os.getsid(0)
+
+
+async def test_the_ports_that_a_child_listens_at_are_known(members: Family) -> None:
+    program = (
+        "import json, socket, sys; s = socket.create_server(('127.0.0.1', 0)); silent = socket.socket();"
+        "silent.bind(('127.0.0.1', 0));"
+        "print(json.dumps({'event': 'ready', 'port': s.getsockname()[1]}), flush=True); sys.stdin.read()"
+    )
+    child = await start(members, program)
+    assert child.listening_ports() == [(await child.event("ready"))["port"]]
 
 
 async def test_a_leash_without_its_parent_runs_nothing() -> None:

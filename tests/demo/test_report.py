@@ -53,7 +53,7 @@ def test_the_document_is_json_with_every_check() -> None:
 
 
 def test_what_was_moved_adds_up() -> None:
-    total = Moved(1, 10, 2, 4, 2_000_000_000, 0.5) + Moved(1, 6, 1, 1, 1_000_000_000, 0.5)
-    assert total == Moved(2, 16, 3, 5, 3_000_000_000, 1.0)
+    total = Moved(1, 10, 2, 4, 2_000_000_000, 64, 0.5) + Moved(1, 6, 1, 1, 1_000_000_000, 64, 0.5)
+    assert total == Moved(2, 16, 3, 5, 3_000_000_000, 128, 1.0)
     assert total.gigabytes_per_s == 3.0
     assert Moved().gigabytes_per_s == 0.0
