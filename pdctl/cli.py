@@ -123,6 +123,7 @@ def _add_demo(commands: Commands) -> None:
     command.add_argument("--trace", type=Path, help="replay the lengths and shared prefixes of a trace, JSON lines")
     command.add_argument("--requests", type=int, default=20, help="how many requests of the trace (20)")
     command.add_argument("--json", action="store_true", help="one JSON document instead of the show")
+    command.set_defaults(prompt=None, trace=None, requests=20, json=False)
 
 
 def _command(commands: Commands, name: str, run: Run, what: str) -> argparse.ArgumentParser:
