@@ -269,6 +269,20 @@ async def test_the_first_waits_of_200_clients_are_spread() -> None:
     assert max(slots.values()) <= 3 * 20
 
 
+async def test_clients_that_are_given_no_source_of_jitter_do_not_share_one() -> None:
+    first: set[float] = set()
+
+    async def note(seconds: float) -> None:
+        first.add(seconds)
+
+    async with scripted(*[answers(503)] * 10) as server:
+        for _ in range(10):
+            async with RegistryClient(server.url, policy=RetryPolicy(max_attempts=2), sleep=note) as rank:
+                with contextlib.suppress(RegistrationGaveUp):
+                    await rank.register(ROW)
+    assert len(first) == 5  # of ten answers, two for each client; then the server is well
+
+
 # --- exhaustion ---
 
 
