@@ -134,9 +134,7 @@ class Registry:
         self._put(view, replace(change.life, since=now))
 
     def _put(self, view: InstanceView, life: Life) -> None:
-        if view.shape != life.announcement.shape:
-            view.shape = life.announcement.shape
-            view.alive.clear()
+        view.shape = life.announcement.shape  # another one only with the only seat: nobody else is left in the old
         view.alive[life.announcement.seat] = life
         view.last_epoch = max(view.last_epoch, life.epoch)
         self._instances[view.name] = view
