@@ -1,0 +1,198 @@
+"""
+A prefill or a decode rank in a process of its own: `python -m tests.e2e.rank SETTINGS_JSON`, driven by JSON lines.
+
+The real engine, the real link, the real sender and receiver; only the model is missing. Rooms run beside the commands.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import os
+import sys
+import time
+from typing import Any
+
+import numpy as np
+
+from pdctl import logs
+from pdctl.core.address import Endpoint
+from pdctl.core.layout import Pool
+from pdctl.core.transfer import RoomTimeouts
+from pdctl.engine.base import Engine
+from pdctl.engine.mooncake import MooncakeSettings, open_mooncake
+from pdctl.errors import PdctlError
+from pdctl.logs import LogSettings
+from pdctl.memory import Arena
+from pdctl.metrics import Metrics
+from pdctl.peer import LinkSettings, PeerLink, open_link
+from pdctl.receiver import Receiver
+from pdctl.sender import Sender
+from tests.e2e.kv import Kv
+from tests.engine.processes import die_with_parent
+from tests.room_rig import RigGate
+
+AUX = (64, 256)
+N_ROWS = 8
+
+
+class Rank:
+    """What both kinds have: memory, and rooms as tasks by number."""
+
+    def __init__(self, kv: Kv, engine: Engine, link: PeerLink) -> None:
+        self.engine, self.link = engine, link
+        self.arena = Arena(kv.nbytes + 64 * len(kv.lens) + 2 * sum(AUX) * N_ROWS)
+        self.kv = [self.arena.array((kv.n_pages, nbytes), np.uint8) for nbytes in kv.lens]
+        self.aux = [self.arena.array((N_ROWS, nbytes), np.uint8) for nbytes in AUX]
+        self.rooms: dict[int, asyncio.Task[str]] = {}
+        self.released: list[list[int]] = []
+        self.given_back = asyncio.Event()
+
+    def start(self, room: int, work: Any) -> dict[str, Any]:
+        self.rooms[room] = asyncio.create_task(self._outcome(work))
+        return {}
+
+    async def result(self, room: int) -> dict[str, Any]:
+        """Empty when all went well, else the reason."""
+        return {"why": await self.rooms.pop(room)}
+
+    async def digest(self, pages: list[int], row: int) -> dict[str, Any]:
+        digest = hashlib.sha256()
+        for entry in self.kv:
+            digest.update(entry[pages].tobytes())
+        for buffer in self.aux:
+            digest.update(buffer[row].tobytes())
+        return {"sha": digest.hexdigest()}
+
+    def release(self, pages: np.ndarray) -> None:
+        self.released.append(pages.tolist())
+        self.given_back.set()
+
+    @staticmethod
+    async def _outcome(work: Any) -> str:
+        try:
+            await work
+        except PdctlError as error:
+            return str(error)
+        return ""
+
+
+class PrefillRank(Rank):
+    """`send` sends chunk after chunk; it waits for `proceed` before each but the first."""
+
+    def __init__(self, kv: Kv, engine: Engine, link: PeerLink, timeouts: RoomTimeouts) -> None:
+        super().__init__(kv, engine, link)
+        rng = np.random.default_rng(kv.seed)
+        for array in (*self.kv, *self.aux):
+            array[:] = rng.integers(0, 256, array.shape, np.uint8)
+        self.gate = RigGate()
+        self.go, self.landed_chunks = asyncio.Semaphore(0), asyncio.Semaphore(0)
+        self.shell = Sender(
+            engine, link.send, _pool(self.kv), _pool(self.aux), 0, self.gate, timeouts, time.monotonic, Metrics()
+        )
+
+    async def send(self, room: int, chunks: list[list[int]], row: int, paced: bool = False) -> dict[str, Any]:
+        return self.start(room, self._send(room, chunks, row, paced))
+
+    async def landed(self) -> dict[str, Any]:
+        """Wait for one more chunk of any room to have landed."""
+        await self.landed_chunks.acquire()
+        return {}
+
+    async def proceed(self) -> dict[str, Any]:
+        self.go.release()
+        return {}
+
+    async def state(self) -> dict[str, Any]:
+        held = [entry.room for entry in self.shell.quarantine]
+        causes = [cause for _, cause in self.gate.told]
+        return {"rooms": self.shell.rooms, "early": self.shell.early, "quarantine": held, "causes": causes}
+
+    async def _send(self, room: int, chunks: list[list[int]], row: int, paced: bool) -> None:
+        async with self.shell.open(room, release=self.release) as r:
+            await r.peers_ready()
+            for n, chunk in enumerate(chunks):
+                if paced and n:
+                    await self.go.acquire()
+                await r.send(chunk)
+                self.landed_chunks.release()
+            await r.finish(row)
+
+
+class DecodeRank(Rank):
+    """`receive` names its pages; the pages given back are in `released`."""
+
+    def __init__(self, kv: Kv, engine: Engine, link: PeerLink, timeouts: RoomTimeouts) -> None:
+        super().__init__(kv, engine, link)
+        self.shell = Receiver(
+            engine.session,
+            link.send,
+            link.endpoint,
+            _pool(self.kv),
+            _pool(self.aux),
+            0,
+            1,
+            timeouts,
+            time.monotonic,
+            Metrics(),
+            link.is_gone,
+        )
+
+    async def receive(self, room: int, prefill: str, pages: list[int], row: int) -> dict[str, Any]:
+        return self.start(room, self._receive(room, Endpoint.parse(prefill), pages, row))
+
+    async def abort(self, room: int) -> dict[str, Any]:
+        self.rooms[room].cancel()
+        await asyncio.wait([self.rooms.pop(room)])
+        return {}
+
+    async def let_go(self, n: int, within_s: float = 20.0) -> dict[str, Any]:
+        """The pages that were given back, as soon as those of `n` rooms were, or when the time is over."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                while len(self.released) < n:
+                    self.given_back.clear()
+                    await self.given_back.wait()
+        return {"released": self.released}
+
+    async def state(self) -> dict[str, Any]:
+        return {"rooms": self.shell.rooms, "quarantine": [entry.room for entry in self.shell.quarantine]}
+
+    async def _receive(self, room: int, prefill: Endpoint, pages: list[int], row: int) -> None:
+        async with self.shell.open(room, prefill, pages, row, release=self.release) as r:
+            await r.arrived()
+
+
+def _pool(arrays: list[np.ndarray]) -> Pool:
+    return Pool(tuple(a.ctypes.data for a in arrays), tuple(a.shape[1] for a in arrays), len(arrays[0]))
+
+
+async def main(role: str, kv: Kv, timeouts: RoomTimeouts) -> None:
+    reader = asyncio.StreamReader()
+    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+    kind = PrefillRank if role == "prefill" else DecodeRank
+    async with (
+        open_link("127.0.0.1", metrics=Metrics(), settings=LinkSettings(send_deadline_s=0.5)) as link,
+        open_mooncake(MooncakeSettings(progress_timeout_s=1)) as engine,
+    ):
+        rank: PrefillRank | DecodeRank = kind(kv, engine, link, timeouts)
+        await engine.register(rank.arena.region)
+        async with rank.shell:
+            serving = asyncio.create_task(link.serve(rank.shell.handle))
+            print(json.dumps({"session": engine.session, "link": str(link.endpoint)}), flush=True)
+            while line := await reader.readline():
+                asked = json.loads(line)
+                done = await getattr(rank, asked.pop("do"))(**asked)
+                print(json.dumps(done), flush=True)
+            serving.cancel()
+
+
+if __name__ == "__main__":
+    die_with_parent()
+    logs.configure(LogSettings())
+    given = json.loads(sys.argv[1])
+    asyncio.run(main(given["role"], Kv(**given["kv"]), RoomTimeouts(**given.get("timeouts", {}))))
+    sys.stdout.flush()
+    os._exit(0)
