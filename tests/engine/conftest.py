@@ -138,10 +138,12 @@ async def stage(request: pytest.FixtureRequest, peers: Peers) -> AsyncIterator[S
         yield made
 
 
-async def mooncake_stage(stack: AsyncExitStack, peers: Peers, **settings: Any) -> Stage:
+async def mooncake_stage(
+    stack: AsyncExitStack, peers: Peers, factory: Callable[[], Any] | None = None, **settings: Any
+) -> Stage:
     """Four blocks in flight, one a lane: a hung peer holds a transfer for one stall."""
     small = MooncakeSettings(**{"window": 4, "progress_timeout_s": STALL_S, **settings})
-    engine = await stack.enter_async_context(open_mooncake(small))
+    engine = await stack.enter_async_context(open_mooncake(small, factory=factory))
 
     addresses: dict[str, Address] = {}
 

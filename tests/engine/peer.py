@@ -25,8 +25,9 @@ from tests.engine.processes import die_with_parent
 class Commands:
     """What a test can ask of its peer; each method is one command."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, bare: Any) -> None:
         self.engine = engine
+        self.bare = bare
         self.arenas: dict[int, tuple[Arena, Any]] = {}
 
     async def register(self, nbytes: int, fill: int = 0) -> dict[str, Any]:
@@ -45,6 +46,10 @@ class Commands:
         for pointer in list(self.arenas):
             await self.unregister(pointer)
         return {}
+
+    async def poison(self) -> dict[str, Any]:
+        """What the bare engine lets a careless process do to all who want to reach it."""
+        return {"code": self.bare.register_memory(0, 4096)}
 
     async def fill(self, pointer: int, value: int) -> dict[str, Any]:
         self.arenas[pointer][1][:] = value
@@ -66,12 +71,20 @@ class Commands:
 async def main(settings: MooncakeSettings) -> None:
     reader = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
-    async with open_mooncake(settings) as engine:
-        commands = Commands(engine)
+    made: list[Any] = []
+    async with open_mooncake(settings, factory=lambda: bare(made)) as engine:
+        commands = Commands(engine, made[0])
         print(json.dumps({"session": engine.session}), flush=True)
         while line := await reader.readline():
             asked = json.loads(line)
             print(json.dumps(await answer(commands, asked.pop("do"), asked)), flush=True)
+
+
+def bare(made: list[Any]) -> Any:
+    from mooncake.engine import TransferEngine
+
+    made.append(TransferEngine())
+    return made[0]
 
 
 async def answer(commands: Commands, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
