@@ -70,10 +70,8 @@ async def ask(host: str, port: int, kind: Kind, body: dict[str, Any], *, deadlin
     except OSError as cause:
         nobody = Cause.REFUSED if cause.errno in _NOBODY or cause.errno is None or cause.errno < 0 else Cause.PEER_GONE
         raise TransferFailed(nobody, session, f"cannot be reached: {cause.strerror or cause}") from cause
-    except ValueError as cause:
-        raise TransferFailed(
-            Cause.NOT_AN_ENGINE, session, f"what answers there is no Mooncake engine: {cause}"
-        ) from cause
+    except (ValueError, RecursionError) as cause:
+        raise _foreign(session, cause) from cause
 
 
 async def probe(session: str, *, deadline_s: float) -> None:
@@ -90,10 +88,8 @@ async def metadata(session: str, *, deadline_s: float) -> Descriptor:
     answer = await ask(at.host, at.port, Kind.METADATA, {}, deadline_s=deadline_s)
     try:
         return _descriptor(session, answer)
-    except ValueError as cause:
-        raise TransferFailed(
-            Cause.NOT_AN_ENGINE, session, f"what answers there is no Mooncake engine: {cause}"
-        ) from cause
+    except (ValueError, RecursionError) as cause:
+        raise _foreign(session, cause) from cause
 
 
 class Introduction(asyncio.Protocol):

@@ -34,7 +34,6 @@ async def answering(answer: bytes) -> AsyncIterator[str]:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read(4096)
         writer.write(answer)
-        await writer.drain()
         writer.close()
 
     async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
@@ -90,20 +89,23 @@ async def test_a_name_that_nobody_knows_is_refused() -> None:
 
 
 async def test_a_server_that_drips_is_cut_off_at_the_deadline() -> None:
+    over = asyncio.Event()
+
     async def drip(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with_reply = reply(SOUND)
-        for byte in with_reply:
+        for byte in reply(SOUND):
             writer.write(bytes([byte]))
             await asyncio.sleep(0.05)
             if writer.is_closing():
-                return
+                break
         writer.close()
+        over.set()
 
     async with await asyncio.start_server(drip, "127.0.0.1", 0) as server:
         began = time.monotonic()
         session = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
         assert (await failure(handshake.metadata(session, deadline_s=0.3))).cause is Cause.TIMED_OUT
         assert time.monotonic() - began < 0.8
+        await over.wait()
 
 
 async def test_a_region_at_null_is_left_out_of_card_and_opening() -> None:

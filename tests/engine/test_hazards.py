@@ -25,7 +25,7 @@ from pdctl.engine.environment import MooncakeSettings, environment
 from pdctl.engine.mooncake import open_mooncake
 from pdctl.errors import BadField, Cause, TransferFailed
 from pdctl.memory import Arena
-from tests.engine.conftest import STALL_S, Stage, mooncake_stage
+from tests.engine.conftest import STALL_S, Far, Stage, mooncake_stage
 from tests.engine.processes import ROOT, Address, Child, Peers, peer
 from tests.engine.test_contract import failure
 
@@ -165,6 +165,9 @@ class Spy:
 
         return Watched()
 
+    def stop_before_next(self, far: Far) -> None:
+        self.before_next = far.stop
+
     def took(self, ticket: int) -> int:
         self.submitted += 1
         self.in_flight.add(ticket)
@@ -205,10 +208,11 @@ async def test_h3_a_peer_that_hangs_just_after_it_was_asked_blocks_nobody(peers:
         stage = await mooncake_stage(stack, peers, factory=spy.make)
         hung, well = await stage.far(), await stage.far()
         await stage.engine.write(well.session, stage.plan(well, MIB), deadline_s=5)
-        spy.before_next = hung.stop
+        spy.stop_before_next(hung)
         first_use = asyncio.create_task(failure(stage.engine.write(hung.session, stage.plan(hung, MIB), deadline_s=20)))
-        while spy.before_next:  # noqa: ASYNC110  the mover thread does it, at its first submission
-            await asyncio.sleep(0.001)
+        async with asyncio.timeout(5):
+            while spy.before_next is not None:  # noqa: ASYNC110  the mover thread does it, at its next submission
+                await asyncio.sleep(0.001)
         began = time.monotonic()
         for _ in range(5):
             await stage.engine.write(well.session, stage.plan(well, MIB), deadline_s=5)
