@@ -50,7 +50,10 @@ def _pool(arrays: list[np.ndarray]) -> Pool:
 
 @dataclass
 class RigEngine:
-    """Copies by memmove. `hold`: writes wait until it is set. `failures`: session -> what its writes raise."""
+    """Copies by memmove. `hold`: writes wait until it is set; `rest`: so do cancelled ones, for their blocks in flight.
+
+    `failures`: session -> what its writes raise.
+    """
 
     session: str = "10.0.0.1:15000"
     failures: dict[str, TransferFailed] = field(default_factory=dict)
@@ -61,6 +64,8 @@ class RigEngine:
     def __post_init__(self) -> None:
         self.hold = asyncio.Event()
         self.hold.set()
+        self.rest = asyncio.Event()
+        self.rest.set()
         self.busy = asyncio.Event()
         self.settling = asyncio.Event()
         self.settling.set()
@@ -79,6 +84,9 @@ class RigEngine:
             for src, dst, nbytes in zip(plan.src.tolist(), plan.dst.tolist(), plan.nbytes.tolist(), strict=True):
                 ctypes.memmove(dst, src, nbytes)
             self.written.append((session, plan.total))
+        except asyncio.CancelledError:
+            await self.rest.wait()
+            raise
         finally:
             self.in_flight -= 1
 
@@ -115,6 +123,12 @@ class RigGate:
 
     def registered(self, session: str) -> None:
         self.registrations.append(session)
+
+
+async def let_others_run() -> None:
+    """Whatever can happen now without the outside world happens."""
+    for _ in range(20):
+        await asyncio.sleep(0)
 
 
 class Post:

@@ -27,7 +27,7 @@ from pdctl.errors import BadFrames, CallerError, RoomFailed
 from pdctl.metrics import Metrics
 from pdctl.receiver import ArrivingRoom, Receiver, never_gone
 from tests.conftest import Clock
-from tests.room_rig import N_PAGES, Memory, Post, Released, memory
+from tests.room_rig import N_PAGES, Memory, Post, Released, let_others_run, memory
 
 SESSION = "10.0.0.7:15999"
 REPLY = Endpoint("10.0.0.7", 7001)
@@ -235,30 +235,36 @@ async def test_pages_of_a_failed_room_wait_for_the_ack_and_the_margin(clock: Clo
     ],
     ids=["no rank", "no generation", "another generation", "another room"],
 )
-async def test_only_the_ack_of_this_very_abort_frees_pages(rig: Rig, wrong: Callable[[Abort], AbortAck]) -> None:
-    given_back = Released()
-    await enter_and_fail(rig, rig.receiver.open(5, PREFILL, [1], 0, release=given_back))
-    await rig.told_of_room()
-    _, abort = await rig.told_abort()
-    rig.say(wrong(abort))
-    (held,) = rig.receiver.quarantine
-    assert held.waiting_for == (str(PREFILL),)
-    rig.ack(abort)
-    assert await given_back.next() == [1]
+async def test_only_the_ack_of_this_very_abort_frees_pages(clock: Clock, wrong: Callable[[Abort], AbortAck]) -> None:
+    async with rig_of(clock, RoomTimeouts(drain_margin_s=0)) as rig:
+        given_back = Released()
+        await enter_and_fail(rig, rig.receiver.open(5, PREFILL, [1], 0, release=given_back))
+        await rig.told_of_room()
+        _, abort = await rig.told_abort()
+        rig.say(wrong(abort))
+        await let_others_run()
+        (held,) = rig.receiver.quarantine
+        assert held.waiting_for == (str(PREFILL),)
+        assert given_back.now == []
+        rig.ack(abort)
+        assert await given_back.next() == [1]
 
 
-async def test_every_prefill_rank_that_was_told_must_ack(rig: Rig) -> None:
-    given_back = Released()
-    await enter_and_fail(rig, rig.receiver.open(5, [PREFILL, SECOND], [1], 0, responses=2, release=given_back))
-    for _ in range(4):
-        await rig.told()
-    aborts = dict([await rig.told_abort(), await rig.told_abort()])
-    rig.ack(aborts[SECOND])
-    rig.ack(aborts[SECOND], rank=1)
-    (held,) = rig.receiver.quarantine
-    assert held.waiting_for == (str(PREFILL),)
-    rig.ack(aborts[PREFILL])
-    assert await given_back.next() == [1]
+async def test_every_prefill_rank_that_was_told_must_ack(clock: Clock) -> None:
+    async with rig_of(clock, RoomTimeouts(drain_margin_s=0)) as rig:
+        given_back = Released()
+        await enter_and_fail(rig, rig.receiver.open(5, [PREFILL, SECOND], [1], 0, responses=2, release=given_back))
+        for _ in range(4):
+            await rig.told()
+        aborts = dict([await rig.told_abort(), await rig.told_abort()])
+        rig.ack(aborts[SECOND])
+        rig.ack(aborts[SECOND], rank=1)
+        await let_others_run()
+        (held,) = rig.receiver.quarantine
+        assert held.waiting_for == (str(PREFILL),)
+        assert given_back.now == []
+        rig.ack(aborts[PREFILL])
+        assert await given_back.next() == [1]
 
 
 async def test_time_alone_frees_nothing_but_asks_again(clock: Clock) -> None:

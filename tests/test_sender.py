@@ -26,7 +26,7 @@ from pdctl.errors import BadFrames, CallerError, Cause, IllegalEvent, RoomFailed
 from pdctl.metrics import Metrics
 from pdctl.sender import Sender, SenderLimits, SendingRoom
 from tests.conftest import Clock
-from tests.room_rig import Memory, Post, Released, RigEngine, RigGate, memory
+from tests.room_rig import Memory, Post, Released, RigEngine, RigGate, let_others_run, memory
 
 RANK = 3
 HERE = Endpoint("10.0.0.7", 7001)
@@ -190,6 +190,17 @@ async def test_a_dummy_is_heard_of_and_gets_nothing(rig: Rig) -> None:
     assert rig.post.is_empty
 
 
+async def test_a_dummy_hears_of_no_failure(rig: Rig) -> None:
+    real, dummy = rig.decode(7), rig.decode(8)
+    real.register()
+    async with rig.sender.open(5):
+        dummy.name(5, aux_row=None, required=2)
+        real.name(5, [1], required=2)
+    assert (await rig.told())[0] == real.reply
+    await let_others_run()
+    assert rig.post.is_empty
+
+
 async def test_a_room_of_dummies_succeeds_without_a_byte(rig: Rig) -> None:
     dummy, given_back = rig.decode(), Released()
     async with rig.sender.open(5, release=given_back) as room:
@@ -241,8 +252,8 @@ async def test_finish_waits_for_chunks_under_way(rig: Rig) -> None:
         sends = [asyncio.create_task(room.send([page])) for page in (4, 6)]
         await until_busy(rig)
         finishing = asyncio.create_task(room.finish(0))
-        await asyncio.sleep(0)
-        assert not finishing.done()
+        await let_others_run()
+        assert (finishing.done(), rig.engine.in_flight) == (False, 2)
         rig.engine.hold.set()
         await asyncio.gather(*sends, finishing)
     assert (decode.memory.kv[0][[1, 2]] == rig.memory.kv[0][[4, 6]]).all()
@@ -430,8 +441,12 @@ async def test_an_abort_is_acknowledged_when_nothing_is_in_flight_any_more(rig: 
         rig.engine.hold.clear()
         sending = asyncio.create_task(room.send([0]))
         await until_busy(rig)
+        rig.engine.rest.clear()
         decode.abort(5, generation=4)
+        await let_others_run()
+        assert (room.phase, rig.engine.in_flight, sending.done()) == (Phase.FAILED, 1, False)
         assert rig.post.is_empty
+        rig.engine.rest.set()
         with pytest.raises(RoomFailed, match=r"decode rank 10\.0\.0\.7:7001 has given the room up"):
             await sending
         assert rig.engine.in_flight == 0
@@ -599,6 +614,33 @@ async def test_leaving_early_fails_the_room_and_tells_decode(rig: Rig) -> None:
         await work()
     assert "left the room on ZeroDivisionError: in the engine" in str((await rig.told())[1])
     assert given_back.now == [[3]]
+    rig.assert_empty()
+
+
+async def test_cancelled_twice_the_room_is_left_and_its_pages_wait_for_the_engine(rig: Rig) -> None:
+    decode, given_back = rig.decode(), Released()
+    decode.register()
+
+    async def work() -> None:
+        async with rig.sender.open(5, release=given_back) as room:
+            decode.name(5, [1])
+            await room.peers_ready()
+            await room.send([3])
+
+    rig.engine.hold.clear()
+    rig.engine.rest.clear()
+    task = asyncio.create_task(work())
+    await until_busy(rig)
+    for _ in range(3):
+        task.cancel()
+        await let_others_run()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert rig.sender.rooms == ()
+    assert [held.pages.tolist() for held in rig.sender.quarantine] == [[3]]
+    assert given_back.now == []
+    rig.engine.rest.set()
+    assert await given_back.next() == [3]
     rig.assert_empty()
 
 

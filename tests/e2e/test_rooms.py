@@ -25,7 +25,8 @@ def rank(role: str, kv: Kv, **timeouts: float) -> Child:
 
 @contextmanager
 def pair(kv: Kv, **timeouts: float) -> Iterator[tuple[Child, Child]]:
-    with rank("prefill", kv, **timeouts) as prefill, rank("decode", kv, **timeouts) as decode:
+    """`timeouts`: of the decode side."""
+    with rank("prefill", kv) as prefill, rank("decode", kv, **timeouts) as decode:
         yield prefill, decode
 
 
