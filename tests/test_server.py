@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import time
@@ -230,6 +231,18 @@ async def test_an_idle_connection_does_not_hold_up_the_end() -> None:
         await asyncio.wait({server}, timeout=5.0)
         assert server.done()
         assert time.monotonic() - began < 1.0
+
+
+async def test_an_answer_does_not_wait_for_a_delayed_ack() -> None:
+    """Headers and body are two segments: with Nagle on, each answer of a kept connection takes 40 ms more."""
+    took: list[float] = []
+    async with served() as (url, _), aiohttp.ClientSession() as session:
+        for _ in range(30):
+            began = time.monotonic()
+            async with session.get(f"{url}/livez") as answer:
+                await answer.read()
+            took.append(time.monotonic() - began)
+    assert statistics.median(took) < 0.035
 
 
 async def test_the_port_is_free_when_serving_has_ended() -> None:

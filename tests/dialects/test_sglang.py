@@ -210,6 +210,17 @@ async def test_a_body_over_the_limit_is_413_and_the_connection_goes_on(
     assert await client.ask("GET", "/health") == (200, "OK")
 
 
+async def test_a_client_that_sends_all_before_it_reads_gets_the_413_and_no_reset(registry_url: str) -> None:
+    def send() -> int:
+        connection = http.client.HTTPConnection(registry_url.removeprefix("http://"), timeout=10)
+        connection.request("PUT", "/route", body=b" " * (12 << 20))
+        status = connection.getresponse().status
+        connection.close()
+        return status
+
+    assert await asyncio.to_thread(send) == 413
+
+
 async def test_a_body_without_a_length_is_bounded_too(client: Client) -> None:
     async def chunks() -> AsyncIterator[bytes]:
         for _ in range(40):
