@@ -16,6 +16,7 @@ import aiohttp
 import pytest
 
 SOON_S = 20.0
+FIRST_RANK = {"prefill_dp_rank": 0, "prefill_cp_rank": 0, "target_tp_rank": 0, "target_pp_rank": 0}
 
 
 @asynccontextmanager
@@ -96,8 +97,7 @@ async def test_register_announces_one_rank_and_ends() -> None:
             *("--page-size", "16", "--kv-cache-dtype", "bfloat16"),
         )
         assert status == 0, err
-        rank = dict(prefill_dp_rank=0, prefill_cp_rank=0, target_tp_rank=0, target_pp_rank=0)
-        async with http.get(url + "/route", params=rank) as answer:
+        async with http.get(url + "/route", params=FIRST_RANK) as answer:
             assert await answer.json() == {"rank_ip": "127.0.0.1", "rank_port": 40123}
 
 
@@ -113,23 +113,22 @@ async def test_register_takes_its_flags_from_the_environment_too() -> None:
 
 
 async def test_a_held_registration_heals_a_registry_that_forgot() -> None:
-    rank = dict(prefill_dp_rank=0, prefill_cp_rank=0, target_tp_rank=0, target_pp_rank=0)
     async with served() as (url, first), aiohttp.ClientSession() as http:
         held = ("register", "--registry", url, "--rank-host", "127.0.0.1", "--rank-port", "40125", "--hold")
         async with pdctl(*held, PDCTL_NODE__ANNOUNCE_EVERY_S="0.1", PDCTL_RETRY__FIRST_WAIT_S="0.05"):
-            await until_known(http, url, rank)
+            await until_known(http, url)
             first.kill()
             await first.wait()
             port = url.rsplit(":", 1)[1]
             async with pdctl("serve", "--port", port):
-                await until_known(http, url, rank)
+                await until_known(http, url)
 
 
-async def until_known(http: aiohttp.ClientSession, url: str, rank: dict[str, int]) -> None:
+async def until_known(http: aiohttp.ClientSession, url: str) -> None:
     async with asyncio.timeout(SOON_S):
         while True:
             try:
-                async with http.get(url + "/route", params=rank) as answer:
+                async with http.get(url + "/route", params=FIRST_RANK) as answer:
                     if answer.status == 200:
                         return
             except aiohttp.ClientError:

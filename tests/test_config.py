@@ -60,7 +60,7 @@ def test_an_unknown_knob_is_refused_and_the_known_ones_are_named(monkeypatch: py
 
 def test_an_unknown_section_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PDCTL_PORBE__INTERVAL_S", "2")
-    with pytest.raises(ConfigError, match="PDCTL_PORBE__INTERVAL_S is no setting: .*probe"):
+    with pytest.raises(ConfigError, match=r"PDCTL_PORBE__INTERVAL_S is no setting: .*probe"):
         config.load()
 
 
@@ -68,10 +68,10 @@ def test_an_unknown_section_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     ("knob", "value", "says"),
     [
         ("serve.port", "70000", "port is 70000"),
-        ("serve.port", "http", "serve.port: .*integer.*PDCTL_SERVE__PORT"),
+        ("serve.port", "http", r"serve\.port: .*integer.*PDCTL_SERVE__PORT"),
         ("serve.journal", "etcd://h", "memory:"),
         ("node.registry", "h:8998", "give http://host:port"),
-        ("log.format", "xml", "log.format: .*'kv' or 'json'"),
+        ("log.format", "xml", r"log\.format: .*'kv' or 'json'"),
     ],
 )
 def test_a_bad_value_is_refused_with_its_name(knob: str, value: str, says: str) -> None:

@@ -46,10 +46,14 @@ async def test_the_bodys_own_error_comes_out_bare_and_first() -> None:
             raise OSError("late symptom")
 
     error = ValueError("the first cause")
-    with pytest.raises(ValueError, match="the first cause") as caught:
+
+    async def body() -> None:
         async with beside(link=fails_when_stopped()):
             await asyncio.sleep(0)
             raise error
+
+    with pytest.raises(ValueError, match="the first cause") as caught:
+        await body()
     assert caught.value is error
 
 

@@ -44,7 +44,8 @@ class Pool:
     def __post_init__(self) -> None:
         if len(self.pointers) != len(self.item_lens):
             raise LayoutMismatch(
-                f"pool has {len(self.pointers)} pointers but {len(self.item_lens)} item lengths: give one of each an entry"
+                f"pool has {len(self.pointers)} pointers but {len(self.item_lens)} item lengths: "
+                "give each entry one of both"
             )
         if any(n <= 0 for n in self.item_lens):
             raise LayoutMismatch(f"item lengths {self.item_lens} include one below 1: every entry needs bytes")
