@@ -33,8 +33,8 @@ class MooncakeSettings:
     """How the engine is opened.
 
     `host`: under which peers reach it; it listens on every interface all the same (H7). IPv6 text makes the whole
-    process IPv6. `force_tcp`: without it the engine takes RDMA wherever it sees an adapter, whatever `protocol` says; left out, it is
-    on exactly when `protocol` is tcp.
+    process IPv6. `force_tcp`: without it the engine takes RDMA wherever it sees an adapter, whatever `protocol` says;
+    left out, it is on exactly when `protocol` is tcp.
     `window`: blocks in flight to one peer; 16 is full speed, and a hung peer is at rest after window / 4 stalls.
     `progress_timeout_s`: how long a block may stand still; whole seconds, as the engine reads it.
     `block_limit`: longer copies are split, so that the window holds for them too (beyond 16 MiB nothing is gained).
@@ -131,6 +131,8 @@ def prepare(settings: MooncakeSettings, environ: MutableMapping[str, str], loade
             raise ConfigError(f"{name}={environ[name]} is set in the environment: unset it, {because}")
     if "MC_USE_IPV6" in environ and not settings.is_ipv6:
         raise ConfigError(f"MC_USE_IPV6 is set but the host is {settings.host}: unset it, or give an IPv6 host")
+    if "MC_FORCE_TCP" in environ and not settings.forces_tcp:  # the engine looks whether it is there, not what it says
+        raise ConfigError(f"MC_FORCE_TCP is set but the protocol is {settings.protocol}: unset it, or set protocol tcp")
     late = _apply(settings, environ)
     if late and loaded:
         log.warning("mooncake.engine was imported before its environment was set", variables=sorted(late))

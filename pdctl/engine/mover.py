@@ -53,11 +53,16 @@ class Mover:
         self._news = threading.Event()
         self._ending = False
         self._windows: dict[Lane, _Window] = {}
+        self._carried: set[Transfer] = set()
+        self._over: Verdict | None = None
         self._quiet_since = 0.0
 
     def add(self, transfer: Transfer) -> None:
         self._inbox.append(transfer)
         self._news.set()
+        if self._over is not None:  # nobody looks into the inbox any more
+            transfer.stop(*self._over)
+            self._tell(transfer)
 
     def nudge(self) -> None:
         """Look again at once: something was stopped."""
@@ -74,16 +79,14 @@ class Mover:
                 self._turn()
         except Exception:
             log.exception("the mover thread failed")
-        return not self._windows and not self._inbox
+        return not self._carried and not self._inbox
 
     def let_go(self, cause: Cause, detail: str) -> None:
         """Tell everybody that it is over. Only after the engine is no more: nothing else makes that true."""
-        self._admit()
-        for window in self._windows.values():
-            for transfer in {*window.waiting, *(transfer for _, transfer, _ in window.flying)}:
-                transfer.stop(cause, detail)
-                self._tell(transfer)
-        self._windows.clear()
+        self._over = (cause, detail)
+        for transfer in [*self._carried, *self._inbox]:
+            transfer.stop(cause, detail)
+            self._tell(transfer)
 
     def _turn(self) -> None:
         news = self._news.is_set()
@@ -97,6 +100,7 @@ class Mover:
     def _admit(self) -> None:
         while self._inbox:
             transfer = self._inbox.popleft()
+            self._carried.add(transfer)
             if transfer.lane not in self._windows:
                 self._windows[transfer.lane] = _Window(self._window, self._stall_s, self._calls, self._tell)
             self._windows[transfer.lane].add(transfer)
@@ -112,6 +116,7 @@ class Mover:
         time.sleep(_CALM_S if now - self._quiet_since > _CALM_AFTER_S else _BRISK_S)
 
     def _tell(self, transfer: Transfer) -> None:
+        self._carried.discard(transfer)
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
             self._loop.call_soon_threadsafe(transfer.settle)
 

@@ -141,9 +141,8 @@ class PromisedEngine:
         """Stop and wait for rest, take back the regions; whether all is at rest."""
         self._closed = True
         at_rest = await self._rest()
-        for region in self._regions:
-            await self._carrier.unregister(region)
-        self._regions.clear()
+        while self._regions and self._carrier.is_open:
+            await self._carrier.unregister(self._regions.pop())
         self._pins.close()
         return at_rest
 

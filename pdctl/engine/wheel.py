@@ -69,9 +69,10 @@ def version() -> str:
 
 def silence(module: ModuleType) -> bool:
     """Let the engine's bundled glog say only what is fatal. False where that cannot be done; nothing is lost then."""
-    if module.__file__ is None:
+    where = getattr(module, "__file__", None)
+    if where is None:
         return False
-    site = Path(module.__file__).parent.parent
+    site = Path(where).parent.parent
     return any(_set_level(library) for library in site.glob("mooncake_transfer_engine*.libs/libglog*"))
 
 
