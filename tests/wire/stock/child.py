@@ -23,12 +23,7 @@ from tests.wire.stock import surroundings
 surroundings.install()
 
 from sglang.srt.disaggregation.common.conn import KVTransferError  # noqa: E402
-from sglang.srt.disaggregation.mooncake.conn import (  # noqa: E402
-    KVArgsRegisterInfo,
-    MooncakeKVReceiver,
-    MooncakeKVSender,
-    TransferInfo,
-)
+from sglang.srt.disaggregation.mooncake.conn import MooncakeKVReceiver, MooncakeKVSender  # noqa: E402
 
 from tests.wire.stock import ranks  # noqa: E402
 
@@ -137,16 +132,6 @@ class Child:
         manager = self.managers[name]
         wait_for(lambda: manager.is_abort_release_safe(room, acks), f"room {room}: no {acks} acks came", within_s)
         return True
-
-    def blacklisted(self, name: str) -> list[str]:
-        return sorted(self.managers[name].failed_sessions)
-
-    def parse(self, frames: list[str]) -> JSON:
-        """What stock reads in a decode rank's message."""
-        raw = [bytes.fromhex(frame) for frame in frames]
-        info = KVArgsRegisterInfo.from_zmq(raw) if raw[0] == b"None" else TransferInfo.from_zmq(raw)
-        plain = dataclasses.asdict(info)
-        return {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in plain.items()}
 
 
 def wait_for(said: Callable[[], bool], otherwise: str, within_s: float) -> None:

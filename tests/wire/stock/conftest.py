@@ -11,17 +11,17 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pytest
 
 ROOT = Path(__file__).parents[3]
 CACHE = ROOT / ".cache"
 LOCK = ROOT / "deploy" / "lock" / "stock.txt"
-INSTALL_S = 150
+INSTALL_S = 120
 START_S, ANSWER_S = 60.0, 60.0
 
 
@@ -30,13 +30,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if here in item.path.parents:
             item.add_marker(pytest.mark.stock)
-            item.add_marker(pytest.mark.xdist_group("stock"))
 
 
 def pip_install(folder: Path) -> None:
     # no dependencies: torch alone is gigabytes, and what the parts under test import is in .venv already
-    words = ["install", "--disable-pip-version-check", "--no-input", "--no-deps", "--no-compile", "--require-hashes"]
-    command = [sys.executable, "-m", "pip", *words, "--target", str(folder), "-r", str(LOCK)]
+    words = ["install", "--disable-pip-version-check", "--no-input", "--retries", "1", "--timeout", "15"]
+    what = ["--no-deps", "--no-compile", "--require-hashes", "--target", str(folder), "-r", str(LOCK)]
+    command = [sys.executable, "-m", "pip", *words, *what]
     done = subprocess.run(command, capture_output=True, text=True, timeout=INSTALL_S, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "pip said nothing")
@@ -50,10 +50,11 @@ def installed() -> Path:
     """`.cache/stock` as the lock wants it: installed once, by one of the workers that ask at the same time."""
     folder, mark = CACHE / "stock", CACHE / "stock" / ".stamp"
     CACHE.mkdir(exist_ok=True)
-    with (CACHE / "stock.lock").open("w") as gate:
+    with (CACHE / "stock.lock").open("a+") as gate:
         fcntl.flock(gate, fcntl.LOCK_EX)
         if mark.exists() and mark.read_text() == stamp():
             return folder
+        check_not_tried(gate)
         shutil.rmtree(folder, ignore_errors=True)
         scratch = Path(tempfile.mkdtemp(dir=CACHE))
         try:
@@ -63,6 +64,17 @@ def installed() -> Path:
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     return folder
+
+
+def check_not_tried(gate: TextIO) -> None:
+    """Of the workers of one run the first one tries: without a network each try takes as long as pip's time-outs."""
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
+    gate.seek(0)
+    if gate.read() == run:
+        raise RuntimeError("another worker has tried, see its report")
+    gate.truncate(0)
+    gate.write(run)
+    gate.flush()
 
 
 @pytest.fixture(scope="session")
@@ -136,10 +148,3 @@ async def running(folder: Path) -> AsyncIterator[Stock]:
 async def stock(stock_folder: Path) -> AsyncIterator[Stock]:
     async with running(stock_folder) as child:
         yield child
-
-
-@pytest.fixture
-async def another_stock(stock_folder: Path) -> AsyncIterator[Callable[[], Any]]:
-    """More children, for tests in which a stock process dies."""
-    async with AsyncExitStack() as stack:
-        yield lambda: stack.enter_async_context(running(stock_folder))

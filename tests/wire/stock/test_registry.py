@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator
 
 import pytest
@@ -159,3 +160,30 @@ async def test_a_stock_rank_registers_once_the_registry_is_up(stock: Stock, serv
     await registering
     await decode_rank(stock, address)
     assert await stock("topology", name="d", address=address) is not None
+
+
+async def serving(process: asyncio.subprocess.Process) -> str:
+    """The address that `pdctl serve` prints when it is bound."""
+    assert process.stdout is not None
+    line = (await asyncio.wait_for(process.stdout.readline(), 30)).decode()
+    assert line.startswith("serving at http://"), line
+    return line.split("http://")[1].strip().rstrip("/")
+
+
+async def test_stock_ranks_find_each_other_through_pdctl_serve(stock: Stock) -> None:
+    command = (sys.executable, "-m", "pdctl", "serve", "--host", "127.0.0.1", "--port", "0")
+    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+    try:
+        address = await serving(process)
+        async for _ in four_ranks(stock, address):
+            pass
+        await decode_rank(stock, address, attn_tp_size=2)
+        assert (await stock("topology", name="d", address=address))["dp_size"] == 2
+        found = await stock("lookup", name="d", address=address, dp=1, cp=0, tp=1, pp=0)
+        assert found["rank_ip"] == "127.0.0.1"
+        process.terminate()
+        assert await asyncio.wait_for(process.wait(), 20) == 0
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
