@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from pdctl.core.plan import CopyPlan
+from pdctl.engine import wheel
 from pdctl.engine.base import Engine
 from pdctl.engine.mooncake import MooncakeSettings, open_mooncake
 from pdctl.memory import Arena
@@ -38,16 +39,16 @@ async def rows() -> list[Row]:
             for nbytes, blocks in BLOCKS.items():
                 at = np.arange(blocks, dtype=np.int64) * nbytes
                 plan = CopyPlan(arena.region.pointer + at, pointer + at, np.full(blocks, nbytes, np.int64))
-                found.append(
-                    await asyncio.to_thread(one, engine, made[0], asyncio.get_running_loop(), far.session, plan)
-                )
+                loop = asyncio.get_running_loop()
+                found.append(await asyncio.to_thread(one, engine, made[0], loop, far.session, plan))
             return found
 
 
 def bare(made: list[Any]) -> Any:
-    from mooncake.engine import TransferEngine
+    import mooncake.engine
 
-    made.append(TransferEngine())
+    wheel.silence(mooncake.engine)
+    made.append(mooncake.engine.TransferEngine())
     return made[0]
 
 
