@@ -93,15 +93,14 @@ class Sidecar:
 @asynccontextmanager
 async def sidecar(settings: Settings) -> AsyncIterator[Sidecar]:
     """The service of `pdctl serve`. Raises AddressTaken before anything else is opened."""
-    sock = server.bind(settings.serve.host, settings.serve.port)
-    metrics = Metrics()
-    rooms = RoomBook(settings.serve.max_rooms, settings.serve.room_ttl_s)
-    registrar = Registrar(Registry(), rooms, MemoryJournal(), metrics, time.monotonic)
-    await registrar.restore()
-    api = server.app([sglang.router(registrar), native.router(registrar)], metrics, unready=list)
-    url = f"http://{server.bound(sock)}"
-    async with beside(http=server.serve(api, sock, grace_s=settings.serve.grace_s), sweep=registrar.sweep()):
-        yield Sidecar(url, registrar)
+    with closing(server.bind(settings.serve.host, settings.serve.port)) as sock:
+        metrics = Metrics()
+        rooms = RoomBook(settings.serve.max_rooms, settings.serve.room_ttl_s)
+        registrar = Registrar(Registry(), rooms, MemoryJournal(), metrics, time.monotonic)
+        await registrar.restore()
+        api = server.app([sglang.router(registrar), native.router(registrar)], metrics, unready=list)
+        async with beside(http=server.serve(api, sock, grace_s=settings.serve.grace_s), sweep=registrar.sweep()):
+            yield Sidecar(f"http://{server.bound(sock)}", registrar)
 
 
 async def register(settings: Settings) -> None:
@@ -142,7 +141,7 @@ async def prefill_node(
     clock = time.monotonic
     async with _rank(settings, arena) as rank:
         table: SessionTable[PeerCard] = SessionTable(settings.probe, SystemRandom().random)
-        prober = Prober(table, rank.engine.probe, clock=clock, metrics=rank.metrics)
+        prober = Prober(table, rank.engine.probe, clock=clock, metrics=rank.metrics, known=rank.engine.card)
         sender = Sender(
             rank.engine, rank.link.send, kv, aux, _rank_id(seat, shape), prober, settings.room, clock, rank.metrics
         )

@@ -81,6 +81,9 @@ class Engine(Protocol):
         Cancellable at any moment; a hung peer costs nothing but its own deadline.
         """
 
+    def card(self, session: str) -> PeerCard | None:
+        """The life that `session` stands for here: who answered when it was first used; None before that."""
+
     def forget(self, session: str) -> None:
         """The peer has announced itself anew: pin whoever answers next as the life that is meant."""
 

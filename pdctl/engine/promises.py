@@ -129,6 +129,9 @@ class PromisedEngine:
     async def probe(self, session: str, *, deadline_s: float) -> PeerCard:
         return (await self._carrier.describe(session, deadline_s)).card
 
+    def card(self, session: str) -> PeerCard | None:
+        return self._pins.card(session)
+
     def forget(self, session: str) -> None:
         self._pins.forget(session)
 
@@ -238,6 +241,10 @@ class _Pins:
         if bad is not None:
             raise _rejected(session, plan, bad, pin.card)
         return pin
+
+    def card(self, session: str) -> PeerCard | None:
+        pin = self._pins.get(session)
+        return pin.card if pin else None
 
     def doubt(self, session: str) -> None:
         if session in self._pins:
