@@ -279,6 +279,21 @@ async def test_a_peer_that_hung_is_usable_again_without_being_announced_anew(sta
     assert await far.count(6) == 4 << 20
 
 
+async def test_the_first_transfer_after_a_peer_came_back_succeeds(stage: Stage) -> None:
+    """Connections broke while it hung, and each is found out by using it: without asking again, 2 of 3 rounds fail."""
+    far = await stage.far()
+    plan = stage.plan(far, 4 * 4096, block=4096)
+    await stage.engine.write(far.session, plan, deadline_s=10)
+    for value in range(1, 6):
+        far.stop()
+        assert (await failure(stage.engine.write(far.session, plan, deadline_s=20))).cause is Cause.TIMED_OUT
+        stage.memory[:] = value
+        far.resume()
+        await stage.engine.probe(far.session, deadline_s=10)
+        await stage.engine.write(far.session, plan, deadline_s=10)
+        assert await far.count(value) == plan.total
+
+
 # --- peers that die
 
 
