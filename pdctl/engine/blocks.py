@@ -27,10 +27,14 @@ class Direction(Enum):
 
 @dataclass(slots=True, eq=False)
 class Lane:
-    """One life of a peer, as the carrier knows it. `failures` counts failed blocks; only the carrier writes it."""
+    """One life of a peer, as the carrier knows it, and alone writes it.
+
+    `failures` counts failed blocks; `proven`: a block has landed since the last of them.
+    """
 
     name: str
     failures: int = 0
+    proven: bool = False
     close: Callable[[], None] = field(default=lambda: None)
 
 

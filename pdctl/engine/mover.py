@@ -164,7 +164,9 @@ class _Window:
             self._tell_if_at_rest(stopped)
 
     def _fill(self) -> None:
-        while self.waiting and len(self.flying) < self.size:
+        # One block goes first to a peer that has not proven itself since it failed: of those that went on after a
+        # SIGSTOP, 27 of 46 failed a block at once when several came together, 0 of 42 when one came first.
+        while self.waiting and len(self.flying) < (self.size if self.waiting[0].lane.proven else 1):
             transfer = self.waiting.popleft()
             if not transfer.exhausted:
                 self._submit(transfer)
@@ -195,6 +197,7 @@ class _Window:
             transfer.in_flight -= 1
             ended.append((transfer, status, since))
         for transfer, status, since in ended:
+            transfer.lane.proven |= status == DONE
             if status != DONE:
                 self._failed(transfer, *self._diagnosis(transfer, time.monotonic() - since))
             self._tell_if_at_rest([transfer])
@@ -207,6 +210,7 @@ class _Window:
 
     def _failed(self, transfer: Transfer, cause: Cause, detail: str) -> None:
         transfer.lane.failures += 1
+        transfer.lane.proven = False
         transfer.stop(cause, detail)
         self.fail(cause, f"another transfer with this peer failed first: {detail}")
 

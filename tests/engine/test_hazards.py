@@ -340,6 +340,24 @@ async def test_h6_an_heir_is_told_from_its_forerunner_and_reached_after_forget(s
     assert await heir.count(4) == 4 * MIB
 
 
+async def test_h6_after_one_failed_block_no_other_transfer_begins_with_that_peer(peers: Peers) -> None:
+    """Of a replaced peer the engine fails a block for each old connection, and then reaches the heir."""
+    spy = Spy(window=4)
+    async with AsyncExitStack() as stack:
+        stage = await mooncake_stage(stack, peers, factory=spy.make)
+        far = await stage.far()
+        await stage.engine.write(far.session, stage.plan(far, MIB), deadline_s=10)
+        far.stop()
+        before = spy.submitted
+        plan = stage.plan(far, block=MIB)
+        errors = await asyncio.gather(
+            *(failure(stage.engine.write(far.session, plan, deadline_s=20)) for _ in range(8))
+        )
+        assert spy.submitted - before == 4, "the window, and not one block more"
+        assert all(error.settled for error in errors)
+        far.resume()
+
+
 async def test_h6_a_restart_that_nobody_noticed_is_noticed_before_the_next_transfer(peers: Peers) -> None:
     async with AsyncExitStack() as stack:
         stage = await mooncake_stage(stack, peers, recheck_s=0.0)

@@ -74,6 +74,11 @@ def test_tcp_is_forced_exactly_when_it_is_the_protocol() -> None:
         prepare(MooncakeSettings(protocol="rdma"), {"MC_FORCE_TCP": "0"}, loaded=False)
 
 
+def test_the_engine_asks_no_peer_again_behind_our_back_where_we_introduce_them() -> None:
+    assert environment(MooncakeSettings())["MC_TE_METADATA_REFRESH_INTERVAL_SECONDS"] == "0"
+    assert environment(MooncakeSettings(protocol="rdma"))["MC_TE_METADATA_REFRESH_INTERVAL_SECONDS"] == "1"
+
+
 def test_an_ipv6_host_makes_the_engine_speak_ipv6() -> None:
     assert environment(MooncakeSettings(host="::1"))["MC_USE_IPV6"] == "1"
     with pytest.raises(ConfigError, match="MC_USE_IPV6"):
