@@ -198,6 +198,7 @@ async def decode_node(
             settings.room,
             time.monotonic,
             rank.metrics,
+            rank.link.is_gone,
         )
         async with receiver, beside(link=rank.link.serve(receiver.handle), http=rank.http(list)):
             yield DecodeNode(receiver, rank.engine, rank.metrics_url, shape, tp_rank, settings)
