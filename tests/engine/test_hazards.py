@@ -118,7 +118,7 @@ def test_h2_the_bare_engine_reports_failure_for_a_long_batch_and_delivers_much_o
     with bare("queue_overflows", session=far.session, pointer=pointer, blocks=4096) as it:
         assert it.hello["code"] == -1
         _wait_for_quiet(far, pointer)
-        assert counted(far, pointer, 1) > 0.1 * 16 * MIB
+        assert counted(far, pointer, 1) > 100 * 4096
 
 
 async def test_h2_any_number_of_blocks_goes_through_a_bounded_window(peers: Peers) -> None:
@@ -236,28 +236,6 @@ def test_h4_the_bare_probe_of_a_hung_peer_does_not_come_back(far: Child) -> None
         assert it.line()["took_s"] > 2.5
 
 
-@pytest.mark.hung
-async def test_h3_h4_the_whole_minute(peers: Peers) -> None:
-    """Both at once, once: a probe and a first transfer, 60 s each, and the healthy peer that waits as long."""
-    well, hung = peers.take(), peers.take()
-    pointer = well.ask_now("register", nbytes=MIB)["pointer"]
-    with (
-        bare("first_open_blocks_all", hung=hung.session, well=well.session, pointer=pointer) as first,
-        bare("probe_blocks", session=hung.session) as probing,
-    ):
-        hung.stop()
-        go_on(first)
-        began = time.monotonic()
-        probed, opened = await asyncio.gather(
-            asyncio.to_thread(probing.line, 90.0), asyncio.to_thread(first.line, 90.0)
-        )
-        assert time.monotonic() - began > 55
-        assert opened["code"] == 0
-        assert probed["took_s"] > 0
-    peers.give_back(hung)
-    peers.give_back(well)
-
-
 async def test_h4_a_hundred_hung_probes_end_together_at_their_deadline(stage: Stage) -> None:
     far = await stage.far()
     far.stop()
@@ -285,8 +263,8 @@ async def test_h4_a_probe_can_be_cancelled_at_once(stage: Stage) -> None:
 
 
 async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    writer.write(await reader.read(4096))
-    await writer.drain()
+    while asked := await reader.read(4096):
+        writer.write(asked)
     writer.close()
 
 
