@@ -93,6 +93,9 @@ class RigEngine:
     async def settle(self, session: str) -> None:
         await self.settling.wait()
 
+    def card(self, session: str) -> PeerCard | None:
+        return None
+
     def forget(self, session: str) -> None:
         self.forgotten.append(session)
 
