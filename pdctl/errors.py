@@ -6,10 +6,12 @@ Every exception that pdctl raises, as one tree, split by who must act.
     │   ├── ConfigError
     │   ├── EngineUnavailable      no Mooncake wheel, or a system library is missing
     │   ├── AddressTaken           the port to listen on has another holder
+    │   ├── JournalUnusable        the journal's file is another's, a newer version's, or cannot be made
     │   └── RegistrationGaveUp     every attempt that the policy allows has failed
     ├── CallerError            the request itself is wrong; sending it again changes nothing
     │   ├── BadField               names the field
     │   ├── Refused                contradicts what is registered; carries both values
+    │   ├── Occupied               what is asked for belongs to another, who lives; carries both hosts
     │   ├── RegistryRefused        the registry has answered no, for good; carries its status and words
     │   ├── BadFrames              a peer's message that cannot be read
     │   ├── TooLarge               a body over the limit that the text names
@@ -19,6 +21,7 @@ Every exception that pdctl raises, as one tree, split by who must act.
         ├── NotReady               the instance is not complete, or not known, yet
         │   └── PutOff                 the registry has answered "not now"; carries its status and words
         ├── LimitReached           a bounded table is full; the text names the limit
+        ├── JournalUnavailable     the journal does not take rows now; nothing was changed
         ├── TooSlow                a request's body did not arrive in time
         ├── Unreachable            the registry or a peer does not answer
         ├── SessionBlocked         this transfer session has failed and has not been proven well
@@ -71,6 +74,10 @@ class AddressTaken(OperatorError):
     """The address to listen on is in use; names the holder where that can be known."""
 
 
+class JournalUnusable(OperatorError):
+    """The journal cannot be opened, and waiting will not mend it; the text says what will."""
+
+
 class RegistrationGaveUp(OperatorError):
     """Every attempt that the policy allows has failed.
 
@@ -103,6 +110,15 @@ class Refused(CallerError):
         self.field = field
         self.held = held
         self.offered = offered
+
+
+class Occupied(CallerError):
+    """What is asked for belongs to `holder`, who lives; `claimant` asked. Both are hosts."""
+
+    def __init__(self, message: str, *, holder: str, claimant: str) -> None:
+        super().__init__(message)
+        self.holder = holder
+        self.claimant = claimant
 
 
 class RegistryRefused(CallerError):
@@ -153,6 +169,14 @@ class PutOff(NotReady):
         self.status = status
         self.text = text
         self.retry_after_s = retry_after_s
+
+
+class JournalUnavailable(NotNow):
+    """The journal does not take rows now; what was asked for has not happened. `cause`: why, in words."""
+
+    def __init__(self, message: str, *, cause: str) -> None:
+        super().__init__(message)
+        self.cause = cause
 
 
 class TooSlow(NotNow):
