@@ -14,13 +14,14 @@ from fastapi import Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.requests import ClientDisconnect
 
-from pdctl.errors import BadField, CallerError, LimitReached, NotNow, NotReady, PdctlError, TooLarge, TooSlow
+from pdctl.errors import BadField, CallerError, LimitReached, NotNow, NotReady, Occupied, PdctlError, TooLarge, TooSlow
 
 MIB = 1 << 20
 BODY_DEADLINE_S = 10.0
 
 _STATUSES = (
     (TooLarge, 413),
+    (Occupied, 409),
     (CallerError, 400),
     (LimitReached, 429),
     (TooSlow, 408),
