@@ -15,6 +15,7 @@ from enum import StrEnum
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
+from pdctl.core.access import Denial
 from pdctl.core.registry import ChangeKind as SeatChangeKind
 from pdctl.core.registry import InstanceView
 from pdctl.core.sessions import Change, ChangeKind
@@ -34,14 +35,40 @@ class Metrics:
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
         self._registry = CollectorRegistry() if registry is None else registry
+        self.access = AccessMetrics(self._registry)
         self.link = LinkMetrics(self._registry)
         self.registry = RegistryMetrics(self._registry)
         self.rooms = RoomMetrics(self._registry)
         self.sessions = SessionMetrics(self._registry)
+        self.watch = WatchMetrics(self._registry)
 
     def exposition(self) -> tuple[bytes, str]:
         """What /metrics answers: the body and its content type."""
         return generate_latest(self._registry), CONTENT_TYPE_LATEST
+
+
+class AccessMetrics:
+    """The door of the service: who was turned away, and whether its keys are still those of the files."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._denied = Counter(
+            "pdctl_access_denied_total", "Requests that were turned away, by reason.", ["reason"], registry=registry
+        )
+        self._stale = Gauge(
+            "pdctl_access_files_stale",
+            "1 while files have changed but cannot be used, so that the old ones hold.",
+            ["what"],
+            registry=registry,
+        )
+        for reason in Denial:
+            self._denied.labels(reason)
+
+    def denied(self, reason: Denial) -> None:
+        self._denied.labels(reason).inc()
+
+    def follow(self, what: str, is_stale: Callable[[], bool]) -> None:
+        """Read this at every scrape; `what` is one of the few kinds of files: tokens, certificate."""
+        self._stale.labels(what).set_function(is_stale)
 
 
 class LinkDrop(StrEnum):
@@ -263,3 +290,32 @@ class SessionMetrics:
         """A question ended after `seconds`: None when the peer is well, else why not."""
         self._probes.labels("well" if cause is None else cause).inc()
         self._probe_seconds.observe(seconds)
+
+
+class WatchEnd(StrEnum):
+    """Why the service ended a watcher's stream, or did not begin it."""
+
+    BEHIND = "behind"  # what it should be told next is not kept any more
+    STUCK = "stuck"  # it has taken nothing for too long
+    LIMIT = "limit"  # there are as many watchers as may be
+    STOPPED = "stopped"  # the service stops
+
+
+class WatchMetrics:
+    """Readers of `/v1/watch`."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._open = Gauge("pdctl_watch_streams_open", "Streams of changes open now.", registry=registry)
+        ended = Counter(
+            "pdctl_watch_streams_ended_total",
+            "Streams of changes that this service ended or refused, by reason; those that left are not counted.",
+            ["reason"],
+            registry=registry,
+        )
+        self._ended = {reason: ended.labels(reason) for reason in WatchEnd}
+
+    def watchers(self, n_open: int) -> None:
+        self._open.set(n_open)
+
+    def ended(self, reason: WatchEnd) -> None:
+        self._ended[reason].inc()

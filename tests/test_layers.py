@@ -19,12 +19,13 @@ ROOT = Path(__file__).parent.parent
 FLOORS = {
     **dict.fromkeys(["pdctl", "pdctl.__main__", "pdctl.cli", "pdctl.demo"], 6),
     **dict.fromkeys(["pdctl.node", "pdctl.config"], 5),
-    **dict.fromkeys([f"pdctl.{shell}" for shell in ("server", "dialects", "client", "prober", "peer")], 4),
+    **dict.fromkeys([f"pdctl.{shell}" for shell in ("server", "guard", "dialects", "client", "prober", "peer")], 4),
     **dict.fromkeys([f"pdctl.{shell}" for shell in ("sender", "receiver", "agent", "kvstore")], 4),
     **dict.fromkeys([f"pdctl.{room}" for room in ("engine", "persistence", "registrar", "device", "memory")], 3),
     **dict.fromkeys(
         [f"pdctl.{room}" for room in ("engine.base", "persistence.base", "retry", "metrics", "logs", "errands")], 2
     ),
+    "pdctl.credentials": 2,
     "pdctl.core": 1,
     "pdctl.errors": 0,
 }

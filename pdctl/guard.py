@@ -1,0 +1,95 @@
+"""
+The door of the service: ASGI around the whole app, which admits a request or answers it.
+
+What is admitted carries its `Caller` in `scope["state"]["caller"]`. No path is served here, no body is read, and who
+may change which row is none of its business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import structlog
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from pdctl.core.access import Caller, Denied, Rules, is_native, plain_host
+from pdctl.metrics import AccessMetrics
+
+log = structlog.get_logger(__name__)
+
+REMEMBERED = 4096
+SAY_EVERY_S = 1.0
+"""A scanner makes thousands of requests: one line a second tells of it, the counter of the rest."""
+
+_LONGEST_PATH = 200
+
+
+class Guard:
+    """`rules` is asked for every request, so that a new token holds from the next one on."""
+
+    def __init__(
+        self, app: ASGIApp, rules: Callable[[], Rules], metrics: AccessMetrics, clock: Callable[[], float]
+    ) -> None:
+        self._app = app
+        self._rules = rules
+        self._counts = metrics
+        self._clock = clock
+        self._trusted: dict[tuple[str, str], bool] = {}
+        self._quiet_until = float("-inf")
+        self._unsaid = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        verdict = self._verdict(scope)
+        if isinstance(verdict, Denied):
+            self._tell(verdict, scope)
+            await _answer(verdict, scope)(scope, receive, send)
+            return
+        scope.setdefault("state", {})["caller"] = verdict
+        await self._app(scope, receive, send)
+
+    def _verdict(self, scope: Scope) -> Caller | Denied:
+        rules = self._rules()
+        host, here = _host(scope, "client"), _host(scope, "server")
+        authorization = None if rules.tokens is None else _authorization(scope)
+        return rules.admit(scope["path"], host, self._is_trusted(rules, host, here), authorization)
+
+    def _is_trusted(self, rules: Rules, host: str, here: str) -> bool:
+        """Remembered: the networks never change while we run, and reading an address takes 5 us."""
+        trusted = self._trusted.get((host, here))
+        if trusted is None:
+            if len(self._trusted) >= REMEMBERED:
+                self._trusted.clear()
+            trusted = self._trusted[host, here] = rules.trust.trusts(host, here)
+        return trusted
+
+    def _tell(self, denied: Denied, scope: Scope) -> None:
+        self._counts.denied(denied.why)
+        now = self._clock()
+        if now < self._quiet_until:
+            self._unsaid += 1
+            return
+        said = {"reason": denied.why.value, "peer": _host(scope, "client"), "path": scope["path"][:_LONGEST_PATH]}
+        log.warning("request denied", **said, unsaid=self._unsaid)
+        self._quiet_until, self._unsaid = now + SAY_EVERY_S, 0
+
+
+def _host(scope: Scope, end: str) -> str:
+    address = scope.get(end)
+    return plain_host(address[0]) if address else "unknown"
+
+
+def _authorization(scope: Scope) -> str | None:
+    """The header's text; two of them are a text that is no token's."""
+    found = [value for name, value in scope["headers"] if name == b"authorization"]
+    return b", ".join(found).decode("latin-1") if found else None
+
+
+def _answer(denied: Denied, scope: Scope) -> Response:
+    headers = {"WWW-Authenticate": 'Bearer realm="pdctl"'} if denied.status == 401 else None
+    if is_native(scope["path"]):
+        return JSONResponse({"error": {"message": denied.text}}, denied.status, headers)
+    return PlainTextResponse(f"{denied.status}: {denied.text}", denied.status, headers)
