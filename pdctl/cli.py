@@ -5,7 +5,8 @@ Flags -> Settings -> run. The only place that prints or exits.
     1   the work was done and something in it failed (a check of the demo, a probe)
     2   wrong usage or settings; nothing was started
     69  a service that was needed cannot be had (the registry, the engine, the port)
-    130 stopped by SIGINT; 143 by SIGTERM where it came before the work was whole
+    130 stopped by SIGINT
+    143 stopped by SIGTERM before the work was whole; what runs until it is stopped exits 0
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from pdctl.errors import CallerError, ConfigError, OperatorError, PdctlError
 USAGE, UNAVAILABLE = 2, 69
 
 Run = Callable[[Settings, argparse.Namespace], Awaitable[int]]
+Lasts = Callable[[Settings], bool]
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
@@ -41,7 +43,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     try:
         settings = config.load(flags, file=args.config)
         logs.configure(settings.log)
-        return asyncio.run(_until_told_to_stop(args.run(settings, args)))
+        return asyncio.run(_until_told_to_stop(args.run(settings, args), lasting=args.lasts(settings)))
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except PdctlError as error:
@@ -55,8 +57,8 @@ def _status(error: PdctlError) -> int:
     return UNAVAILABLE if isinstance(error, OperatorError) else 1
 
 
-async def _until_told_to_stop(work: Awaitable[int]) -> int:
-    """Await `work`; SIGTERM ends it in order, as SIGINT does by asyncio's own handler."""
+async def _until_told_to_stop(work: Awaitable[int], *, lasting: bool) -> int:
+    """Await `work`; SIGTERM ends it in order, as SIGINT does by asyncio's handler. `lasting`: stopping is its end."""
     task = asyncio.ensure_future(work)
     told = asyncio.Event()
 
@@ -70,7 +72,7 @@ async def _until_told_to_stop(work: Awaitable[int]) -> int:
     except asyncio.CancelledError:
         if not told.is_set():
             raise
-        return 0
+        return 0 if lasting else 128 + signal.SIGTERM
 
 
 def parser() -> argparse.ArgumentParser:
@@ -87,7 +89,7 @@ def parser() -> argparse.ArgumentParser:
 
 def _add_serve(commands: Commands) -> None:
     """`pdctl serve`: the sidecar."""
-    command = _command(commands, "serve", _serve, "serve the bootstrap registry, and what stands beside it")
+    command = _command(commands, "serve", _serve, _always, "serve the bootstrap registry, and what stands beside it")
     command.add_argument("--host", dest="serve.host", help="address to listen at (127.0.0.1)")
     command.add_argument("--port", dest="serve.port", help="port to listen at; 0 takes any free one (8998)")
     command.add_argument("--journal", dest="serve.journal", help="where the rows live: memory: (the default)")
@@ -95,7 +97,7 @@ def _add_serve(commands: Commands) -> None:
 
 def _add_register(commands: Commands) -> None:
     """`pdctl register`: for an engine that has no client of its own."""
-    command = _command(commands, "register", _register, "register one prefill rank for an engine that cannot")
+    command = _command(commands, "register", _register, _if_held, "register one prefill rank for an engine that cannot")
     command.add_argument("--registry", dest="node.registry", help="the registry's URL (http://127.0.0.1:8998)")
     command.add_argument("--rank-host", dest="rank.host", help="where decode reaches the rank's control port")
     command.add_argument("--rank-port", dest="rank.port", help="the rank's control port (ZMQ)")
@@ -118,7 +120,7 @@ def _add_register(commands: Commands) -> None:
 
 def _add_demo(commands: Commands) -> None:
     """`pdctl demo`: the main job, for people to watch."""
-    command = _command(commands, "demo", _demo, "move real KV between real processes, break it, watch it heal")
+    command = _command(commands, "demo", _demo, _never, "move real KV between real processes, break it, watch it heal")
     command.add_argument("--prompt", action="append", help="a prompt to run; may be given again (a built-in set)")
     command.add_argument("--trace", type=Path, help="replay the lengths and shared prefixes of a trace, JSON lines")
     command.add_argument("--requests", type=int, default=20, help="how many requests of the trace (20)")
@@ -126,9 +128,21 @@ def _add_demo(commands: Commands) -> None:
     command.set_defaults(prompt=None, trace=None, requests=20, json=False)
 
 
-def _command(commands: Commands, name: str, run: Run, what: str) -> argparse.ArgumentParser:
+def _always(_: Settings) -> bool:
+    return True
+
+
+def _never(_: Settings) -> bool:
+    return False
+
+
+def _if_held(settings: Settings) -> bool:
+    return settings.rank.hold
+
+
+def _command(commands: Commands, name: str, run: Run, lasts: Lasts, what: str) -> argparse.ArgumentParser:
     command = commands.add_parser(name, help=what, description=what, argument_default=argparse.SUPPRESS)
-    command.set_defaults(run=run)
+    command.set_defaults(run=run, lasts=lasts)
     command.add_argument("--config", type=Path, default=None, help="settings as a TOML file, one table a section")
     command.add_argument("--log-format", dest="log.format", help="kv (key=value, the default) or json")
     command.add_argument("--log-level", dest="log.level", help="debug, info (the default), warning or error")

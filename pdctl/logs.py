@@ -1,14 +1,15 @@
 """
 One line an event: key=value for people, JSON for machines; the rank stands in every line that has one.
 
-Shells call `structlog.get_logger(__name__)` and bind nothing; whoever starts a rank binds it once with `bind_rank`, and
-every task born below inherits it. What libraries say through `logging` (uvicorn, asyncio) leaves in the same shape.
+Shells call `structlog.get_logger(__name__)` and bind nothing; whoever opens a rank does it within `rank_bound`, and
+every task born there inherits it. What libraries say through `logging` (uvicorn, asyncio) leaves in the same shape.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, TextIO
 
@@ -52,9 +53,9 @@ def configure(settings: LogSettings, stream: TextIO = sys.stderr) -> None:
     root.setLevel(settings.level.upper())
 
 
-def bind_rank(rank: str, **more: Any) -> None:
-    """Put `rank` (and what else tells this process from its siblings) into every line of this task and its children."""
-    structlog.contextvars.bind_contextvars(rank=rank, **more)
+def rank_bound(rank: str, **more: Any) -> AbstractContextManager[None]:
+    """Put `rank`, and what else tells it from its siblings, into every line of the block and of tasks born in it."""
+    return structlog.contextvars.bound_contextvars(rank=rank, **more)
 
 
 def _renderer(settings: LogSettings) -> Processor:

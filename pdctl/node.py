@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from random import SystemRandom
 from typing import Any
 
-from pdctl import server
+from pdctl import logs, server
 from pdctl.client import RegistryClient
 from pdctl.config import Settings
 from pdctl.core.address import Endpoint
@@ -139,7 +139,7 @@ async def prefill_node(
     `registered` only while the registry says so. Raises EngineUnavailable, AddressTaken, RegistrationGaveUp, ...
     """
     clock = time.monotonic
-    async with _rank(settings, arena) as rank:
+    async with _rank(settings, arena, str(seat), "prefill") as rank:
         table: SessionTable[PeerCard] = SessionTable(settings.probe, SystemRandom().random)
         prober = Prober(table, rank.engine.probe, clock=clock, metrics=rank.metrics, known=rank.engine.card)
         sender = Sender(
@@ -186,7 +186,7 @@ async def decode_node(
     settings: Settings, *, kv: Pool, aux: Pool, arena: Region, shape: Shape, tp_rank: int = 0
 ) -> AsyncIterator[DecodeNode]:
     """A decode rank; `shape` is its own, with which a prefill's must agree. `arena` holds both pools."""
-    async with _rank(settings, arena) as rank:
+    async with _rank(settings, arena, f"tp{tp_rank}", "decode") as rank:
         receiver = Receiver(
             rank.engine.session,
             rank.link.send,
@@ -254,10 +254,10 @@ class _Rank:
 
 
 @asynccontextmanager
-async def _rank(settings: Settings, arena: Region) -> AsyncIterator[_Rank]:
+async def _rank(settings: Settings, arena: Region, name: str, role: str) -> AsyncIterator[_Rank]:
     host, metrics = settings.node.host, Metrics()
     sock = server.bind(host, settings.node.http_port)
-    with closing(sock):
+    with closing(sock), logs.rank_bound(name, role=role):
         async with (
             open_mooncake(replace(settings.engine, host=host)) as engine,
             open_link(host, metrics=metrics) as link,

@@ -74,6 +74,18 @@ async def test_a_signal_ends_the_service_in_order_and_frees_its_port(stop: signa
                 pass
 
 
+async def test_work_that_was_cut_short_does_not_pass_for_done() -> None:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{nobody.getsockname()[1]}"
+        rank = ("register", "--registry", url, "--rank-host", "127.0.0.1", "--rank-port", "40127")
+        async with pdctl(*rank) as child:
+            assert child.stderr is not None
+            await asyncio.wait_for(child.stderr.readline(), SOON_S)  # the first refusal: it is under way
+            child.send_signal(signal.SIGTERM)
+            assert await asyncio.wait_for(child.wait(), SOON_S) == 143
+
+
 async def test_a_taken_port_is_an_error_that_names_the_holder() -> None:
     with socket.create_server(("127.0.0.1", 0)) as holder:
         status, _, err = await ended("serve", "--port", str(holder.getsockname()[1]))

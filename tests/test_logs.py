@@ -51,12 +51,14 @@ def test_json_is_one_object_a_line() -> None:
 
 def test_the_rank_stands_in_every_line_also_in_those_of_libraries() -> None:
     stream, log = lines(logs.LogSettings(format="json"))
-    logs.bind_rank("dp0/cp0/tp1/pp0", instance="p0")
-    log.info("ours")
-    logging.getLogger("uvicorn.error").error("theirs %s", "too")
-    first, second = (json.loads(line) for line in stream.getvalue().splitlines())
+    with logs.rank_bound("dp0/cp0/tp1/pp0", role="prefill"):
+        log.info("ours")
+        logging.getLogger("uvicorn.error").error("theirs %s", "too")
+    log.info("after it")
+    first, second, third = (json.loads(line) for line in stream.getvalue().splitlines())
     assert first["rank"] == second["rank"] == "dp0/cp0/tp1/pp0"
-    assert second["event"] == "theirs too"
+    assert (second["event"], second["role"]) == ("theirs too", "prefill")
+    assert "rank" not in third
 
 
 def test_what_is_below_the_level_is_not_printed() -> None:

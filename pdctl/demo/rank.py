@@ -36,7 +36,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     settings = config.load(dict(given.split("=", 1) for given in args.set))
     logs.configure(settings.log)
-    logs.bind_rank(args.role)
     asyncio.run(_until_told_to_stop(_ROLES[args.role](settings)))
 
 
