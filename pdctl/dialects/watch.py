@@ -1,0 +1,274 @@
+"""
+`GET /v1/watch`: changes as server-sent events, for any number of readers, each of which is only a number.
+
+    retry: 1873                                       how long to stay away after a break, drawn for each connection
+    event: reset                                      forget what you know: all of it follows
+    event: instance    data: {...}                    one instance whole, as often as there are instances
+    event: synced      id: 5f0c-17  data: {...}       now you know what there was at revision 17
+    event: change      id: 5f0c-18  data: {...}       one change, and the row that it left behind
+    : alive                                           nothing has happened for a while
+    event: bye         data: {"error": {...}}         the service ends this stream, and why
+
+A reader comes back with `since` or `Last-Event-ID` and goes on without a gap, or gets `reset` where the gap cannot be
+filled: it was away too long, or the registry is another process than it was. While it is being listed, changes may be
+told that the list has already; each carries its row whole, so that at `synced` the two have come together.
+
+Nothing is queued for a reader. All read one bounded feed, whose entries were encoded once; who falls behind it, or
+takes nothing for `send_within_s`, is cut off. Decides nothing about instances and knows no field of theirs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import secrets
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from random import Random, SystemRandom
+from typing import NoReturn
+
+import structlog
+from fastapi.responses import Response, StreamingResponse
+from starlette.types import Message, Send
+
+from pdctl.core.feed import Feed
+from pdctl.errors import BadField, LimitReached
+from pdctl.metrics import Metrics, WatchEnd
+
+BATCH = 256  # entries in one write: 64 KB or so, what uvicorn buffers before it asks us to wait
+ROOM_TO_BREATHE_S = 0.02  # 10,000 ranks that register in 5 s wake 100 watchers 250 times, not 10,000 times
+
+_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class WatchLimits:
+    """What watchers may cost.
+
+    max_watchers    streams at once; one more is answered 429
+    heartbeat_s     a stream that has had nothing to say for so long says that it lives
+    send_within_s   a reader that takes nothing for so long is cut off
+    """
+
+    max_watchers: int = 1000
+    heartbeat_s: float = 10.0
+    send_within_s: float = 10.0
+
+    def __post_init__(self) -> None:
+        if self.max_watchers < 0 or self.heartbeat_s <= 0 or self.send_within_s <= 0:
+            raise ValueError("max_watchers needs at least 0, heartbeat_s and send_within_s more than 0")
+
+
+class Broadcast:
+    """One feed and its readers. `publish` and `forget` never wait; `run` stands beside the server and says goodbye.
+
+    names   which instances there are
+    detail  one of them as JSON, None when it is gone meanwhile
+    """
+
+    def __init__(
+        self,
+        names: Callable[[], Iterable[str]],
+        detail: Callable[[str], bytes | None],
+        metrics: Metrics,
+        *,
+        feed: Feed | None = None,
+        limits: WatchLimits | None = None,
+        random: Random | None = None,
+        lineage: str | None = None,
+    ) -> None:
+        self._names = names
+        self._detail = detail
+        self._counts = metrics.watch
+        self._feed = Feed() if feed is None else feed
+        self._limits = limits or WatchLimits()
+        self._random = random or SystemRandom()
+        # Two processes may give one revision to two changes; a cursor says whose it is
+        self._lineage = lineage or secrets.token_hex(4)
+        self._details: dict[str, bytes] = {}
+        self._news = asyncio.Event()
+        self._waking: asyncio.TimerHandle | None = None
+        self._watchers = 0
+        self.closing = False
+
+    @property
+    def revision(self) -> int:
+        return self._feed.revision
+
+    @property
+    def cursor(self) -> str:
+        """Where a reader stands who has just read everything."""
+        return self.cursor_at(self._feed.revision)
+
+    def publish(self, revision: int, instance: str, data: bytes) -> None:
+        """Tell all readers of one change. `data` is JSON on one line."""
+        self._details.pop(instance, None)
+        self._feed.append(revision, _event("change", data, self.cursor_at(revision)))
+        if self._watchers and self._waking is None:
+            self._waking = asyncio.get_running_loop().call_later(ROOM_TO_BREATHE_S, self._wake)
+
+    def read_cursor(self, text: str) -> int:
+        """The revision in `5f0c-17` or `17`; -1, which no feed covers, from another lineage. Raises BadField."""
+        lineage, _, revision = (text if "-" in text else f"{self._lineage}-{text}").rpartition("-")
+        if not (lineage and revision.isascii() and revision.isdigit() and len(revision) < 20):
+            raise BadField("since", f"{text[:40]!r} is no cursor: send the id of the last event, or leave it out")
+        return int(revision) if lineage == self._lineage else -1
+
+    def response(self, since: int, peer: str) -> Response:
+        """The stream of one reader who has seen `since`. Raises LimitReached."""
+        if self._watchers >= self._limits.max_watchers:
+            self._counts.ended(WatchEnd.LIMIT)
+            raise LimitReached(
+                f"{self._watchers} watchers are connected, the limit (max_watchers): "
+                "close one, share one among several readers, or raise the limit"
+            )
+        return _Stream(self, since, peer, self._limits, self._random.randint(1000, 3000))
+
+    async def run(self) -> NoReturn:
+        """Until cancelled; then all streams say goodbye, so that no open one holds the server up."""
+        try:
+            await asyncio.Event().wait()
+            raise AssertionError
+        finally:
+            self.closing = True
+            self._wake()
+
+    def covers(self, revision: int) -> bool:
+        return self._feed.covers(revision)
+
+    def since(self, revision: int) -> list[tuple[int, bytes]]:
+        """The next entries. Raises FellBehind where some of them are gone."""
+        entries = self._feed.since(revision, BATCH)
+        if entries is None:
+            raise FellBehind
+        return entries
+
+    def instances(self) -> Iterator[bytes]:
+        """All of them, as events of which each holds one, sixteen at a time."""
+        names = iter(list(self._names()))
+        while some := list(islice(names, 16)):
+            yield b"".join(map(self._instance, some))
+
+    def _instance(self, name: str) -> bytes:
+        if name not in self._details:
+            detail = self._detail(name)
+            if detail is None:
+                return b""
+            self._details[name] = _event("instance", detail)
+        return self._details[name]
+
+    async def news_within(self, seconds: float) -> bool:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._news.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def _wake(self) -> None:
+        """Those who wait hold the old event; those who come next wait for the new one."""
+        self._waking = None
+        self._news.set()
+        self._news = asyncio.Event()
+
+    def cursor_at(self, revision: int) -> str:
+        return f"{self._lineage}-{revision}"
+
+    @contextlib.contextmanager
+    def counted(self) -> Iterator[None]:
+        """One watcher more, as long as this lasts."""
+        self._watchers += 1
+        self._counts.watchers(self._watchers)
+        try:
+            yield
+        finally:
+            self._watchers -= 1
+            self._counts.watchers(self._watchers)
+
+    def ended(self, end: WatchEnd, peer: str, seen: int) -> None:
+        self._counts.ended(end)
+        say = log.info if end is WatchEnd.STOPPED else log.warning
+        say("watcher cut off", reason=end.value, peer=peer, seen=seen, revision=self._feed.revision)
+
+
+class FellBehind(Exception):
+    """What the reader should be told next is not kept any more."""
+
+
+class _Stream(StreamingResponse):
+    """One reader: a number, and a deadline for every write. The base class ends it when the client leaves."""
+
+    def __init__(self, news: Broadcast, since: int, peer: str, limits: WatchLimits, retry_ms: int) -> None:
+        super().__init__(self._told(), headers=_HEADERS, media_type="text/event-stream")
+        self._news = news
+        self._seen = since
+        self._peer = peer
+        self._limits = limits
+        self._retry_ms = retry_ms
+
+    async def stream_response(self, send: Send) -> None:
+        async def within(message: Message) -> None:
+            async with asyncio.timeout(self._limits.send_within_s):
+                await send(message)
+
+        with self._news.counted():
+            try:
+                await super().stream_response(within)
+            except TimeoutError:  # its buffers are full, so that no goodbye would reach it
+                self._news.ended(WatchEnd.STUCK, self._peer, self._seen)
+
+    async def _told(self) -> AsyncIterator[bytes]:
+        """What the reader is sent; ends with a goodbye."""
+        yield b"retry: %d\n\n" % self._retry_ms
+        try:
+            if not self._news.covers(self._seen):
+                async for piece in self._listed():
+                    yield piece
+            async for piece in self._changes():
+                yield piece
+        except FellBehind:
+            self._news.ended(WatchEnd.BEHIND, self._peer, self._seen)
+            yield _bye("this reader is so far behind that changes are lost to it", "connect again, and read faster")
+
+    async def _listed(self) -> AsyncIterator[bytes]:
+        """All instances, and what changed while they were being told."""
+        self._seen = self._news.revision
+        yield _event("reset", _json({"revision": self._seen}))
+        for piece in self._news.instances():
+            if piece:
+                yield piece
+        while piece := self._next():
+            yield piece
+        yield _event("synced", _json({"revision": self._seen}), self._news.cursor_at(self._seen))
+
+    async def _changes(self) -> AsyncIterator[bytes]:
+        while not self._news.closing:
+            if piece := self._next():
+                yield piece
+            elif not await self._news.news_within(self._limits.heartbeat_s):
+                yield b": alive\n\n"
+        self._news.ended(WatchEnd.STOPPED, self._peer, self._seen)
+        yield _bye("this registry stops", "connect again, to it or to its successor")
+
+    def _next(self) -> bytes:
+        entries = self._news.since(self._seen)
+        if entries:
+            self._seen = entries[-1][0]
+        return b"".join(entry for _, entry in entries)
+
+
+def _event(kind: str, data: bytes, cursor: str | None = None) -> bytes:
+    first = b"" if cursor is None else b"id: %b\n" % cursor.encode()
+    return b"%bevent: %b\ndata: %b\n\n" % (first, kind.encode(), data)
+
+
+def _bye(what: str, fix: str) -> bytes:
+    return _event("bye", _json({"error": {"message": f"{what}: {fix}", "fix": fix}}))
+
+
+def _json(body: object) -> bytes:
+    return json.dumps(body, separators=(",", ":")).encode()
