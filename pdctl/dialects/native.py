@@ -24,7 +24,11 @@ def router(registrar: Registrar) -> APIRouter:
     async def instances() -> dict[str, Any]:
         return {"instances": [_summary(view) for view in registrar.views()]}
 
-    @api.get("/instances/{instance}", summary="One instance: its shape, who sits where, and who is missing")
+    @api.get(
+        "/instances/{instance}",
+        summary="One instance: its shape, who sits where, and who is missing",
+        responses={404: {"description": "No rank of this instance has registered yet."}},
+    )
     async def one(instance: str) -> Response:
         view = registrar.view(instance)
         if view is None:
