@@ -12,7 +12,7 @@ from typing import Any
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
-from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope
 
 from pdctl.errors import BadField, CallerError, LimitReached, NotNow, NotReady, Occupied, PdctlError, TooLarge, TooSlow
 
@@ -30,8 +30,35 @@ _STATUSES = (
 
 
 async def read_json(request: Request, limit: int, deadline_s: float = BODY_DEADLINE_S) -> Any:
-    """The body as JSON, whatever its content type. Raises TooLarge, TooSlow, BadField("body")."""
-    body = await _read(request, limit, deadline_s)
+    """The body as JSON, whatever its content type. Raises as `received` and `parsed`."""
+    return parsed(await received(request.receive, limit, deadline_s))
+
+
+async def read_body(request: Request, limit: int, deadline_s: float = BODY_DEADLINE_S) -> bytes:
+    """The body as it came. Raises as `received`."""
+    return await received(request.receive, limit, deadline_s)
+
+
+async def received(receive: Receive, limit: int, deadline_s: float = BODY_DEADLINE_S) -> bytes:
+    """The whole body of an ASGI request. Raises TooLarge, TooSlow, BadField("body") when the client left."""
+    body = bytearray()
+    try:
+        async with asyncio.timeout(deadline_s):
+            while True:
+                message = await receive()
+                if message["type"] != "http.request":
+                    raise BadField("body", f"ended after {len(body)} bytes: the client closed the connection")
+                body += message.get("body", b"")
+                if len(body) > limit:  # uvicorn throws the rest away, so that the client can read the answer
+                    raise TooLarge(f"body: is over {limit} bytes, the limit of this path: send less at a time")
+                if not message.get("more_body", False):
+                    return bytes(body)
+    except TimeoutError:
+        raise TooSlow(f"body: {len(body)} bytes came in {deadline_s:g} s: send it at once") from None
+
+
+def parsed(body: bytes) -> Any:
+    """What the JSON says. Raises BadField("body")."""
     try:
         return json.loads(body.decode())
     except UnicodeDecodeError as error:
@@ -60,23 +87,14 @@ def json_answer(error: PdctlError) -> Response:
 
 def peer_of(request: Request) -> str:
     """Who asked; an IPv4 client of a dual-stack socket by its IPv4 address."""
-    return request.client.host.removeprefix("::ffff:") if request.client else "unknown"
+    return peer_host(request.scope)
+
+
+def peer_host(scope: Scope) -> str:
+    """As `peer_of`, for those who have no Request."""
+    client = scope.get("client")
+    return client[0].removeprefix("::ffff:") if client else "unknown"
 
 
 def _headers(error: PdctlError) -> dict[str, str] | None:
     return {"Retry-After": "1"} if isinstance(error, NotReady | LimitReached) else None
-
-
-async def _read(request: Request, limit: int, deadline_s: float) -> bytes:
-    body = bytearray()
-    try:
-        async with asyncio.timeout(deadline_s):
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > limit:  # uvicorn throws the rest away, so that the client can read the answer
-                    raise TooLarge(f"body: is over {limit} bytes, the limit of this path: send less at a time")
-    except TimeoutError:
-        raise TooSlow(f"body: {len(body)} bytes came in {deadline_s:g} s: send it at once") from None
-    except ClientDisconnect:
-        raise BadField("body", f"ended after {len(body)} bytes: the client closed the connection") from None
-    return bytes(body)
