@@ -92,13 +92,29 @@ def _add_serve(commands: Commands) -> None:
     command = _command(commands, "serve", _serve, _always, "serve the bootstrap registry, and what stands beside it")
     command.add_argument("--host", dest="serve.host", help="address to listen at (127.0.0.1)")
     command.add_argument("--port", dest="serve.port", help="port to listen at; 0 takes any free one (8998)")
+    _add_access(command)
     command.add_argument("--journal", dest="serve.journal", help="where the rows live: memory: (the default)")
+
+
+def _add_access(command: argparse.ArgumentParser) -> None:
+    """Who may speak to `pdctl serve`: docs/security.md."""
+    command.add_argument(
+        "--trust", dest="access.trust", help="networks that need no token, by commas; or private (default), any"
+    )
+    command.add_argument("--token-file", dest="access.token_file", help="name:token a line; with it, /v1 needs a token")
+    command.add_argument("--tls-cert", dest="access.tls_cert", help="certificate chain, PEM; with it, TLS only")
+    command.add_argument("--tls-key", dest="access.tls_key", help="its key, PEM, where the chain's file has none")
+    command.add_argument("--tls-client-ca", dest="access.tls_client_ca", help="clients need a certificate of these")
 
 
 def _add_register(commands: Commands) -> None:
     """`pdctl register`: for an engine that has no client of its own."""
     command = _command(commands, "register", _register, _if_held, "register one prefill rank for an engine that cannot")
     command.add_argument("--registry", dest="node.registry", help="the registry's URL (http://127.0.0.1:8998)")
+    command.add_argument("--token-file", dest="client.token_file", help="our token for the registry, alone in a file")
+    command.add_argument("--tls-ca", dest="client.tls_ca", help="whose certificate of the registry we believe, PEM")
+    command.add_argument("--tls-cert", dest="client.tls_cert", help="our certificate, for a registry that wants one")
+    command.add_argument("--tls-key", dest="client.tls_key", help="its key, where the certificate's file has none")
     command.add_argument("--rank-host", dest="rank.host", help="where decode reaches the rank's control port")
     command.add_argument("--rank-port", dest="rank.port", help="the rank's control port (ZMQ)")
     for axis in ("tp", "cp", "dp", "pp"):

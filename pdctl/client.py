@@ -25,8 +25,9 @@ from urllib.parse import urlsplit
 import aiohttp
 import structlog
 
-from pdctl.core.address import Endpoint
+from pdctl.core.address import Endpoint, is_loopback
 from pdctl.core.route import Announcement, Seat, Shape, as_integer, as_object, rank_from_body, shape_from_topology
+from pdctl.credentials import Credentials, client_tls, own_token
 from pdctl.errors import (
     BadField,
     ConfigError,
@@ -108,6 +109,7 @@ class RegistryClient:
 
     base_url           http://host:port, or with a path where the registry is mounted below one
     policy             for registrations; `look_up` for the questions that a request waits for
+    credentials        what is shown to the registry, and whose certificate is believed
     attempt_timeout_s  for one attempt, from name resolution to the answer's last byte
     """
 
@@ -117,6 +119,7 @@ class RegistryClient:
         *,
         policy: RetryPolicy | None = None,
         look_up: RetryPolicy = LOOK_UP,
+        credentials: Credentials | None = None,
         attempt_timeout_s: float = 5.0,
         random: Random | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -128,6 +131,10 @@ class RegistryClient:
         self._url = _checked(base_url)
         self._policy = policy or RetryPolicy()
         self._look_up = look_up
+        credentials = credentials or Credentials()
+        self._token = own_token(credentials)
+        self._token_may_change = credentials.token_file is not None
+        self._tls = client_tls(credentials) if self._url.startswith("https:") else None
         self._attempt_timeout_s = attempt_timeout_s
         self._random = random or SystemRandom()
         self._clock = clock
@@ -144,6 +151,8 @@ class RegistryClient:
             timeout=aiohttp.ClientTimeout(total=self._attempt_timeout_s),
             headers={"Accept-Encoding": "identity"},  # so that MAX_ANSWER_BYTES means bytes on the wire
         )
+        if self._token.value is not None and self._tls is None and not is_loopback(urlsplit(self._url).hostname or ""):
+            log.warning("token goes over plain HTTP, anyone on the way can read it", registry=self._url)
         # aiohttp sends a PUT or GET a second time, unseen, when a connection ends without an answer: attempts that no
         # warning tells of. It has no public switch for it; test_a_lost_connection_is_one_attempt notices when it goes
         self._session._retry_connection = False
@@ -169,15 +178,20 @@ class RegistryClient:
         """
         return self._present is not None and self._confirmed == self._present
 
-    async def register(self, announcement: Announcement, exhaustion: Exhaustion = Exhaustion.RAISE) -> None:
-        """Announce until the registry has taken it. Harmless to repeat.
+    async def register(
+        self,
+        announcement: Announcement,
+        exhaustion: Exhaustion = Exhaustion.RAISE,
+        policy: RetryPolicy | None = None,
+    ) -> None:
+        """Announce until the registry has taken it, by the client's policy or this one. Harmless to repeat.
 
         Raises RegistryRefused at once where the registry says no; at the policy's end RegistrationGaveUp or SystemExit.
         """
         self._present = announcement
         gave_up = await self._retrying(
             lambda: self._announce(announcement),
-            self._policy,
+            policy or self._policy,
             on_failure=lambda failure: self._not_registered(announcement, failure),
             on_exhaustion=lambda failure: self._gave_up(announcement, failure),
             keep_trying=exhaustion is Exhaustion.KEEP_TRYING,
@@ -200,9 +214,10 @@ class RegistryClient:
         """
         if not (math.isfinite(every_s) and every_s > 0):
             raise ConfigError(f"every_s is {every_s}: give a number of seconds above 0")
+        await self.register(announcement, exhaustion)
         while True:
-            await self.register(announcement, exhaustion)
             await self._sleep(every_s * self._random.uniform(0.8, 1.0))
+            await self.register(announcement, exhaustion, self._policy.returning(every_s))
 
     async def topology(self) -> Shape:
         """The instance's shape, asked for once. Raises NotReady with the registry's words while it is incomplete."""
@@ -307,7 +322,7 @@ class RegistryClient:
         if answer.status == HTTPStatus.OK:
             return self._read(question, answer)
         said = f"{question.what} with {answer.status}: {answer.text}"
-        if answer.is_final and answer.status != question.not_yet:
+        if answer.is_final and answer.status != question.not_yet and not self._may_be_let_in(answer):
             raise RegistryRefused(
                 f"registry {self._url} refused {said}: trying again changes nothing, mend what it names",
                 status=answer.status,
@@ -333,7 +348,13 @@ class RegistryClient:
         url = self._url + question.path
         try:
             async with self._session.request(
-                question.method, url, params=question.params, json=question.body, allow_redirects=False
+                question.method,
+                url,
+                params=question.params,
+                json=question.body,
+                headers=self._shown(),
+                ssl=True if self._tls is None else self._tls.refresh(),
+                allow_redirects=False,
             ) as response:
                 return await self._received(response)
         except aiohttp.InvalidURL as error:
@@ -343,6 +364,15 @@ class RegistryClient:
             raise Unreachable(f"registry {self._url} does not answer: {late}") from late
         except (aiohttp.ClientError, OSError) as error:
             raise Unreachable(f"registry {self._url} does not answer: {root_cause(error)}") from error
+
+    def _may_be_let_in(self, answer: _Answer) -> bool:
+        """While a token is changed over, the registry may know the new one before our file does: no rank dies of it."""
+        return answer.status == HTTPStatus.UNAUTHORIZED and self._token_may_change
+
+    def _shown(self) -> dict[str, str]:
+        """The headers of every question; a file is looked at again for each."""
+        token = self._token.refresh()
+        return {} if token is None else {"Authorization": f"Bearer {token}"}
 
     async def _received(self, response: aiohttp.ClientResponse) -> _Answer:
         body = bytearray()

@@ -28,6 +28,7 @@ from pdctl.core.address import Endpoint
 from pdctl.core.route import Announcement, Seat, Shape
 from pdctl.core.sessions import ProbePolicy
 from pdctl.core.transfer import RoomTimeouts
+from pdctl.credentials import AccessSettings, Credentials
 from pdctl.engine.mooncake import MooncakeSettings
 from pdctl.errors import ConfigError
 from pdctl.logs import LogSettings
@@ -154,6 +155,8 @@ class Settings(BaseSettings):
     )
 
     serve: ServeSettings = ServeSettings()
+    access: AccessSettings = AccessSettings()
+    client: Credentials = Credentials()
     node: NodeSettings = NodeSettings()
     rank: RankSettings = RankSettings()
     probe: ProbePolicy = ProbePolicy()

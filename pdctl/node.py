@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, closing
@@ -16,19 +17,24 @@ from dataclasses import dataclass, replace
 from random import SystemRandom
 from typing import Any
 
+from starlette.types import ASGIApp
+
 from pdctl import logs, server
 from pdctl.client import RegistryClient
 from pdctl.config import Settings
+from pdctl.core.access import Rules
 from pdctl.core.address import Endpoint
 from pdctl.core.layout import Pool, Region
 from pdctl.core.registry import Registry
 from pdctl.core.rooms import RoomBook
 from pdctl.core.route import Announcement, Seat, Shape
 from pdctl.core.sessions import SessionTable
+from pdctl.credentials import AccessSettings, Reloaded, follow, listening, rules, server_tls
 from pdctl.dialects import native, sglang
 from pdctl.engine.base import Engine, PeerCard
 from pdctl.engine.mooncake import open_mooncake
 from pdctl.errors import LayoutMismatch, NotReady
+from pdctl.guard import Guard
 from pdctl.metrics import Metrics
 from pdctl.peer import PeerLink, open_link
 from pdctl.persistence.memory import MemoryJournal
@@ -92,22 +98,53 @@ class Sidecar:
 
 @asynccontextmanager
 async def sidecar(settings: Settings) -> AsyncIterator[Sidecar]:
-    """The service of `pdctl serve`. Raises AddressTaken before anything else is opened."""
+    """The service of `pdctl serve`. Raises ConfigError and AddressTaken before anything else is opened."""
+    metrics = Metrics()
+    door = _door(settings.access, metrics)
     with closing(server.bind(settings.serve.host, settings.serve.port)) as sock:
-        metrics = Metrics()
         rooms = RoomBook(settings.serve.max_rooms, settings.serve.room_ttl_s)
         registrar = Registrar(Registry(), rooms, MemoryJournal(), metrics, time.monotonic)
         await registrar.restore()
         api = server.app([sglang.router(registrar), native.router(registrar)], metrics, unready=list)
-        async with beside(http=server.serve(api, sock, grace_s=settings.serve.grace_s), sweep=registrar.sweep()):
-            yield Sidecar(f"http://{server.bound(sock)}", registrar)
+        http = server.serve(door.around(api), sock, grace_s=settings.serve.grace_s, tls=door.tls)
+        async with beside(http=http, sweep=registrar.sweep(), files=follow(*door.files)):
+            yield Sidecar(f"{door.scheme}://{server.bound(sock)}", registrar)
+
+
+@dataclass(frozen=True, slots=True)
+class _Door:
+    """What every listener of the service is behind. `tls`: None for plain HTTP."""
+
+    rules: Reloaded[Rules]
+    certificate: Reloaded[ssl.SSLContext] | None
+    tls: ssl.SSLContext | None
+    metrics: Metrics
+
+    @property
+    def files(self) -> list[Reloaded[Any]]:
+        return [self.rules] if self.certificate is None else [self.rules, self.certificate]
+
+    @property
+    def scheme(self) -> str:
+        return "http" if self.tls is None else "https"
+
+    def around(self, api: ASGIApp) -> Guard:
+        return Guard(api, lambda: self.rules.value, self.metrics.access, time.monotonic)
+
+
+def _door(settings: AccessSettings, metrics: Metrics) -> _Door:
+    certificate = server_tls(settings)
+    door = _Door(rules(settings), certificate, None if certificate is None else listening(certificate), metrics)
+    for files in door.files:
+        metrics.access.follow(files.what, lambda files=files: files.trouble is not None)  # type: ignore[misc]
+    return door
 
 
 async def register(settings: Settings) -> None:
     """Register one rank for an engine that cannot; with `hold`, until cancelled. Raises as RegistryClient.register."""
     given, how = settings.rank, settings.node
     announcement = given.announcement()
-    async with RegistryClient(how.registry, policy=settings.retry) as client:
+    async with RegistryClient(how.registry, policy=settings.retry, credentials=settings.client) as client:
         if given.hold:
             await client.hold(announcement, how.announce_every_s, how.exhaustion)
         await client.register(announcement, how.exhaustion)
@@ -145,7 +182,7 @@ async def prefill_node(
         sender = Sender(
             rank.engine, rank.link.send, kv, aux, _rank_id(seat, shape), prober, settings.room, clock, rank.metrics
         )
-        client = RegistryClient(settings.node.registry, policy=settings.retry)
+        client = RegistryClient(settings.node.registry, policy=settings.retry, credentials=settings.client)
         async with sender, client:
             announcement = Announcement(seat, shape, rank.link.endpoint)
             unready = lambda: [] if client.registered else [f"not registered at {client.url}"]  # noqa: E731
@@ -175,7 +212,7 @@ class DecodeNode:
         Asked anew for every room (two requests of a millisecond): a prefill that was replaced is found by the next one,
         and no stale address can be kept. Raises NotReady, Unreachable, and LayoutMismatch with both values.
         """
-        async with RegistryClient(registry, policy=self._settings.retry) as client:
+        async with RegistryClient(registry, policy=self._settings.retry, credentials=self._settings.client) as client:
             shape = await client.topology()
             check_plain_pair(shape, self.shape)
             return await client.rank(Seat(await _dp_rank(client, shape, room), 0, self.tp_rank, 0))
