@@ -169,13 +169,13 @@ def _pool(arrays: list[np.ndarray]) -> Pool:
     return Pool(tuple(a.ctypes.data for a in arrays), tuple(a.shape[1] for a in arrays), len(arrays[0]))
 
 
-async def main(role: str, kv: Kv, timeouts: RoomTimeouts) -> None:
+async def main(role: str, kv: Kv, timeouts: RoomTimeouts, host: str) -> None:
     reader = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
     kind = PrefillRank if role == "prefill" else DecodeRank
     async with (
-        open_link("127.0.0.1", metrics=Metrics(), settings=LinkSettings(send_deadline_s=0.5)) as link,
-        open_mooncake(MooncakeSettings(progress_timeout_s=1)) as engine,
+        open_link(host, metrics=Metrics(), settings=LinkSettings(send_deadline_s=0.5)) as link,
+        open_mooncake(MooncakeSettings(host=host, progress_timeout_s=1)) as engine,
     ):
         rank: PrefillRank | DecodeRank = kind(kv, engine, link, timeouts)
         await engine.register(rank.arena.region)
@@ -193,6 +193,7 @@ if __name__ == "__main__":
     die_with_parent()
     logs.configure(LogSettings())
     given = json.loads(sys.argv[1])
-    asyncio.run(main(given["role"], Kv(**given["kv"]), RoomTimeouts(**given.get("timeouts", {}))))
+    how = RoomTimeouts(**given.get("timeouts", {}))
+    asyncio.run(main(given["role"], Kv(**given["kv"]), how, given.get("host", "127.0.0.1")))
     sys.stdout.flush()
     os._exit(0)

@@ -18,8 +18,8 @@ PREFILL_EMPTY: dict[str, list[int]] = {"rooms": [], "early": [], "quarantine": [
 DECODE_EMPTY: dict[str, list[int]] = {"rooms": [], "quarantine": []}
 
 
-def rank(role: str, kv: Kv, **timeouts: float) -> Child:
-    settings = {"role": role, "kv": dataclasses.asdict(kv), "timeouts": {**QUICK, **timeouts}}
+def rank(role: str, kv: Kv, host: str = "127.0.0.1", /, **timeouts: float) -> Child:
+    settings = {"role": role, "kv": dataclasses.asdict(kv), "timeouts": {**QUICK, **timeouts}, "host": host}
     return Child("tests.e2e.rank", json.dumps(settings))
 
 
