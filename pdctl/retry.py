@@ -17,7 +17,7 @@ import socket
 import ssl
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from datetime import UTC
 from email.utils import parsedate_to_datetime
 from random import Random, SystemRandom
@@ -54,6 +54,9 @@ class RetryPolicy:
         shortened to fit, to a random point of what is left, so that those who give up together do not ask together.
     max_retry_after_s: a `Retry-After` is obeyed up to this. 120 s: a registry sheds load for seconds. A day in that
         header comes from a maintenance page or a proxy, and a rank must not be lost for a day by another's mistake.
+    after_hint_s: the longest wait that is added to a `Retry-After`; None, the wait as it would have been without one,
+        for whoever tells thousands the same number. pdctl's registry tells each another, in whole seconds: 1 s evens
+        that out, and waits drawn wider only leave late-comers (`returning`).
     """
 
     first_wait_s: float = 1.0
@@ -63,6 +66,7 @@ class RetryPolicy:
     max_attempts: int | None = None
     give_up_after_s: float | None = None
     max_retry_after_s: float = 120.0
+    after_hint_s: float | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -93,6 +97,22 @@ class RetryPolicy:
     def longest_wait_s(self, random: Random) -> float:
         """A wait for those who keep trying beyond the bounds."""
         return self._jittered_s(self.max_wait_s, random)
+
+    def wait_after_hint_s(self, attempt: int, random: Random) -> float:
+        """What is waited beyond a `Retry-After`."""
+        return self._jittered_s(min(self.ceiling_s(attempt), self.after_hint_s or math.inf), random)
+
+    def returning(self, period_s: float) -> RetryPolicy:
+        """The policy of one who was registered and said so every `period_s`, until the registry was lost.
+
+        Thousands lose it at one moment, and are found again at one moment. Doubling waits from one second on has most
+        of them return in a rush and the last half a minute later: of 2,000 clients after 5 s without a registry the
+        fullest 100 ms held 14 times the mean, in 25 s. Waits drawn from the whole period each time bring no more
+        questions than the renewals did, and everybody back within one period: at most 3 times the mean, whatever the
+        outage (tests/test_herd.py). A renewal that is lost alone is repeated after half a period, on average.
+        """
+        wait_s = min(period_s, self.max_wait_s)
+        return replace(self, first_wait_s=wait_s, multiplier=1.0, max_wait_s=wait_s, full_jitter=True, after_hint_s=1.0)
 
     def _jittered_s(self, ceiling_s: float, random: Random) -> float:
         return random.uniform(0.0 if self.full_jitter else ceiling_s / 2, ceiling_s)
@@ -225,11 +245,16 @@ class _Run(Generic[T]):
         left = self._left_s()
         if self._final or attempt >= (self._policy.max_attempts or math.inf) or hint >= left:
             return None
-        wait = hint + self._policy.wait_s(attempt, self._random)
+        wait = self._wait_s(attempt, hint)
         if wait <= left:
             return wait
         self._final = True
         return self._random.uniform(max(hint, left / 2), left)
+
+    def _wait_s(self, attempt: int, hint: float) -> float:
+        if hint:
+            return hint + self._policy.wait_after_hint_s(attempt, self._random)
+        return self._policy.wait_s(attempt, self._random)
 
     def _left_s(self) -> float:
         if self._policy.give_up_after_s is None:

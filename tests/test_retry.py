@@ -340,3 +340,17 @@ def test_a_chain_that_bites_its_tail_ends() -> None:
     first, second = RuntimeError("first"), RuntimeError("second")
     first.__cause__, second.__cause__ = second, first
     assert root_cause(first) == "second"
+
+
+async def test_who_returns_draws_each_wait_from_the_whole_period_and_little_after_a_hint() -> None:
+    policy = RetryPolicy(give_up_after_s=3600).returning(10.0)
+    waits = [policy.wait_s(attempt, Random(7 * attempt)) for attempt in range(1, 200)]
+    assert min(waits) < 1 < 9 < max(waits) <= 10
+    assert policy.give_up_after_s == 3600  # what the operator bounded stays bounded
+    trial = Trial(failures=1)
+    await trial.run(policy, wait_hint=lambda error: 7.0)
+    assert 7 <= trial.slept[0] <= 8
+
+
+def test_who_returns_waits_no_longer_than_the_operator_allows() -> None:
+    assert RetryPolicy(max_wait_s=2.0).returning(10.0).max_wait_s == 2.0
