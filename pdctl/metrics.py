@@ -36,6 +36,7 @@ class Metrics:
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
         self._registry = CollectorRegistry() if registry is None else registry
         self.access = AccessMetrics(self._registry)
+        self.keys = KeyMetrics(self._registry)
         self.link = LinkMetrics(self._registry)
         self.registry = RegistryMetrics(self._registry)
         self.rooms = RoomMetrics(self._registry)
@@ -69,6 +70,37 @@ class AccessMetrics:
     def follow(self, what: str, is_stale: Callable[[], bool]) -> None:
         """Read this at every scrape; `what` is one of the few kinds of files: tokens, certificate."""
         self._stale.labels(what).set_function(is_stale)
+
+
+class KeyChange(StrEnum):
+    """What became of a Mooncake metadata key."""
+
+    WRITTEN = "written"
+    TAKEN_OVER = "taken_over"  # from an engine that does not answer any more
+    REMOVED = "removed"  # its engine said so
+    EXPIRED = "expired"  # its engine was asked too often in vain
+
+
+class KeyMetrics:
+    """Mooncake's metadata keys."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._keys = Gauge("pdctl_metadata_keys", "Mooncake metadata keys held.", registry=registry)
+        self._nbytes = Gauge(
+            "pdctl_metadata_bytes", "Bytes of the values of Mooncake metadata keys.", registry=registry
+        )
+        changes = Counter(
+            "pdctl_metadata_changes_total", "Changes of Mooncake metadata keys, by kind.", ["kind"], registry=registry
+        )
+        self._changes = {kind: changes.labels(kind) for kind in KeyChange}
+
+    def changed(self, kind: KeyChange) -> None:
+        self._changes[kind].inc()
+
+    def follow(self, keys: Callable[[], int], nbytes: Callable[[], int]) -> None:
+        """Read these at every scrape."""
+        self._keys.set_function(keys)
+        self._nbytes.set_function(nbytes)
 
 
 class LinkDrop(StrEnum):

@@ -21,7 +21,9 @@ FLOORS = {
     **dict.fromkeys(["pdctl.node", "pdctl.config"], 5),
     **dict.fromkeys([f"pdctl.{shell}" for shell in ("server", "guard", "dialects", "client", "prober", "peer")], 4),
     **dict.fromkeys([f"pdctl.{shell}" for shell in ("sender", "receiver", "agent", "kvstore")], 4),
-    **dict.fromkeys([f"pdctl.{room}" for room in ("engine", "persistence", "registrar", "device", "memory")], 3),
+    **dict.fromkeys(
+        [f"pdctl.{room}" for room in ("engine", "persistence", "registrar", "keyring", "device", "memory")], 3
+    ),
     **dict.fromkeys(
         [f"pdctl.{room}" for room in ("engine.base", "persistence.base", "retry", "metrics", "logs", "errands")], 2
     ),

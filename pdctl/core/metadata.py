@@ -224,7 +224,7 @@ def handshake_address(value: bytes) -> Endpoint | None:
     """Where an rpc_meta value says that the handshake answers; None for what says nothing usable."""
     try:
         said = json.loads(value)
-        return Endpoint(said["ip_or_host_name"], int(said["rpc_port"]))
+        return Endpoint(said["ip_or_host_name"].strip("[]"), int(said["rpc_port"]))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, BadField):
         return None
 
