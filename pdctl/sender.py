@@ -29,6 +29,7 @@ import numpy.typing as npt
 import structlog
 
 from pdctl.core.address import Endpoint
+from pdctl.core.early import EarlyBook, EarlyLimits
 from pdctl.core.layout import Pool, check_pair
 from pdctl.core.plan import CopyPlan, Ints, item_plan
 from pdctl.core.sessions import Gate
@@ -70,12 +71,11 @@ class SenderLimits:
     """What strangers can make this side remember.
 
     max_peers: decode ranks whose memory is known; the one unused for longest is forgotten, and told so when it asks.
-    max_early_rooms, max_early_pages: metadata that came before the engine opened the room; the oldest is forgotten.
+    early: metadata that came before the engine opened the room.
     """
 
     max_peers: int = 4096
-    max_early_rooms: int = 4096
-    max_early_pages: int = 16 << 20
+    early: EarlyLimits = field(default_factory=EarlyLimits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +114,7 @@ class Sender:
         self._peers: OrderedDict[str, RegisterBuffers] = OrderedDict()
         self._rooms: dict[int, SendingRoom] = {}
         self._unsettled: set[SendingRoom] = set()
-        self._early = _EarlyBook(self._limits, timeouts.bootstrap_s)
+        self._early = EarlyBook(self._limits.early, timeouts.bootstrap_s, _never_opened)
         self.errands = Errands()
         self.settling = Errands(limit=None)  # as many as rooms were left unsettled, and none may be dropped
 
@@ -506,73 +506,8 @@ class SendingRoom:
             self._release(self._pages())
 
 
-@dataclass(slots=True)
-class _Early:
-    """`aborted`: who gave the room up, by the address it answers at; None for one that did not say."""
-
-    expires: float
-    by_session: dict[str, Metadata] = field(default_factory=dict)
-    aborted: set[Endpoint | None] = field(default_factory=set)
-
-
-class _EarlyBook:
-    """Metadata whose room this engine has not opened yet: bounded, expiring, oldest first out."""
-
-    def __init__(self, limits: SenderLimits, ttl_s: float) -> None:
-        self._limits = limits
-        self._ttl_s = ttl_s
-        self._rooms: OrderedDict[int, _Early] = OrderedDict()  # in the order of expiry
-        self._n_pages = 0
-
-    def rooms(self, now: float) -> list[int]:
-        self._expire(now)
-        return list(self._rooms)
-
-    def put(self, named: Metadata, now: float) -> None:
-        """News of a decode rank replaces its older news, an abort included: within a connection ZMQ keeps the order."""
-        early = self._pop(named.room) or _Early(now)
-        early.by_session[named.session] = named
-        early.aborted.discard(named.reply)
-        early.expires = now + self._ttl_s
-        self._rooms[named.room] = early
-        self._n_pages += _n_pages(early)
-        self._expire(now)
-
-    def abort(self, abort: Abort, now: float) -> None:
-        """Remember it only for a room that was named: an abort of a finished room must not reach its id's next use."""
-        self._expire(now)
-        early = self._rooms.get(abort.room)
-        if early is not None:
-            early.aborted.add(abort.reply)
-
-    def take(self, room: int, now: float) -> tuple[list[Metadata], str | None]:
-        self._expire(now)
-        early = self._pop(room)
-        if early is None:
-            return [], None
-        who = ", ".join(sorted(str(reply or "unknown") for reply in early.aborted))
-        over = f"decode rank {who} gave the room up before it was opened here" if who else None
-        return list(early.by_session.values()), over
-
-    def _pop(self, room: int) -> _Early | None:
-        early = self._rooms.pop(room, None)
-        self._n_pages -= 0 if early is None else _n_pages(early)
-        return early
-
-    def _expire(self, now: float) -> None:
-        while self._rooms and self._is_over(now):
-            room = next(iter(self._rooms))
-            log.warning("room was never opened", room=room, early_rooms=len(self._rooms))
-            self._pop(room)
-
-    def _is_over(self, now: float) -> bool:
-        oldest = next(iter(self._rooms.values()))
-        too_many = len(self._rooms) > self._limits.max_early_rooms or self._n_pages > self._limits.max_early_pages
-        return too_many or oldest.expires <= now
-
-
-def _n_pages(early: _Early) -> int:
-    return sum(len(named.pages) + 1 for named in early.by_session.values())
+def _never_opened(room: int) -> None:
+    log.warning("room was never opened", room=room)
 
 
 def _check_supported(said: RegisterBuffers, named: Metadata) -> None:

@@ -1,12 +1,151 @@
-"""What every node is made of: loops that live and die with the body beside which they stand."""
+"""Nodes as a whole, over the real engine, and what each is made of: loops that live and die with their body."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
+from typing import Any
 
+import aiohttp
+import numpy as np
 import pytest
 
-from pdctl.node import LoopEnded, beside
+from pdctl.config import NodeSettings, ServeSettings, Settings
+from pdctl.core.layout import Pool
+from pdctl.core.route import Seat, Shape
+from pdctl.errors import LayoutMismatch, NotReady
+from pdctl.memory import Arena
+from pdctl.node import DecodeNode, LoopEnded, PrefillNode, beside, check_plain_pair, decode_node, prefill_node, sidecar
+from pdctl.retry import RetryPolicy
+
+PAGE, N_PAGES, ROW, N_ROWS = 4096, 16, 64, 4
+SHAPE = Shape(attn_tp_size=1, attn_cp_size=1, dp_size=1, pp_size=1, page_size=16, kv_cache_dtype="float16")
+FIRST = Seat(0, 0, 0, 0)
+SOON_S = 20.0
+
+
+class Memory:
+    """K and V of one layer, and one aux buffer, in an arena of their own."""
+
+    def __init__(self) -> None:
+        self.arena = Arena(1 << 20)
+        self.kv = [self.arena.array((N_PAGES, PAGE), np.uint8) for _ in "KV"]
+        self.aux = self.arena.array((N_ROWS, ROW), np.uint8)
+        self.pools: dict[str, Any] = {
+            "kv": Pool(tuple(entry.ctypes.data for entry in self.kv), (PAGE, PAGE), N_PAGES),
+            "aux": Pool((self.aux.ctypes.data,), (ROW,), N_ROWS),
+            "arena": self.arena.region,
+        }
+
+
+def settings(registry: str = "http://127.0.0.1:1") -> Settings:
+    policy = RetryPolicy(first_wait_s=0.05, max_wait_s=0.2)
+    return Settings(node=NodeSettings(registry=registry), serve=ServeSettings(port=0, grace_s=0.5), retry=policy)
+
+
+async def until_registered(node: PrefillNode) -> None:
+    async with asyncio.timeout(SOON_S):
+        while not node.registered:  # noqa: ASYNC110  a property of another task's making: there is nothing to wait on
+            await asyncio.sleep(0.01)
+
+
+async def readiness(metrics_url: str) -> tuple[int, list[str]]:
+    url = metrics_url.removesuffix("/metrics") + "/readyz"
+    async with aiohttp.ClientSession() as http, http.get(url) as answer:
+        return answer.status, (await answer.json())["reasons"]
+
+
+@asynccontextmanager
+async def fleet(shape: Shape = SHAPE) -> AsyncIterator[tuple[str, PrefillNode, Memory, DecodeNode, Memory]]:
+    """A registry, a registered prefill and a decode of the plain shape."""
+    here, there = Memory(), Memory()
+    async with AsyncExitStack() as stack:
+        registry = await stack.enter_async_context(sidecar(settings()))
+        prefill = await stack.enter_async_context(
+            prefill_node(settings(registry.url), **here.pools, seat=FIRST, shape=shape)
+        )
+        decode = await stack.enter_async_context(decode_node(settings(), **there.pools, shape=SHAPE))
+        await until_registered(prefill)
+        yield registry.url, prefill, here, decode, there
+
+
+async def test_a_room_goes_from_a_prefill_to_a_decode_that_found_it_through_the_registry() -> None:
+    async with fleet() as (registry, prefill, here, decode, there):
+        here.kv[0][3], here.kv[1][3], here.aux[2] = 1, 2, 3
+        at = await decode.pair(registry, room=7)
+        async with prefill.sender.open(7) as sending, decode.receiver.open(7, at, [5], 1) as arriving:
+            await sending.peers_ready()
+            await sending.send([3])
+            await sending.finish(2)
+            await arriving.arrived()
+        assert (there.kv[0][5] == 1).all()
+        assert (there.kv[1][5] == 2).all()
+        assert (there.aux[1] == 3).all()
+        assert not there.kv[0][4].any()
+
+
+async def test_a_prefill_is_not_ready_until_a_registry_has_said_yes() -> None:
+    memory = Memory()
+    async with prefill_node(settings(), **memory.pools, seat=FIRST, shape=SHAPE) as prefill:
+        status, reasons = await readiness(prefill.metrics_url)
+        assert (status, prefill.registered) == (503, False)
+        assert "http://127.0.0.1:1" in reasons[0]
+    async with fleet() as (_, prefill, _, decode, _):
+        assert await readiness(prefill.metrics_url) == (200, [])
+        assert await readiness(decode.metrics_url) == (200, [])
+
+
+async def test_what_is_announced_is_a_link_that_listens_and_memory_that_can_be_reached() -> None:
+    async with fleet() as (registry, prefill, here, decode, _):
+        at = await decode.pair(registry, room=0)
+        _, writer = await asyncio.open_connection(at.host, at.port)
+        writer.close()
+        card = await decode.engine.probe(prefill.engine.session, deadline_s=5)
+        assert here.arena.region in card.regions
+
+
+async def test_a_prefill_of_another_page_size_is_refused_before_a_room_is_opened() -> None:
+    async with fleet(replace(SHAPE, page_size=64)) as (registry, _, _, decode, _):
+        with pytest.raises(LayoutMismatch, match="page_size is 64 at the prefill and 16 at this decode"):
+            await decode.pair(registry, room=1)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("attn_tp_size", 2), ("page_size", 32), ("kv_cache_dtype", "bfloat16"), ("kv_layout", "paged"), ("pp_size", 2)],
+)
+def test_a_pair_that_is_not_plain_is_refused_with_what_differs(field: str, value: Any) -> None:
+    other: Any = {field: value}
+    with pytest.raises(LayoutMismatch, match=f"{field} is {value!r}"):
+        check_plain_pair(replace(SHAPE, **other), SHAPE)
+
+
+async def test_a_room_is_sought_where_the_instance_says_that_its_rooms_are() -> None:
+    """Two DP ranks: by the room's number where the instance follows it, by what the prefill announced where not."""
+    async with AsyncExitStack() as stack:
+        decode = await stack.enter_async_context(decode_node(settings(), **Memory().pools, shape=SHAPE))
+        for follows in (True, False):
+            registry = await stack.enter_async_context(sidecar(settings()))
+            shape = replace(SHAPE, dp_size=2, follow_bootstrap_room=follows)
+            ranks = [
+                await stack.enter_async_context(
+                    prefill_node(settings(registry.url), **Memory().pools, seat=Seat(dp, 0, 0, 0), shape=shape)
+                )
+                for dp in (0, 1)
+            ]
+            for rank in ranks:
+                await until_registered(rank)
+            if follows:
+                assert await decode.pair(registry.url, room=4) != await decode.pair(registry.url, room=5)
+                continue
+            with pytest.raises(NotReady, match="no DP rank has announced room 4"):
+                await decode.pair(registry.url, room=4)
+            await ranks[1].client.announce_room(4, 1)
+            first = await decode.pair(registry.url, room=4)
+            await ranks[0].client.announce_room(4, 0)
+            assert await decode.pair(registry.url, room=4) != first
 
 
 async def forever() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from pdctl.core.address import Endpoint
+from pdctl.core.early import EarlyLimits
 from pdctl.core.transfer import Phase, RoomTimeouts
 from pdctl.core.wire import (
     NOT_REGISTERED,
@@ -372,9 +373,9 @@ async def test_early_metadata_expires(rig: Rig, clock: Clock) -> None:
     assert rig.sender.early == ()
 
 
-@pytest.mark.parametrize("limits", [SenderLimits(max_early_rooms=2), SenderLimits(max_early_pages=8)])
-async def test_early_metadata_is_bounded_and_the_oldest_goes(clock: Clock, limits: SenderLimits) -> None:
-    async with rig_of(clock, limits=limits) as rig:
+@pytest.mark.parametrize("limits", [EarlyLimits(max_rooms=2), EarlyLimits(max_pages=8)])
+async def test_early_metadata_is_bounded_and_the_oldest_goes(clock: Clock, limits: EarlyLimits) -> None:
+    async with rig_of(clock, limits=SenderLimits(early=limits)) as rig:
         for room in (1, 2, 3):
             rig.decode().name(room, [1, 2, 3])
         assert rig.sender.early == (2, 3)
