@@ -39,6 +39,11 @@ def request(method: str, path: str, body: object = None, *headers: str) -> bytes
     return "\r\n".join(lines).encode() + payload
 
 
+SHAPE = {"attn_tp_size": 1, "attn_cp_size": 1, "dp_size": 1, "pp_size": 1, "page_size": 16, "kv_cache_dtype": None}
+LEASED = {"host": "127.0.0.1", "port": 40124, "shape": SHAPE, "ttl_s": 5.0, "labels": {"zone": "a"}, "metadata": {}}
+WORKER = {"engine_id": "e", "dp_rank": 0, "tp_rank": 0, "pp_rank": 0, "addr": "tcp://127.0.0.1:40125"}
+HANDSHAKE = {"ip_or_host_name": "127.0.0.1", "rpc_port": 1}
+
 HOT = [
     request("GET", WHERE.format(0, 0, 0, 0)),
     request("GET", WHERE.format(-1, -1, -1, -1)),
@@ -48,6 +53,15 @@ HOT = [
     request("POST", "/query_dp_ranks", {"bootstrap_rooms": [2**62, 7]}),
     request("GET", "/v1/instances"),
     request("GET", "/v1/instances/default"),
+    request("PUT", "/v1/instances/leased/ranks/tp0", LEASED),
+    request("POST", "/v1/instances/leased/ranks/tp0/renew", {"epoch": 1, "rooms": 0}),
+    request("POST", "/v1/instances/leased/drain", {"grace_s": 1.0}),
+    request("DELETE", "/v1/instances/leased/ranks/tp0?epoch=1"),
+    request("GET", "/v1/watch?since=0"),
+    request("POST", "/register", WORKER),
+    request("GET", "/e/e/query"),
+    request("PUT", "/metadata?key=mooncake%2Frpc_meta%2Fn", HANDSHAKE),
+    request("GET", "/metadata?key=mooncake%2Frpc_meta%2Fn"),
 ]
 
 
@@ -93,6 +107,16 @@ def after_volley(port: int, shots: list[bytes]) -> None:
         check(answer, sent)
 
 
+CLAIMS: list[tuple[str, str, dict[str, object]]] = [
+    ("PUT", "/route", {**RANK}),
+    ("PUT", "/v1/instances/leased/ranks/tp0", {**LEASED}),
+    ("PUT", "/v1/instances/shaped/ranks/tp0", {**LEASED, "shape": {**SHAPE, "page_size": "16"}}),
+    ("POST", "/v1/instances/leased/ranks/tp0/renew", {"epoch": 1, "rooms": 0}),
+    ("POST", "/v1/instances/leased/drain", {"grace_s": 1.0}),
+    ("POST", "/register", {**WORKER}),
+    ("PUT", "/metadata?key=mooncake%2Frpc_meta%2Fn", {**HANDSHAKE}),
+]
+
 # --- what hypothesis thinks of
 
 SPLICES = [
@@ -117,8 +141,8 @@ def wrecked(draw: st.DrawFn) -> bytes:
 @st.composite
 def with_any_body(draw: st.DrawFn) -> bytes:
     """A good head, and a body that is anything: bytes, or JSON of any kind."""
-    path = draw(st.sampled_from(["PUT /route", "POST /register_dp_rank", "POST /query_dp_ranks"]))
-    method, where = path.split()
+    line = draw(st.sampled_from([sent for sent in HOT if b"Content-Length" in sent])).split(b"\r\n")[0].decode()
+    method, where, _ = line.split()
     return request(method, where, draw(st.one_of(st.binary(max_size=200), ANY_JSON)))
 
 
@@ -144,9 +168,12 @@ def test_wrecked_requests_are_refused_or_dropped_and_the_next_client_is_served(
 
 
 @settings(max_examples=150, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-@given(name=st.sampled_from(list(RANK)), value=ANY_JSON)
-def test_one_field_of_a_claim_may_be_anything(registry: Service, name: str, value: object) -> None:
-    sent = request("PUT", "/route", RANK | {name: value}, CLOSE)
+@given(claim=st.sampled_from(CLAIMS), data=st.data())
+def test_one_field_of_a_claim_may_be_anything(
+    registry: Service, claim: tuple[str, str, dict[str, object]], data: st.DataObject
+) -> None:
+    method, path, body = claim
+    sent = request(method, path, body | {data.draw(st.sampled_from(list(body))): data.draw(ANY_JSON)}, CLOSE)
     answer = asyncio.run(say(registry.port, sent, SERVED_S))
     assert STATUS.match(answer), sent
     check(answer, sent)
@@ -235,6 +262,22 @@ HOSTILE = {
     "half a surrogate as a name": put(json.dumps(RANK | {"rank_ip": "\udfff"}).encode()),
     "a million rooms that are none": post(b'{"bootstrap_rooms": [' + b"[]," * 300_000 + b"[]]}"),
     "a body over the limit": put(b" " * (16 * MIB)),
+    "a value over the limit": request("PUT", "/metadata?key=mooncake/ram/n", b"x" * (2 * MIB), CLOSE),
+    "a key of 60,000 characters": get(b"/metadata?key=" + b"k" * 60_000),
+    "a key of NULs": request("PUT", "/metadata?key=%00%00", b"x", CLOSE),
+    "a cursor of 5,000 digits": get(b"/v1/watch?since=" + b"9" * 5000),
+    "a cursor that is none": get(b"/v1/watch?since=%ff-%00"),
+    "a seat that is none": request("PUT", "/v1/instances/x/ranks/tp99999999999999999999", LEASED, CLOSE),
+    "a seat of another script": request("PUT", "/v1/instances/x/ranks/tp%D9%A0", LEASED, CLOSE),
+    "a lease without end": request("PUT", "/v1/instances/x/ranks/tp0", LEASED | {"ttl_s": float("inf")}, CLOSE),
+    "a lease of no time": request("PUT", "/v1/instances/x/ranks/tp0", LEASED | {"ttl_s": 5e-324}, CLOSE),
+    "metadata without end": request("PUT", "/v1/instances/x/ranks/tp0", LEASED | {"metadata": {"a": "x" * MIB}}, CLOSE),
+    "ten thousand labels": request(
+        "PUT", "/v1/instances/x/ranks/tp0", LEASED | {"labels": {str(n): "" for n in range(10_000)}}, CLOSE
+    ),
+    "an epoch of 5,000 digits": request("DELETE", "/v1/instances/x/ranks/tp0?epoch=" + "9" * 5000, None, CLOSE),
+    "an address that is no address": request("POST", "/register", WORKER | {"addr": "tcp://[::1"}, CLOSE),
+    "an address with a newline": request("POST", "/register", WORKER | {"addr": "tcp://a\nb:1"}, CLOSE),
 }  # fmt: skip
 
 
