@@ -105,8 +105,10 @@ async def sidecar(settings: Settings) -> AsyncIterator[Sidecar]:
         rooms = RoomBook(settings.serve.max_rooms, settings.serve.room_ttl_s)
         registrar = Registrar(Registry(), rooms, MemoryJournal(), metrics, time.monotonic)
         await registrar.restore()
-        api = server.app([sglang.router(registrar), native.router(registrar)], metrics, unready=list)
-        http = server.serve(door.around(api), sock, grace_s=settings.serve.grace_s, tls=door.tls)
+        plain = sglang.Plain(registrar)
+        api = server.app([plain.router(), native.router(registrar)], metrics, unready=list)
+        service = door.around(sglang.in_front(plain, api))
+        http = server.serve(service, sock, grace_s=settings.serve.grace_s, tls=door.tls)
         async with beside(http=http, sweep=registrar.sweep(), files=follow(*door.files)):
             yield Sidecar(f"{door.scheme}://{server.bound(sock)}", registrar)
 

@@ -38,19 +38,27 @@ class Registrar:
         self._journal = journal
         self._counts = metrics.registry
         self._clock = clock
+        self._revision = 0
         self._counts.follow(lambda: registry, lambda: len(rooms))
+
+    @property
+    def revision(self) -> int:
+        """Rises with every change of any instance: what was read at a revision is true as long as it stands."""
+        return self._revision
 
     async def restore(self) -> None:
         """Take back what the journal kept. Before the first request."""
         changes = await self._journal.load()
         for change in changes:
             self._registry.restore(change, self._clock())
+        self._revision += len(changes)
         if changes:
             log.info("restored from the journal", seats=sum(len(view.alive) for view in self._registry))
 
     async def register(self, instance: str, claim: Announcement) -> None:
         """Return when the claim holds and is journalled. Raises Refused."""
         changes = self._registry.register(instance, claim, self._clock())
+        self._revision += len(changes)
         if changes:
             await self._journal.append(changes)
         self._tell(changes)
@@ -66,6 +74,10 @@ class Registrar:
         life = self._ready(Lookup.RANK, instance).alive.get(seat)
         self._counts.looked_up(Lookup.RANK, Found.SERVED if life else Found.UNKNOWN)
         return life.address if life else None
+
+    def answered_again(self, what: Lookup) -> None:
+        """A dialect has given an answer of this revision again, without asking."""
+        self._counts.looked_up(what, Found.SERVED)
 
     def announce_room(self, room: int, dp_rank: int) -> None:
         """Raises LimitReached."""

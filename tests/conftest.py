@@ -50,7 +50,8 @@ def registrar(clock: Clock, metrics: Metrics) -> Registrar:
 @pytest.fixture
 async def registry_url(registrar: Registrar, metrics: Metrics) -> AsyncIterator[str]:
     """The registry as `pdctl serve` runs it: real HTTP, port 0, in the test's own loop. No slash at the end."""
-    service = app([sglang.router(registrar), native.router(registrar)], metrics, unready=list)
+    plain = sglang.Plain(registrar)
+    service = sglang.in_front(plain, app([plain.router(), native.router(registrar)], metrics, unready=list))
     with bind("127.0.0.1", 0) as sock:
         server = asyncio.create_task(serve(service, sock, grace_s=1.0))
         yield f"http://{bound(sock)}"

@@ -16,6 +16,7 @@ import aiohttp
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from starlette.types import ASGIApp
 
 from pdctl.core.registry import Registry
 from pdctl.core.rooms import RoomBook
@@ -66,6 +67,23 @@ class Client:
         assert status == 200, text
         answer: JSON = json.loads(text)
         return answer
+
+
+@pytest.fixture(params=["in front", "behind FastAPI"])
+def service(request: pytest.FixtureRequest, registrar: Registrar, metrics: Metrics) -> ASGIApp:
+    """Both ways to these paths: bare, as `pdctl serve` has them, and as FastAPI's own routes."""
+    plain = sglang.Plain(registrar)
+    api = app([plain.router()], metrics, unready=list)
+    return sglang.in_front(plain, api) if request.param == "in front" else api
+
+
+@pytest.fixture
+async def registry_url(service: ASGIApp) -> AsyncIterator[str]:
+    with bind("127.0.0.1", 0) as sock:
+        server = asyncio.create_task(serve(service, sock, grace_s=1.0))
+        yield f"http://{bound(sock)}"
+        server.cancel()
+        await asyncio.wait({server})
 
 
 @pytest.fixture
@@ -173,7 +191,7 @@ async def test_the_content_type_does_not_matter(client: Client, content_type: st
         assert answer.status == 200
 
 
-@pytest.mark.parametrize("method", ["POST", "DELETE", "PATCH", "OPTIONS", "TRACE", "BREW"])
+@pytest.mark.parametrize("method", ["POST", "DELETE", "PATCH", "OPTIONS", "TRACE", "PURGE"])
 async def test_route_knows_no_other_method(client: Client, method: str) -> None:
     async with client.session.request(method, client.url + "/route") as answer:
         assert (answer.status, await answer.text()) == (405, "Method not allowed")
