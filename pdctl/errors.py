@@ -12,6 +12,8 @@ Every exception that pdctl raises, as one tree, split by who must act.
     │   ├── BadField               names the field
     │   ├── Refused                contradicts what is registered; carries both values
     │   ├── Occupied               what is asked for belongs to another, who lives; carries both hosts
+    │   ├── Superseded             a later life holds the seat; carries both epochs
+    │   ├── UnknownLease           nobody of that epoch holds the seat: register again
     │   ├── RegistryRefused        the registry has answered no, for good; carries its status and words
     │   ├── BadFrames              a peer's message that cannot be read
     │   ├── TooLarge               a body over the limit that the text names
@@ -119,6 +121,19 @@ class Occupied(CallerError):
         super().__init__(message)
         self.holder = holder
         self.claimant = claimant
+
+
+class Superseded(CallerError):
+    """A replaced life has spoken: `held` is the epoch in its place (0: none, or not known here), `got` its own."""
+
+    def __init__(self, message: str, *, held: int, got: int) -> None:
+        super().__init__(message)
+        self.held = held
+        self.got = got
+
+
+class UnknownLease(CallerError):
+    """Nobody of that epoch holds the seat, and nobody has replaced it: register again."""
 
 
 class RegistryRefused(CallerError):

@@ -16,8 +16,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from pdctl.core.access import Denial
-from pdctl.core.registry import ChangeKind as SeatChangeKind
-from pdctl.core.registry import InstanceView
+from pdctl.core.instances import InstanceView
+from pdctl.core.lives import ChangeKind as SeatChangeKind
 from pdctl.core.sessions import Change, ChangeKind
 from pdctl.core.transfer import Phase, Side
 from pdctl.errors import Cause
@@ -36,6 +36,7 @@ class Metrics:
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
         self._registry = CollectorRegistry() if registry is None else registry
         self.access = AccessMetrics(self._registry)
+        self.fleet = FleetMetrics(self._registry)
         self.keys = KeyMetrics(self._registry)
         self.link = LinkMetrics(self._registry)
         self.registry = RegistryMetrics(self._registry)
@@ -70,6 +71,36 @@ class AccessMetrics:
     def follow(self, what: str, is_stale: Callable[[], bool]) -> None:
         """Read this at every scrape; `what` is one of the few kinds of files: tokens, certificate."""
         self._stale.labels(what).set_function(is_stale)
+
+
+class FleetChange(StrEnum):
+    """What became of a worker of vLLM."""
+
+    JOINED = "joined"
+    LEFT = "left"  # replaced, gone when somebody asked, or dropped by an operator
+
+
+class FleetMetrics:
+    """vLLM's prefill workers."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._workers = Gauge("pdctl_vllm_workers", "Prefill workers of vLLM held.", registry=registry)
+        self._prefills = Gauge(
+            "pdctl_vllm_prefills", "Prefills of vLLM, by whether they are complete.", ["complete"], registry=registry
+        )
+        changes = Counter(
+            "pdctl_vllm_changes_total", "Prefill workers of vLLM that came or went.", ["kind"], registry=registry
+        )
+        self._changes = {kind: changes.labels(kind) for kind in FleetChange}
+
+    def changed(self, kind: FleetChange) -> None:
+        self._changes[kind].inc()
+
+    def follow(self, workers: Callable[[], int], prefills: Callable[[bool], int]) -> None:
+        """Read these at every scrape."""
+        self._workers.set_function(workers)
+        self._prefills.labels("true").set_function(lambda: prefills(True))
+        self._prefills.labels("false").set_function(lambda: prefills(False))
 
 
 class KeyChange(StrEnum):
@@ -160,6 +191,8 @@ class Refusal(StrEnum):
 
     MALFORMED = "malformed"  # a field that cannot be used
     CONTRADICTION = "contradiction"  # a rank that does not fit its instance
+    OCCUPIED = "occupied"  # the seat is another host's, who lives
+    STALE = "stale"  # a renewal or a goodbye of a life that is over
     LIMIT = "limit"  # a body or a table at its limit
     UNAVAILABLE = "unavailable"  # the body came too slowly, or the journal does not take rows
 

@@ -1,30 +1,96 @@
 """
-The one owner of the registry: applies a command, journals what it changed, then acknowledges.
+The one owner of the registry: decides a command, journals what it would change, and only then changes it.
 
-Everything between reading and writing the tables happens without an await, so that no lock is needed. Each Change is
-counted and logged here and nowhere else. No wire is spoken here: the dialects translate.
+    commands that wait ─> a draft of the registry ─> the journal ─> the draft is adopted, each caller answered
+                                                         └─ refuses: the draft is dropped, nothing has happened
+
+One group of commands at a time, in the order in which they came; who comes meanwhile is in the next, so that all of a
+group share one write. Readers see what is journalled and nothing else. What is observed rather than asked for (a lease
+has ended, a witness has spoken) is true whether a disk takes it or not: it holds at once and is written when it can be.
+
+Nothing here needs a lock: between two groups everything happens without an await. Each Change is counted and logged
+here and nowhere else. No wire is spoken here: the dialects translate.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
-from typing import NoReturn
+from collections.abc import Callable, Generator, Iterable, Sequence
+from typing import Any, Generic, NoReturn, TypeVar
 
 import structlog
 
 from pdctl.core.address import Endpoint
-from pdctl.core.registry import Change, ChangeKind, InstanceView, Registry
+from pdctl.core.instances import InstanceView
+from pdctl.core.lives import Change, ChangeKind, Claim, Life, Owner
+from pdctl.core.registry import Registry
 from pdctl.core.rooms import RoomBook
-from pdctl.core.route import Announcement, Seat
-from pdctl.errors import LimitReached, NotNow, NotReady, PdctlError, Refused, TooLarge
+from pdctl.core.route import Seat
+from pdctl.errors import (
+    LimitReached,
+    NotNow,
+    NotReady,
+    Occupied,
+    PdctlError,
+    Refused,
+    Superseded,
+    TooLarge,
+    UnknownLease,
+)
 from pdctl.metrics import Found, Lookup, Metrics, Refusal
-from pdctl.persistence.base import Journal
+from pdctl.persistence.base import Journal, Room
 
 SWEEP_EVERY_S = 1.0
 SWEEP_BUDGET = 500  # rows; about 1 ms, 4 at worst, before the loop serves somebody else
+TICK_BUDGET = 200  # lives; each is a line in the log, which is what costs
+STALLED_S = 1.0
+"""A loop that wakes so much too late (stopped, swapped out, starved) has heard nobody meanwhile: leases begin anew."""
+
+T = TypeVar("T")
+Decide = Callable[[Registry, float], tuple[T, list[Change]]]
+Hear = Callable[[Sequence[Change]], None]
 
 log = structlog.get_logger(__name__)
+
+
+class _Answer(Generic[T]):
+    """What somebody waits for."""
+
+    __slots__ = ("_future", "result")
+
+    def __init__(self) -> None:
+        self.result: T | None = None
+        self._future: asyncio.Future[T | None] = asyncio.get_running_loop().create_future()
+
+    def __await__(self) -> Generator[Any, None, T]:
+        return self._future.__await__()  # type: ignore[return-value]  # None only where T has it
+
+    def done(self) -> bool:
+        return self._future.done()
+
+    def accept(self) -> None:
+        if not self._future.done():
+            self._future.set_result(self.result)
+
+    def refuse(self, error: BaseException) -> None:
+        if not self._future.done():
+            self._future.set_exception(error) if isinstance(error, Exception) else self._future.cancel()
+
+
+class _Waiting(_Answer[T]):
+    __slots__ = ("decide",)
+
+    def __init__(self, decide: Decide[T]) -> None:
+        super().__init__()
+        self.decide = decide
+
+
+class _WaitingRoom(_Answer[None]):
+    __slots__ = ("room",)
+
+    def __init__(self, room: Room) -> None:
+        super().__init__()
+        self.room = room
 
 
 class Registrar:
@@ -38,30 +104,96 @@ class Registrar:
         self._journal = journal
         self._counts = metrics.registry
         self._clock = clock
-        self._revision = 0
+        self._hearers: list[Hear] = []
+        self._observations: list[_Waiting[Any]] = []
+        self._commands: list[_Waiting[Any]] = []
+        self._new_rooms: list[_WaitingRoom] = []
+        self._unwritten: dict[int, Change] = {}  # by epoch; what was observed and is in no journal yet
+        self._writing: asyncio.Task[None] | None = None
         self._counts.follow(lambda: registry, lambda: len(rooms))
+
+    async def restore(self) -> None:
+        """Take back what the journal kept. Before the first request."""
+        kept, now = await self._journal.load(), self._clock()
+        self._registry.restore(kept.records, kept.last_epoch, kept.revision, now)
+        try:
+            for room, dp_rank in kept.rooms:
+                self._rooms.put(room, dp_rank, now)
+        except LimitReached as error:
+            log.warning("rooms of the journal left out", kept=len(self._rooms), detail=str(error))
+        if kept.records or kept.rooms:
+            seats = sum(len(view.alive) for view in self._registry)
+            log.info("restored from the journal", seats=seats, rooms=len(self._rooms), revision=kept.revision)
+
+    # Commands: journalled before they are answered
+
+    async def register(self, claim: Claim) -> Life:
+        """Return when the claim holds and is journalled.
+
+        Raises Refused, Occupied, LimitReached, TooLarge, JournalUnavailable.
+        """
+        known = self._registry.hear_again(claim, self._clock())
+        if known is not None:
+            return known
+        decide: Decide[Life] = lambda registry, now: registry.claim(claim, now)  # noqa: E731
+        return await self._command(decide)
+
+    async def renew(self, instance: str, seat: Seat, epoch: int, owner: Owner | None, rooms: int | None = None) -> Life:
+        """The life goes on, whatever the disk does. `rooms` as in the registry.
+
+        Raises UnknownLease, Superseded, Occupied; JournalUnavailable for the end of a drain only.
+        """
+        life = self._registry.hear(instance, seat, epoch, owner, self._clock())
+        is_drained = life.is_draining and rooms == 0
+        if not is_drained and not life.pulse.suspected:
+            return life
+        decide: Decide[Life] = lambda registry, now: registry.renew(instance, seat, epoch, owner, now, rooms)  # noqa: E731
+        return await (self._command(decide) if is_drained else self._observe(decide))
+
+    async def leave(self, instance: str, seat: Seat, epoch: int | None = None, owner: Owner | None = None) -> None:
+        """A goodbye. Raises UnknownLease, Superseded, Occupied, JournalUnavailable."""
+        await self._command(lambda registry, now: (None, registry.leave(instance, seat, epoch, owner, now)))
+
+    async def drain(self, instance: str, seat: Seat | None, grace_s: float) -> None:
+        """Nothing new for the rank, or the instance. Raises UnknownLease, JournalUnavailable."""
+        await self._command(lambda registry, now: (None, registry.drain(instance, seat, grace_s, now)))
+
+    async def announce_room(self, room: int, dp_rank: int) -> None:
+        """Raises LimitReached, JournalUnavailable."""
+        self._rooms.check_place(room, self._clock())
+        waiting = _WaitingRoom((room, dp_rank))
+        self._new_rooms.append(waiting)
+        self._write_soon()
+        await waiting
+
+    # Observations: they hold at once
+
+    async def witnessed(self, instance: str, seat: Seat, epoch: int, alive: bool, why: str | None = None) -> None:
+        """A witness's verdict on a stock rank's life; late news is no news."""
+        await self._observe(lambda registry, now: (None, registry.witnessed(instance, seat, epoch, alive, why, now)))
+
+    async def sweep(self) -> NoReturn:
+        """End what time has ended, a slice at a time; until cancelled."""
+        loop = asyncio.get_running_loop()
+        while True:
+            settled = self._rooms.expire(self._clock(), SWEEP_BUDGET)
+            if self._registry.next_deadline <= self._clock() or self._registry.full or self._unwritten:
+                await self._observe(lambda registry, now: (None, registry.tick(now, TICK_BUDGET)))
+            more = settled == SWEEP_BUDGET
+            wait_s = 0.0 if more else min(SWEEP_EVERY_S, max(0.0, self._registry.next_deadline - self._clock()))
+            asleep_at = loop.time()  # not our clock: a test that turns its own is not asleep
+            await asyncio.sleep(wait_s)
+            late_s = loop.time() - asleep_at - wait_s
+            if late_s > STALLED_S:
+                log.warning("the loop was stalled: all leases begin anew", seconds=round(late_s, 1))
+                await self._observe(lambda registry, now: (None, registry.forgive(now)))
+
+    # Reading
 
     @property
     def revision(self) -> int:
         """Rises with every change of any instance: what was read at a revision is true as long as it stands."""
-        return self._revision
-
-    async def restore(self) -> None:
-        """Take back what the journal kept. Before the first request."""
-        changes = await self._journal.load()
-        for change in changes:
-            self._registry.restore(change, self._clock())
-        self._revision += len(changes)
-        if changes:
-            log.info("restored from the journal", seats=sum(len(view.alive) for view in self._registry))
-
-    async def register(self, instance: str, claim: Announcement) -> None:
-        """Return when the claim holds and is journalled. Raises Refused."""
-        changes = self._registry.register(instance, claim, self._clock())
-        self._revision += len(changes)
-        if changes:
-            await self._journal.append(changes)
-        self._tell(changes)
+        return self._registry.revision
 
     def topology(self, instance: str) -> InstanceView:
         """The instance, complete. Raises NotReady."""
@@ -79,10 +211,6 @@ class Registrar:
         """A dialect has given an answer of this revision again, without asking."""
         self._counts.looked_up(what, Found.SERVED)
 
-    def announce_room(self, room: int, dp_rank: int) -> None:
-        """Raises LimitReached."""
-        self._rooms.put(room, dp_rank, self._clock())
-
     def rooms(self, rooms: Sequence[int]) -> dict[int, int]:
         """DP rank by room; unknown ones are absent."""
         found = self._rooms.get(rooms, self._clock())
@@ -97,8 +225,26 @@ class Registrar:
     def views(self) -> Iterable[InstanceView]:
         return self._registry
 
+    def health(self, instance: str) -> str | None:
+        """Why the instance is known to be dead; None while it lives, is starting, or was never heard of."""
+        view = self._registry.view(instance)
+        return None if view is None else view.health(self._clock())
+
+    def now(self) -> float:
+        return self._clock()
+
     def age_s(self, since: float) -> float:
         return self._clock() - since
+
+    def unready(self) -> list[str]:
+        """Why new registrations are refused at present."""
+        trouble = self._journal.trouble
+        return ([f"the journal takes no rows: {trouble}"] if trouble else []) + self._registry.full
+
+    def subscribe(self, hear: Hear) -> Callable[[], None]:
+        """Call `hear` with the changes of each group, in the order of their revisions; returns how to stop it."""
+        self._hearers.append(hear)
+        return lambda: self._hearers.remove(hear)
 
     def refused(self, error: PdctlError, path: str, peer: str) -> None:
         """A dialect is about to answer with this error. NotReady is an answer like another; the rest is news."""
@@ -108,11 +254,83 @@ class Registrar:
         self._counts.refused(reason)
         log.warning("request refused", reason=reason.value, path=path, peer=peer, detail=str(error))
 
-    async def sweep(self) -> NoReturn:
-        """Drop the rooms that are over, a slice at a time; until cancelled."""
-        while True:
-            settled = self._rooms.expire(self._clock(), SWEEP_BUDGET)
-            await asyncio.sleep(0 if settled == SWEEP_BUDGET else SWEEP_EVERY_S)
+    # How it is done
+
+    async def _command(self, decide: Decide[T]) -> T:
+        waiting = _Waiting(decide)
+        self._commands.append(waiting)
+        self._write_soon()
+        return await waiting
+
+    async def _observe(self, decide: Decide[T]) -> T:
+        waiting = _Waiting(decide)
+        self._observations.append(waiting)
+        if self._writing is None:
+            self._take_note()
+        if self._unwritten:
+            self._write_soon()
+        return await waiting
+
+    def _write_soon(self) -> None:
+        if self._writing is None:
+            self._writing = asyncio.create_task(self._write(), name="registry writer")
+
+    async def _write(self) -> None:
+        """Group after group, until nobody waits."""
+        try:
+            while True:
+                self._take_note()
+                await self._write_group()
+                if not (self._commands or self._new_rooms or self._observations):
+                    return
+        finally:
+            self._writing = None
+
+    def _take_note(self) -> None:
+        """What was observed holds."""
+        observed, self._observations = self._observations, []
+        for waiting in observed:
+            changes = _decide(waiting, self._registry, self._clock())
+            waiting.accept()
+            for change in changes:
+                if change.is_kept:
+                    self._unwritten.pop(change.life.epoch, None)
+                    self._unwritten[change.life.epoch] = change
+            self._tell(changes)
+
+    async def _write_group(self) -> None:
+        """What was asked for holds, or nothing of it does."""
+        commands, self._commands = self._commands, []
+        rooms, self._new_rooms = self._new_rooms, []
+        observed, draft = list(self._unwritten.values()), self._registry.draft()
+        try:
+            changes = [change for waiting in commands for change in _decide(waiting, draft, self._clock())]
+            kept = [change for change in (*observed, *changes) if change.is_kept]
+            if kept or rooms:
+                await self._journal.append(kept, [waiting.room for waiting in rooms])
+        except BaseException as error:
+            self._registry.skip(draft)
+            for refused in (*commands, *rooms):
+                refused.refuse(error)
+            if not isinstance(error, Exception):  # a defect is told to all who wait, and the next group is tried
+                raise
+            return
+        self._unwritten.clear()  # nothing is observed while a group is under way
+        self._registry.adopt(draft, changes)
+        self._tell(changes)
+        for waiting in commands:
+            waiting.accept()
+        self._take_rooms(rooms)
+
+    def _take_rooms(self, rooms: Iterable[_WaitingRoom]) -> None:
+        now = self._clock()
+        for waiting in rooms:
+            try:
+                self._rooms.put(*waiting.room, now)
+            except LimitReached as error:  # taken by another of the same group
+                waiting.refuse(error)
+            else:
+                waiting.accept()
 
     def _ready(self, what: Lookup, instance: str) -> InstanceView:
         view = self._registry.view(instance)
@@ -120,31 +338,57 @@ class Registrar:
             self._counts.looked_up(what, Found.NOT_READY)
             held = len(view.alive) if view else 0
             raise NotReady(f"Prefill server not fully registered yet ({held} workers registered).")
+        if view.draining:
+            self._counts.looked_up(what, Found.NOT_READY)
+            raise NotReady(f"instance {instance} is draining and takes no new pairs: ask for another")
         return view
 
-    def _tell(self, changes: Iterable[Change]) -> None:
+    def _tell(self, changes: Sequence[Change]) -> None:
         for change in changes:
             self._counts.changed(change.kind)
-            if change.kind is ChangeKind.COMPLETED:
-                seats = change.life.announcement.shape.n_seats
-                log.info("instance complete", instance=change.instance, seats=seats)
-            else:
-                before = None if change.before is None else str(change.before)
-                log.info(
-                    _EVENTS[change.kind],
-                    instance=change.instance,
-                    seat=str(change.seat),
-                    address=str(change.life.address),
-                    epoch=change.life.epoch,
-                    before=before,
-                )
+            before = None if change.before is None else str(change.before.address)
+            log.info(
+                _EVENTS[change.kind],
+                instance=change.instance,
+                seat=str(change.seat),
+                address=str(change.life.address),
+                epoch=change.life.epoch,
+                **({"before": before} if before else {}),
+                **({"why": change.why} if change.why else {}),
+            )
+        if changes:
+            for hear in tuple(self._hearers):
+                hear(changes)
+
+
+def _decide(waiting: _Waiting[Any], registry: Registry, now: float) -> list[Change]:
+    """What it changes; nothing when whoever asked has gone, or is refused."""
+    if waiting.done():
+        return []
+    try:
+        waiting.result, changes = waiting.decide(registry, now)
+    except PdctlError as error:
+        waiting.refuse(error)
+        return []
+    return changes
 
 
 _EVENTS = {
     ChangeKind.SEATED: "seat taken",
     ChangeKind.REPLACED: "seat taken by a new life",
-    ChangeKind.RESHAPED: "instance restarted with other settings",
     ChangeKind.AMENDED: "seat amended",
+    ChangeKind.RESHAPED: "instance restarted with other settings",
+    ChangeKind.COMPLETED: "instance complete",
+    ChangeKind.SUSPECTED: "rank has missed a renewal",
+    ChangeKind.RECOVERED: "rank has spoken again",
+    ChangeKind.DRAINING: "rank drains",
+    ChangeKind.FOUND: "rank found again by its witness",
+    ChangeKind.LOST: "rank lost by its witness",
+    ChangeKind.DRAINED: "rank drained",
+    ChangeKind.EXPIRED: "lease over",
+    ChangeKind.FORGOTTEN: "rank forgotten",
+    ChangeKind.LEFT: "rank has left",
+    ChangeKind.SUPERSEDED: "rank of an earlier incarnation dropped",
 }
 
 
@@ -152,6 +396,10 @@ def _reason(error: PdctlError) -> Refusal:
     match error:
         case Refused():
             return Refusal.CONTRADICTION
+        case Occupied():
+            return Refusal.OCCUPIED
+        case Superseded() | UnknownLease():
+            return Refusal.STALE
         case TooLarge() | LimitReached():
             return Refusal.LIMIT
         case NotNow():

@@ -10,11 +10,13 @@ import pytest
 from structlog.testing import capture_logs
 
 from pdctl.core.address import Endpoint
-from pdctl.core.registry import Change, Registry
+from pdctl.core.lives import Change, Claim, Owner
+from pdctl.core.registry import Registry
 from pdctl.core.rooms import RoomBook
 from pdctl.core.route import Announcement, Seat, Shape
-from pdctl.errors import NotNow, NotReady, Refused
+from pdctl.errors import JournalUnavailable, NotReady, Refused
 from pdctl.metrics import Metrics
+from pdctl.persistence.base import Room
 from pdctl.persistence.memory import MemoryJournal
 from pdctl.registrar import SWEEP_BUDGET, Registrar
 from tests.conftest import Clock
@@ -22,8 +24,9 @@ from tests.conftest import Clock
 TP2 = Shape(attn_tp_size=2, attn_cp_size=1, dp_size=1, pp_size=1, page_size=16, kv_cache_dtype=None)
 
 
-def claim(tp: int, shape: Shape = TP2, port: int = 0) -> Announcement:
-    return Announcement(Seat(0, 0, tp, 0), shape, Endpoint("10.0.0.1", port or 40000 + tp))
+def claim(tp: int, shape: Shape = TP2, port: int = 0, ttl_s: float | None = None) -> Claim:
+    announcement = Announcement(Seat(0, 0, tp, 0), shape, Endpoint("10.0.0.1", port or 40000 + tp))
+    return Claim("a", announcement, Owner("10.0.0.1"), ttl_s=ttl_s)
 
 
 class SlowJournal(MemoryJournal):
@@ -34,11 +37,11 @@ class SlowJournal(MemoryJournal):
         self.gate = asyncio.Event()
         self.full = False
 
-    async def append(self, changes: Sequence[Change]) -> None:
+    async def append(self, changes: Sequence[Change], rooms: Sequence[Room] = ()) -> None:
         await self.gate.wait()
         if self.full:
-            raise NotNow("no space is left on the device: free some")
-        await super().append(changes)
+            raise JournalUnavailable("no space is left on the device: free some", cause="full")
+        await super().append(changes, rooms)
 
 
 def told(logs: Sequence[object]) -> list[object]:
@@ -48,12 +51,12 @@ def told(logs: Sequence[object]) -> list[object]:
 async def test_a_claim_is_acknowledged_when_the_journal_has_it(clock: Clock) -> None:
     journal = SlowJournal()
     registrar = Registrar(Registry(), RoomBook(), journal, Metrics(), clock)
-    pending = asyncio.create_task(registrar.register("a", claim(0)))
+    pending = asyncio.create_task(registrar.register(claim(0)))
     done, _ = await asyncio.wait({pending}, timeout=0.05)
     assert not done
     journal.gate.set()
     await pending
-    assert len(await journal.load()) == 1
+    assert len((await journal.load()).records) == 1
 
 
 async def test_a_journal_that_takes_no_rows_is_an_error_for_the_caller(clock: Clock) -> None:
@@ -61,15 +64,15 @@ async def test_a_journal_that_takes_no_rows_is_an_error_for_the_caller(clock: Cl
     journal.full = True
     journal.gate.set()
     registrar = Registrar(Registry(), RoomBook(), journal, Metrics(), clock)
-    with pytest.raises(NotNow, match="no space"):
-        await registrar.register("a", claim(0))
+    with pytest.raises(JournalUnavailable, match="no space"):
+        await registrar.register(claim(0))
 
 
 async def test_each_change_is_told_once_and_a_repeated_claim_never(registrar: Registrar) -> None:
     with capture_logs() as logs:
         for tp in (0, 0, 1, 1):
-            await registrar.register("a", claim(tp))
-        await registrar.register("a", claim(1, port=50000))
+            await registrar.register(claim(tp))
+        await registrar.register(claim(1, port=50000))
     assert told(logs) == ["seat taken", "seat taken", "instance complete", "seat taken by a new life"]
     assert logs[-1]["before"] == "10.0.0.1:40001"
     assert logs[-1]["address"] == "10.0.0.1:50000"
@@ -78,18 +81,18 @@ async def test_each_change_is_told_once_and_a_repeated_claim_never(registrar: Re
 async def test_a_refused_claim_is_neither_journalled_nor_told(clock: Clock) -> None:
     journal = MemoryJournal()
     registrar = Registrar(Registry(), RoomBook(), journal, Metrics(), clock)
-    await registrar.register("a", claim(0))
+    await registrar.register(claim(0))
     with capture_logs() as logs, pytest.raises(Refused):
-        await registrar.register("a", claim(1, replace(TP2, page_size=64)))
+        await registrar.register(claim(1, replace(TP2, page_size=64)))
     assert logs == []
-    assert len(await journal.load()) == 1
+    assert len((await journal.load()).records) == 1
 
 
 async def test_a_restarted_registry_takes_back_what_the_journal_kept(clock: Clock) -> None:
     journal = MemoryJournal()
     first = Registrar(Registry(), RoomBook(), journal, Metrics(), clock)
     for tp in (0, 1):
-        await first.register("a", claim(tp))
+        await first.register(claim(tp))
     clock.forward(100.0)
     second = Registrar(Registry(), RoomBook(), journal, Metrics(), clock)
     with pytest.raises(NotReady, match="0 workers"):
@@ -101,15 +104,14 @@ async def test_a_restarted_registry_takes_back_what_the_journal_kept(clock: Cloc
 
 async def test_a_rank_outside_a_complete_instance_is_unknown_not_an_error(registrar: Registrar) -> None:
     for tp in (0, 1):
-        await registrar.register("a", claim(tp))
+        await registrar.register(claim(tp))
     assert registrar.rank("a", Seat(0, 0, 2, 0)) is None
 
 
 async def test_the_sweep_empties_the_rooms_and_lets_others_run_meanwhile(clock: Clock) -> None:
     rooms = RoomBook(ttl_s=10.0)
     registrar = Registrar(Registry(), rooms, MemoryJournal(), Metrics(), clock)
-    for room in range(10 * SWEEP_BUDGET):
-        registrar.announce_room(room, 0)
+    await asyncio.gather(*(registrar.announce_room(room, 0) for room in range(10 * SWEEP_BUDGET)))
     clock.forward(10.0)
     turns = 0
     sweeping = asyncio.create_task(registrar.sweep())

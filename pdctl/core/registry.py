@@ -1,186 +1,464 @@
 """
-Who serves prefill, in which seats, and may decode use them yet.
+Who serves, in which seats, and may others use them yet.
 
-No sockets, no clock, no logging, no locks: claims come in, what they changed comes out.
+No sockets, no clock, no logging, no locks: commands come in, what they changed comes out as values. Time arrives as
+`now` (seconds, monotonic, any zero); it must not go back.
 
     seat:      ABSENT --claim--> ALIVE --claim from another address--> ALIVE, a new life with a higher epoch
+               ALIVE --goodbye, end of lease, witness, drain--> ABSENT
     instance:  ready <=> the seats alive are exactly those of its shape
 
-A claim that contradicts the instance is refused and changes nothing. One kind of contradiction is a restart and wins:
-the instance's only seat, claimed again from the same host at another port. That is a single-rank prefill started anew
-with other settings. From the same port it is the same life, and a life does not change its settings. With other seats
-held, or from another host, nothing tells a restart from a rank with wrong flags, and taking it would mix two shapes.
+`core.lives` has what one life is, `core.instances` what is known of an instance, `core.claims` who may claim what. A
+command that raises has changed nothing. Commands that must not show before they are safe elsewhere are given to a
+`draft`, which is adopted afterwards, or dropped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from enum import StrEnum
-from itertools import product
-from typing import Any
+import json
+import math
+from collections import ChainMap, deque
+from collections.abc import Iterable, Iterator, MutableMapping
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from pdctl.core.address import Endpoint
-from pdctl.core.route import Announcement, Seat, Shape
-from pdctl.errors import Refused
+from pdctl.core.agenda import Agenda
+from pdctl.core.claims import check_may_change, place
+from pdctl.core.instances import Incarnation, InstanceView, Loss
+from pdctl.core.lives import Change, ChangeKind, Claim, Life, Owner, Record
+from pdctl.core.route import Seat
+from pdctl.errors import LimitReached, Superseded, TooLarge, UnknownLease
 
-
-class ChangeKind(StrEnum):
-    """What a claim did."""
-
-    SEATED = "seated"  # a seat that nobody held has a holder
-    REPLACED = "replaced"  # a new life in the seat: another address
-    RESHAPED = "reshaped"  # a new life in the only seat, and the instance has its shape now
-    AMENDED = "amended"  # the same life says another HTTP port
-    COMPLETED = "completed"  # with this life the instance became ready
+REMEMBER_S = 600.0
+"""For how long an instance is remembered that nobody is left of, so that it can be said why."""
 
 
 @dataclass(frozen=True, slots=True)
-class Life:
-    """One process in one seat. `epoch` counts the lives of the instance: a later one is always higher."""
+class RegistryLimits:
+    """What one registry holds at most.
 
-    announcement: Announcement
-    epoch: int
-    since: float
+    max_instances        names; those that nobody is left of go first
+    max_ranks            lives over all instances, lost ones that are remembered included
+    max_labels           labels of one rank
+    max_metadata_nbytes  labels and metadata of one rank, as JSON
+    """
 
-    @property
-    def address(self) -> Endpoint:
-        return self.announcement.address
+    max_instances: int = 10_000
+    max_ranks: int = 200_000
+    max_labels: int = 32
+    max_metadata_nbytes: int = 16_384
+
+    def check(self, claim: Claim) -> None:
+        """Raises TooLarge."""
+        if len(claim.labels) > self.max_labels:
+            raise TooLarge(
+                f"labels: {len(claim.labels)} are over {self.max_labels}, the limit (max_labels): send fewer"
+            )
+        if not claim.labels and not claim.metadata:
+            return
+        nbytes = len(json.dumps([claim.labels, claim.metadata]))
+        if nbytes > self.max_metadata_nbytes:
+            raise TooLarge(
+                f"metadata: {nbytes} bytes with the labels are over {self.max_metadata_nbytes}, the limit "
+                "(max_metadata_nbytes): send less"
+            )
 
 
-@dataclass(frozen=True, slots=True)
-class Change:
-    """What happened to whom. `before` is the address that lost the seat."""
+class Outcome(NamedTuple):
+    """A command's life, as it is now, and what the command changed."""
 
-    kind: ChangeKind
-    instance: str
     life: Life
-    before: Endpoint | None = None
-
-    @property
-    def seat(self) -> Seat:
-        return self.life.announcement.seat
-
-
-@dataclass(slots=True)
-class InstanceView:
-    """What is known of one instance; live, to be read at once and never kept or written."""
-
-    name: str
-    shape: Shape
-    alive: dict[Seat, Life] = field(default_factory=dict)
-    last_epoch: int = 0
-
-    @property
-    def ready(self) -> bool:
-        """Set equality: every key of `alive` is a seat of `shape`, so that equal sizes are equal sets."""
-        return len(self.alive) == self.shape.n_seats
-
-    @property
-    def missing(self) -> Iterator[Seat]:
-        """Seats that nobody holds, in order. Up to 65,536 of them: take what you show."""
-        shape = self.shape
-        places = product(*map(range, (shape.dp_size, shape.attn_cp_size, shape.attn_tp_size, shape.pp_size)))
-        return (seat for seat in (Seat(*place) for place in places) if seat not in self.alive)
-
-    @property
-    def http_port(self) -> int | None:
-        """The API port of the lowest seat that says one: the same answer in whatever order the ranks came."""
-        said = ((seat, life.announcement.prefill_http_port) for seat, life in self.alive.items())
-        return min(((seat, port) for seat, port in said if port is not None), default=(None, None))[1]
+    changes: list[Change]
 
 
 class Registry:
     """All instances by name. One owner, in one event loop."""
 
-    def __init__(self) -> None:
-        self._instances: dict[str, InstanceView] = {}
+    def __init__(self, limits: RegistryLimits | None = None) -> None:
+        self.limits = limits or RegistryLimits()
+        self.revision = 0
+        self.last_epoch = 0
+        self._views: MutableMapping[str, InstanceView] = {}
+        self._agenda = Agenda()
+        self._emptied: deque[tuple[float, str]] = deque()  # (when to look again, instance), soonest first
+        self._n_remembered = 0
 
     def __iter__(self) -> Iterator[InstanceView]:
-        return iter(self._instances.values())
+        return iter(self._views.values())
+
+    def __len__(self) -> int:
+        return len(self._views)
 
     def view(self, instance: str) -> InstanceView | None:
-        return self._instances.get(instance)
+        return self._views.get(instance)
 
     def find(self, instance: str, seat: Seat) -> Endpoint | None:
         """Where the rank in `seat` listens, ready or not."""
-        view = self._instances.get(instance)
+        view = self._views.get(instance)
         life = view.alive.get(seat) if view else None
         return life.address if life else None
 
-    def register(self, instance: str, claim: Announcement, now: float) -> list[Change]:
-        """Take a rank's claim. An empty list: all of it was known. Raises Refused, changing nothing."""
-        view = self._instances.get(instance) or InstanceView(instance, claim.shape)
-        held = view.alive.get(claim.seat)
-        kind = _verdict(view, held, claim)
-        if kind is None:
-            return []
-        was_ready = view.ready and kind is not ChangeKind.RESHAPED
-        if kind is ChangeKind.AMENDED and held is not None:
-            life = replace(held, announcement=claim)
+    @property
+    def next_deadline(self) -> float:
+        """When `tick` will have something to do, or a little earlier; inf for never."""
+        return min(self._agenda.next_at, self._emptied[0][0] if self._emptied else math.inf)
+
+    @property
+    def full(self) -> list[str]:
+        """The limits that are reached."""
+        limits = self.limits
+        held = {"max_instances": len(self._views), "max_ranks": self._n_remembered}
+        return [
+            f"{n} {name.removeprefix('max_')} are held, the limit ({name})"
+            for name, n in held.items()
+            if n >= getattr(limits, name)
+        ]
+
+    # Commands
+
+    def claim(self, claim: Claim, now: float) -> Outcome:
+        """Take a rank's claim. No changes: all of it was known. Raises Refused, Occupied, LimitReached, TooLarge."""
+        self.limits.check(claim)
+        view = self._views.get(claim.instance)
+        if view is None:
+            self._check_place("max_instances", len(self._views))
+            first = Incarnation(self.last_epoch + 1, claim.shape, claim.role)
+            view, incarnation = InstanceView(claim.instance, first), first
         else:
-            life = Life(claim, view.last_epoch + 1, now)
-        self._put(view, life)
-        before = held.address if held and held.epoch != life.epoch else None
-        changes = [Change(kind, instance, life, before)]
-        if view.ready and not was_ready:
-            changes.append(Change(ChangeKind.COMPLETED, instance, life))
+            incarnation = place(view, claim, now) or Incarnation(self.last_epoch + 1, claim.shape, claim.role)
+        held = incarnation.alive.get(claim.seat)
+        if held is not None and held.address == claim.address:
+            return self._again(view, incarnation, held, claim, now)
+        return self._seat(view, incarnation, claim, now)
+
+    def hear_again(self, claim: Claim, now: float) -> Life | None:
+        """The life that has said this already, word for word: its lease begins anew. None: `claim` has work to do."""
+        view = self._views.get(claim.instance)
+        for incarnation in view.incarnations if view else ():
+            life = incarnation.alive.get(claim.seat)
+            if life is not None and life.claim == claim and not life.pulse.suspected:
+                life.pulse.spoke_at = now
+                return life
+        return None
+
+    def hear(self, instance: str, seat: Seat, epoch: int, owner: Owner | None, now: float) -> Life:
+        """`renew`, where it changes nothing but the pulse: of a life that is not SUSPECT. Raises as `renew`."""
+        _, life = self._holder(instance, seat, epoch, owner)
+        if not life.pulse.suspected:
+            life.pulse.spoke_at = now
+        return life
+
+    def renew(
+        self, instance: str, seat: Seat, epoch: int, owner: Owner | None, now: float, rooms: int | None = None
+    ) -> Outcome:
+        """The life goes on. `rooms`: how many it has under way; one that drains is gone when it says 0.
+
+        Raises UnknownLease, Superseded, Occupied.
+        """
+        view, life = self._holder(instance, seat, epoch, owner)
+        if rooms == 0 and life.is_draining:
+            return Outcome(life, self._end(view, [Loss(life, ChangeKind.DRAINED, "was drained", now)], now))
+        return Outcome(life, self._heard(view, life, now))
+
+    def leave(self, instance: str, seat: Seat, epoch: int | None, owner: Owner | None, now: float) -> list[Change]:
+        """A goodbye; `epoch` None: whoever holds the seat. Raises as `renew`."""
+        view, life = self._holder(instance, seat, epoch, owner)
+        return self._end(view, [Loss(life, ChangeKind.LEFT, "said goodbye", now)], now)
+
+    def drain(self, instance: str, seat: Seat | None, grace_s: float, now: float) -> list[Change]:
+        """Nothing new for the rank in `seat`, or for all of the instance; gone after `grace_s` at the latest.
+
+        Raises UnknownLease where nobody is.
+        """
+        view = self._views.get(instance)
+        lives = [life for life in (view.lives if view else ()) if seat is None or life.seat == seat]
+        if view is None or not lives:
+            what = f"instance {instance}" if seat is None else f"seat {seat} of {instance}"
+            raise UnknownLease(f"nobody is registered as {what}: nothing is there to drain")
+        changes = []
+        for life in lives:
+            draining = life.draining(grace_s, now)
+            view = self._put(view, self._of(view, life).seating(draining), draining)
+            changes.append(self._change(ChangeKind.DRAINING, draining))
+        self._write(view)
         return changes
 
-    def restore(self, change: Change, now: float) -> None:
-        """Take a Change from a journal as it stands: it was judged when it was made."""
-        view = self._instances.get(change.instance)
-        view = view or InstanceView(change.instance, change.life.announcement.shape)
-        self._put(view, replace(change.life, since=now))
+    # What is seen rather than asked for
 
-    def _put(self, view: InstanceView, life: Life) -> None:
-        view.shape = life.announcement.shape  # another one only with the only seat: nobody else is left in the old
-        view.alive[life.announcement.seat] = life
-        view.last_epoch = max(view.last_epoch, life.epoch)
-        self._instances[view.name] = view
+    def witnessed(
+        self, instance: str, seat: Seat, epoch: int, alive: bool, why: str | None, now: float
+    ) -> list[Change]:
+        """A witness's verdict. Of a life with a lease, or one that is over, it is no news: nothing changes."""
+        view = self._views.get(instance)
+        if view is None:
+            return []
+        life, loss = view.holder(seat, epoch), view.loss(seat, epoch)
+        if life is not None and life.ttl_s is None:
+            life.pulse.witnessed = alive
+            return [] if alive else self._end(view, [Loss(life, ChangeKind.LOST, why or "does not answer", now)], now)
+        if loss is not None and loss.may_return and alive:
+            return self._found(view, loss.life, now)
+        return []
+
+    def tick(self, now: float, budget: int = 1000) -> list[Change]:
+        """What time alone has changed, `budget` lives at most: look at `next_deadline` for whether there are more."""
+        changes: list[Change] = []
+        over: dict[str, list[Loss]] = {}
+        for name, seat, epoch in self._agenda.due(now, budget):
+            view = self._views.get(name)
+            life = view.holder(seat, epoch) if view else None
+            if life is None:
+                self._agenda.forget(epoch)
+            elif (loss := _over(life, now)) is not None:
+                over.setdefault(name, []).append(loss)
+            else:
+                if life.next_event <= now:
+                    life.pulse.suspected = True
+                    changes.append(self._noted(name, self._change(ChangeKind.SUSPECTED, life)))
+                self._agenda.put(life.next_event, name, seat, epoch)
+        for name, losses in over.items():
+            changes += self._end(self._views[name], losses, now)
+        return changes + self._forget(now)
+
+    def forgive(self, now: float) -> list[Change]:
+        """Nobody was listening until now: every lease begins anew, since who spoke meanwhile was not heard."""
+        for view in self._views.values():
+            for life in view.lives:
+                life.pulse.spoke_at = now
+        return []
+
+    # Restarts
+
+    def restore(self, records: Iterable[Record], last_epoch: int, revision: int, now: float) -> None:
+        """Take back what a journal kept, as it stands: it was judged when it was made. Into an empty registry."""
+        by_name: dict[str, dict[int, list[Record]]] = {}
+        for record in records:
+            by_name.setdefault(record.claim.instance, {}).setdefault(record.incarnation, []).append(record)
+            last_epoch = max(last_epoch, record.epoch)
+        self.last_epoch, self.revision = last_epoch, revision
+        for name, incarnations in by_name.items():
+            served, *forming = [_restored(number, incarnations[number], now) for number in sorted(incarnations)]
+            epoch = max(record.epoch for records in incarnations.values() for record in records)
+            view = InstanceView(name, served, forming[-1] if forming else None, epoch, revision)
+            self._write(view, now)
+            for life in view.lives:
+                self._agenda.put(life.next_event, name, life.seat, life.epoch)
+
+    # Drafts
+
+    def draft(self) -> Registry:
+        """A registry that begins as this one is and may be changed apart from it, until it is adopted or dropped.
+
+        Meanwhile this one must not be changed. Only pulses are shared: who spoke has spoken.
+        """
+        draft = Registry(self.limits)
+        draft.revision, draft.last_epoch = self.revision, self.last_epoch
+        draft._views = ChainMap({}, self._views)
+        draft._n_remembered = self._n_remembered
+        return draft
+
+    def adopt(self, draft: Registry, changes: Iterable[Change]) -> None:
+        """Be as the draft is. `changes`: all that were made to it."""
+        assert isinstance(draft._views, ChainMap)  # noqa: S101
+        self.revision, self.last_epoch = draft.revision, draft.last_epoch
+        self._views.update(draft._views.maps[0])
+        self._n_remembered = draft._n_remembered
+        self._agenda.take(draft._agenda)
+        self._emptied.extend(draft._emptied)
+        for change in changes:
+            self._let_go(change)
+
+    def skip(self, draft: Registry) -> None:
+        """Drop a draft: what it has numbered is numbered never again, since a journal may have kept it after all."""
+        self.revision, self.last_epoch = draft.revision, draft.last_epoch
+
+    # How it is done
+
+    def _again(self, view: InstanceView, of: Incarnation, held: Life, claim: Claim, now: float) -> Outcome:
+        changes = self._heard(view, held, now)
+        if held.claim == claim:
+            return Outcome(held, changes)
+        life = replace(held, claim=claim)
+        view = self._put(self._views[view.name], of.seating(life), life)
+        changes.append(self._change(ChangeKind.AMENDED, life))
+        self._write(view)
+        return Outcome(life, changes)
+
+    def _seat(self, view: InstanceView, incarnation: Incarnation, claim: Claim, now: float) -> Outcome:
+        held, loss = incarnation.alive.get(claim.seat), incarnation.lost.get(claim.seat)
+        if loss is not None and loss.may_return and loss.life.address == claim.address:
+            changes = self._found(view, loss.life, now)
+            again = self._again(
+                self._views[view.name], self._of(self._views[view.name], loss.life), loss.life, claim, now
+            )
+            return Outcome(again.life, changes + again.changes)
+        if held is None and loss is None:
+            self._check_place("max_ranks", self._n_remembered)
+        self.last_epoch += 1
+        before = held or (loss.life if loss and loss.may_return else None)
+        life = Life.begin(claim, self.last_epoch, incarnation.number, now)
+        changes = [self._change(ChangeKind.REPLACED if before else ChangeKind.SEATED, life, before)]
+        is_new = all(incarnation.number != each.number for each in view.incarnations)
+        stale = view.forming if is_new else None
+        changes += [self._change(ChangeKind.SUPERSEDED, gone) for gone in (stale.kept if stale else ())]
+        grown = incarnation.seating(life)
+        view = self._put(view, grown, life)
+        return Outcome(life, changes + self._settle(view, life, was_ready=incarnation.is_complete, now=now))
+
+    def _settle(self, view: InstanceView, life: Life, *, was_ready: bool, now: float) -> list[Change]:
+        """Write a view whose incarnations have grown or shrunk: serve the forming one when its turn has come."""
+        changes: list[Change] = []
+        served, forming = view.served, view.forming
+        if forming is not None and not any(forming.kept):
+            view = replace(view, forming=None)
+        elif forming is not None and forming.alive and (forming.is_complete or not served.alive):
+            view = replace(view, served=forming, forming=None)
+            changes += [self._change(ChangeKind.SUPERSEDED, gone) for gone in served.kept]
+            changes.append(self._change(ChangeKind.RESHAPED, life))
+            was_ready = False
+        if view.ready and not was_ready and life.incarnation == view.served.number:
+            changes.append(self._change(ChangeKind.COMPLETED, life))
+        self._write(view, now)
+        return changes
+
+    def _end(self, view: InstanceView, losses: list[Loss], now: float) -> list[Change]:
+        """Lives are over; at once for all of them, so that thousands cost one view."""
+        changes = [self._change(loss.kind, loss.life, why=loss.why) for loss in losses]
+        for incarnation in view.incarnations:
+            mine = [loss for loss in losses if loss.life.incarnation == incarnation.number]
+            if mine:
+                view = view.having(incarnation.losing(mine))
+        first = next(view.lives, losses[0].life)
+        return changes + self._settle(view, first, was_ready=view.ready, now=now)
+
+    def _found(self, view: InstanceView, life: Life, now: float) -> list[Change]:
+        life.pulse.spoke_at = now
+        life.pulse.witnessed = True
+        incarnation = self._of(view, life)
+        view = self._put(view, incarnation.seating(life), life)
+        found = self._change(ChangeKind.FOUND, life)
+        return [found, *self._settle(view, life, was_ready=incarnation.is_complete, now=now)]
+
+    def _heard(self, view: InstanceView, life: Life, now: float) -> list[Change]:
+        life.pulse.spoke_at = now
+        if not life.pulse.suspected:
+            return []
+        life.pulse.suspected = False
+        return [self._noted(view.name, self._change(ChangeKind.RECOVERED, life))]
+
+    def _holder(self, instance: str, seat: Seat, epoch: int | None, owner: Owner | None) -> tuple[InstanceView, Life]:
+        """Who holds the seat with that epoch. Raises UnknownLease, Superseded, Occupied."""
+        view = self._views.get(instance)
+        if view is None:
+            raise UnknownLease(f"instance {instance} is not known here: register again")
+        held = view.alive.get(seat)
+        life = held if epoch is None else view.holder(seat, epoch)
+        if life is None:
+            raise _not_held(view, seat, epoch, held)
+        check_may_change(life, owner)
+        return view, life
+
+    def _of(self, view: InstanceView, life: Life) -> Incarnation:
+        return next(each for each in view.incarnations if each.number == life.incarnation)
+
+    def _put(self, view: InstanceView, incarnation: Incarnation, life: Life) -> InstanceView:
+        self._agenda.put(life.next_event, view.name, life.seat, life.epoch)
+        return replace(view.having(incarnation), last_epoch=max(view.last_epoch, life.epoch))
+
+    def _change(self, kind: ChangeKind, life: Life, before: Life | None = None, why: str | None = None) -> Change:
+        self.revision += 1
+        change = Change(kind, life, self.revision, before, why)
+        self._let_go(change)
+        return change
+
+    def _let_go(self, change: Change) -> None:
+        if change.is_end:
+            self._agenda.forget(change.life.epoch)
+        if change.before is not None:
+            self._agenda.forget(change.before.epoch)
+
+    def _noted(self, name: str, change: Change) -> Change:
+        """A change that shows in no seat still makes another view."""
+        self._views[name] = replace(self._views[name], revision=change.revision)
+        return change
+
+    def _write(self, view: InstanceView, now: float = 0.0) -> None:
+        before = self._views.get(view.name)
+        self._n_remembered += view.n_remembered - (before.n_remembered if before else 0)
+        empty = next(view.lives, None) is None
+        since = None if not empty else now if view.empty_since is None else view.empty_since
+        if empty and view.empty_since is None:
+            self._emptied.append((now + REMEMBER_S, view.name))
+        self._views[view.name] = replace(view, revision=self.revision, empty_since=since)
+
+    def _check_place(self, name: str, n_held: int) -> None:
+        limit = getattr(self.limits, name)
+        if n_held >= limit:
+            what = name.removeprefix("max_")
+            raise LimitReached(f"{limit} {what} are held, the limit ({name}): try again later, or raise the limit")
+
+    def _forget(self, now: float) -> list[Change]:
+        """Let go of instances that nobody is left of: in time, or the oldest at once where a limit is reached."""
+        changes: list[Change] = []
+        looked_at = 0
+        while self._emptied and looked_at < 100 and (self._emptied[0][0] <= now or self.full):
+            looked_at += 1
+            at, name = self._emptied.popleft()
+            view = self._views.get(name)
+            if view is None or view.empty_since is None or at < view.empty_since + REMEMBER_S:
+                continue  # somebody has come meanwhile; if they have left again, that has an entry of its own
+            if next(view.under_witness, None) is not None and not self.full:
+                self._emptied.append((now + REMEMBER_S, name))
+            else:
+                changes += [self._change(ChangeKind.FORGOTTEN, life) for life in view.under_witness]
+                self._n_remembered -= view.n_remembered
+                del self._views[name]
+        return changes
 
 
-def _verdict(view: InstanceView, held: Life | None, claim: Announcement) -> ChangeKind | None:
-    """What the claim would do, None for nothing. Raises Refused."""
-    difference = next(view.shape.differences(claim.shape), None)
-    if difference is not None:
-        if held is None or not _is_restart(view, held, claim):
-            raise _refusal(*difference)
-        return ChangeKind.RESHAPED
-    if held is None:
-        return ChangeKind.SEATED
-    if held.address != claim.address:
-        return ChangeKind.REPLACED
-    return None if held.announcement == claim else ChangeKind.AMENDED
+def _over(life: Life, now: float) -> Loss | None:
+    if life.draining_until is not None and life.draining_until <= now:
+        return Loss(life, ChangeKind.DRAINED, "was drained", now)
+    if life.due is not None and life.due <= now:
+        return Loss(life, ChangeKind.EXPIRED, f"was silent for its whole lease of {life.ttl_s:g} s", now)
+    return None
 
 
-def _is_restart(view: InstanceView, held: Life, claim: Announcement) -> bool:
-    same_host, same_port = held.address.host == claim.address.host, held.address.port == claim.address.port
-    return len(view.alive) == 1 and same_host and not same_port
+def _restored(number: int, records: list[Record], now: float) -> Incarnation:
+    shape, role = records[0].claim.shape, records[0].claim.role
+    lives = {record.epoch: Life.restored(record, now) for record in records}
+    lost = [
+        Loss(lives[record.epoch], ChangeKind.LOST, record.lost, now) for record in records if record.lost is not None
+    ]
+    alive = [lives[record.epoch] for record in records if record.lost is None]
+    complete = len(records) == shape.n_seats
+    return Incarnation(number, shape, role, was_complete=complete).losing(lost).seating(*alive)
 
 
-_SENTENCES = {  # stock's own words first, for who looks for them
-    "dsv41_spec_layout": "DeepSeek-V4.1 DSpark PD layout differs across prefill ranks",
-    "decode_allocation_policy": "Inconsistent prefill allocation policies",
-}
-
-
-def _refusal(name: str, held: Any, offered: Any) -> Refused:
-    ours, theirs = _told_apart(held, offered)
-    wire_name = "load_balance_method" if name == "follow_bootstrap_room" else name
-    facts = f"{wire_name} is {ours} for this prefill but this rank offers {theirs}"
-    text = f"{_SENTENCES[name]}: {facts}" if name in _SENTENCES else facts
-    advice = (
-        f"start every rank with the same {wire_name}; if the whole prefill was restarted with other settings, "
-        "restart this registry too"
-    )
-    return Refused(f"{text}: {advice}", field=wire_name, held=held, offered=offered)
-
-
-def _told_apart(held: Any, offered: Any) -> tuple[str, str]:
-    """Both values as short text: of two objects only the keys that differ."""
-    if isinstance(held, Mapping) and isinstance(offered, Mapping):
-        keys = [key for key in sorted({*held, *offered}) if held.get(key) != offered.get(key)]
-        held, offered = ({key: values.get(key) for key in keys} for values in (held, offered))
-    ours, theirs = (text if len(text) <= 200 else f"{text[:200]}..." for text in (repr(held), repr(offered)))
-    return ours, theirs
+def _not_held(view: InstanceView, seat: Seat, epoch: int | None, held: Life | None) -> UnknownLease | Superseded:
+    if epoch is None:
+        return UnknownLease(f"seat {seat} of {view.name} is held by nobody: nothing is there to leave")
+    loss = view.loss(seat, epoch)
+    if loss is not None and loss.kind is ChangeKind.DRAINED:
+        return Superseded(
+            f"epoch {epoch} in seat {seat} of {view.name} was drained: exit, or start anew to serve again",
+            held=0,
+            got=epoch,
+        )
+    if held is not None and held.epoch > epoch:
+        return Superseded(
+            f"seat {seat} is held by epoch {held.epoch}, got {epoch}: this process was replaced; exit and let the new "
+            "one serve",
+            held=held.epoch,
+            got=epoch,
+        )
+    if view.served.number > epoch:
+        number = view.served.number
+        return Superseded(
+            f"{view.name} was restarted with epoch {number}, got {epoch}: this process was replaced; exit and let the "
+            "new one serve",
+            held=number,
+            got=epoch,
+        )
+    return UnknownLease(f"epoch {epoch} in seat {seat} of {view.name} is not known here any more: register again")

@@ -51,6 +51,11 @@ class RoomBook:
             self._size += 1
         shard[room] = (now + self._ttl_s, dp_rank, False, EXTENSIONS)
 
+    def check_place(self, room: int, now: float) -> None:
+        """Raise LimitReached if `put` would."""
+        if room not in self._shards[room % _SHARDS]:
+            self._make_place(now)
+
     def get(self, rooms: Iterable[int], now: float) -> dict[int, int]:
         """DP rank by room; rooms that are unknown or over are absent."""
         found: dict[int, int] = {}

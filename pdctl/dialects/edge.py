@@ -14,7 +14,20 @@ from fastapi import Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.types import Receive, Scope
 
-from pdctl.errors import BadField, CallerError, LimitReached, NotNow, NotReady, Occupied, PdctlError, TooLarge, TooSlow
+from pdctl.errors import (
+    BadField,
+    CallerError,
+    JournalUnavailable,
+    LimitReached,
+    NotNow,
+    NotReady,
+    Occupied,
+    PdctlError,
+    Superseded,
+    TooLarge,
+    TooSlow,
+    UnknownLease,
+)
 
 MIB = 1 << 20
 BODY_DEADLINE_S = 10.0
@@ -22,6 +35,8 @@ BODY_DEADLINE_S = 10.0
 _STATUSES = (
     (TooLarge, 413),
     (Occupied, 409),
+    (Superseded, 409),
+    (UnknownLease, 404),
     (CallerError, 400),
     (LimitReached, 429),
     (TooSlow, 408),
@@ -82,6 +97,9 @@ def json_answer(error: PdctlError) -> Response:
     field = getattr(error, "field", None)
     if field is not None:
         told["field"] = field
+    _, colon, fix = str(error).rpartition(": ")  # what happened: what to do
+    if colon:
+        told["fix"] = fix
     return JSONResponse({"error": told}, status_of(error), _headers(error))
 
 
@@ -97,4 +115,4 @@ def peer_host(scope: Scope) -> str:
 
 
 def _headers(error: PdctlError) -> dict[str, str] | None:
-    return {"Retry-After": "1"} if isinstance(error, NotReady | LimitReached) else None
+    return {"Retry-After": "1"} if isinstance(error, NotReady | LimitReached | JournalUnavailable) else None

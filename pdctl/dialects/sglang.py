@@ -20,6 +20,7 @@ from fastapi.routing import APIRoute
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from pdctl.core.lives import Claim, Owner
 from pdctl.core.route import MAX_SEATS, Announcement, Seat, as_integer, as_object, needed, rank_body, topology_body
 from pdctl.dialects import sglang_openapi as docs
 from pdctl.dialects.edge import MIB, parsed, peer_host, received, text_answer
@@ -102,9 +103,9 @@ class Plain:
         api.routes.append(Route("/route", _MethodNotAllowed(), include_in_schema=False))
         return api
 
-    async def _put_route(self, scope: Scope, receive: Receive) -> Answer:  # noqa: ARG002
-        claim = Announcement.from_body(parsed(await received(receive, ROUTE_LIMIT)))
-        await self._registrar.register(self._instance, claim)
+    async def _put_route(self, scope: Scope, receive: Receive) -> Answer:
+        announcement = Announcement.from_body(parsed(await received(receive, ROUTE_LIMIT)))
+        await self._registrar.register(Claim(self._instance, announcement, Owner(peer_host(scope))))
         return _OK
 
     async def _get_route(self, scope: Scope, receive: Receive) -> Answer:  # noqa: ARG002
@@ -145,7 +146,7 @@ class Plain:
         dp_rank = as_integer(needed(row, "dp_rank"), "dp_rank")
         if not 0 <= dp_rank < MAX_SEATS:
             raise BadField("dp_rank", f"is {dp_rank}: ranks count from 0 to {MAX_SEATS - 1} at most")
-        self._registrar.announce_room(room, dp_rank)
+        await self._registrar.announce_room(room, dp_rank)
         return _OK
 
     async def _query_dp_ranks(self, scope: Scope, receive: Receive) -> Answer:  # noqa: ARG002

@@ -1,26 +1,51 @@
 """
 The journal port: where what the registry acknowledged outlives it, or does not.
 
-A journal keeps Changes and hands them back; it judges none. Times in them are monotonic and mean nothing to another
-process: whoever restores sets them anew.
+A journal keeps Records of lives, and rooms; it judges none. There are no times in it: monotonic ones mean nothing to
+another process, and the wall clock may be set.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
-from pdctl.core.registry import Change
+from pdctl.core.lives import Change, Record
+
+Room = tuple[int, int]
+"""A bootstrap room (it may exceed 64 bits) and its DP rank."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What a journal has kept: `records` by rising epoch, `rooms` in the order of their last announcement."""
+
+    records: Sequence[Record] = ()
+    rooms: Sequence[Room] = ()
+    last_epoch: int = 0
+    revision: int = 0
 
 
 class Journal(Protocol):
     """Open already; one writer."""
 
-    async def append(self, changes: Sequence[Change]) -> None:
-        """Return when the changes are as safe as this journal makes them. Raises NotNow when they are not."""
+    async def append(self, changes: Sequence[Change], rooms: Sequence[Room] = ()) -> None:
+        """Keep all of it or nothing, and return when it is as safe as this journal makes it.
 
-    async def load(self) -> list[Change]:
-        """For each seat the last change kept, such that restoring them in this order gives the registry back."""
+        For each change in order: a `before` is dropped (by its epoch); then `life` is dropped when `is_end`, else
+        `record` is kept, by its epoch, instead of what was kept of that epoch. The highest epoch and the highest
+        revision seen are kept for good. Of a room the last DP rank counts; rooms
+        that are over may go, by the journal's own monotonic time. Raises JournalUnavailable with the cause;
+        then nothing was kept.
+        """
+
+    async def load(self) -> Kept:
+        """What was kept."""
+
+    @property
+    def trouble(self) -> str | None:
+        """Why it takes no rows at present, as far as the last attempt tells; None while it does."""
 
     async def aclose(self) -> None:
         """Let go of whatever is held; once closed, closing again does nothing."""

@@ -1,31 +1,45 @@
 """
 The journal that forgets with the process: `--journal memory:`.
 
-It keeps one row a seat, so that the contract can be held against it; it will never touch a disk.
+It keeps one record a life, so that the contract can be held against it; it will never touch a disk. Rooms it does not
+keep: the registry's own book holds them already, and nobody reads them here again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pdctl.core.registry import Change
-from pdctl.core.route import Seat
+from pdctl.core.lives import Change, Record
+from pdctl.persistence.base import Kept, Room
 
 
 class MemoryJournal:
     """Bounded by the seats there are."""
 
+    trouble: str | None = None
+
     def __init__(self) -> None:
-        self._rows: dict[tuple[str, Seat], Change] = {}
+        self._records: dict[int, Record] = {}
+        self._last_epoch = 0
+        self._revision = 0
 
-    async def append(self, changes: Sequence[Change]) -> None:
+    async def append(self, changes: Sequence[Change], rooms: Sequence[Room] = ()) -> None:  # noqa: ARG002
         for change in changes:
-            key = (change.instance, change.seat)
-            self._rows.pop(key, None)  # restored in the order of what came last
-            self._rows[key] = change
+            self._keep(change)
 
-    async def load(self) -> list[Change]:
-        return list(self._rows.values())
+    async def load(self) -> Kept:
+        records = tuple(self._records[epoch] for epoch in sorted(self._records))
+        return Kept(records, (), self._last_epoch, self._revision)
 
     async def aclose(self) -> None:
         """Nothing is held but memory."""
+
+    def _keep(self, change: Change) -> None:
+        if change.before is not None:
+            self._records.pop(change.before.epoch, None)
+        if change.is_end:
+            self._records.pop(change.life.epoch, None)
+        else:
+            self._records[change.life.epoch] = change.record
+        self._last_epoch = max(self._last_epoch, change.life.epoch)
+        self._revision = max(self._revision, change.revision)
