@@ -18,8 +18,10 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from pdctl.core.access import Denial
 from pdctl.core.instances import InstanceView
 from pdctl.core.lives import ChangeKind as SeatChangeKind
+from pdctl.core.admission import Lane
 from pdctl.core.sessions import Change, ChangeKind
 from pdctl.core.transfer import Phase, Side
+from pdctl.core.witness import Means, Sign
 from pdctl.errors import Cause
 
 # A handshake takes 0.3 ms on a local network and at most its deadline (1 s by default, tens of seconds by setting).
@@ -36,12 +38,14 @@ class Metrics:
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
         self._registry = CollectorRegistry() if registry is None else registry
         self.access = AccessMetrics(self._registry)
+        self.admission = AdmissionMetrics(self._registry)
         self.fleet = FleetMetrics(self._registry)
         self.keys = KeyMetrics(self._registry)
         self.link = LinkMetrics(self._registry)
         self.registry = RegistryMetrics(self._registry)
         self.rooms = RoomMetrics(self._registry)
         self.sessions = SessionMetrics(self._registry)
+        self.witness = WitnessMetrics(self._registry)
         self.watch = WatchMetrics(self._registry)
 
     def exposition(self) -> tuple[bytes, str]:
@@ -132,6 +136,23 @@ class KeyMetrics:
         """Read these at every scrape."""
         self._keys.set_function(keys)
         self._nbytes.set_function(nbytes)
+
+
+class AdmissionMetrics:
+    """The door before the registry: who came in, and who was told to come again."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        asked = Counter(
+            "pdctl_admission_registrations_total",
+            "Registrations that came to the door, by who asks and what was said.",
+            ["lane", "result"],
+            registry=registry,
+        )
+        self._admitted = {lane: asked.labels(lane, "admitted") for lane in Lane}
+        self._put_off = asked.labels(Lane.LEASED, "put_off")  # stock clients never are
+
+    def asked(self, lane: Lane, admitted: bool) -> None:
+        (self._admitted[lane] if admitted else self._put_off).inc()
 
 
 class LinkDrop(StrEnum):
@@ -355,6 +376,41 @@ class SessionMetrics:
         """A question ended after `seconds`: None when the peer is well, else why not."""
         self._probes.labels("well" if cause is None else cause).inc()
         self._probe_seconds.observe(seconds)
+
+
+class WitnessMetrics:
+    """The witness of ranks without a lease: what it asked, what it says, and whether it believes itself."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        questions = Counter(
+            "pdctl_witness_questions_total",
+            "Signs of life that ranks without a lease were asked for, by means and by what came of it.",
+            ["means", "sign"],
+            registry=registry,
+        )
+        verdicts = Counter(
+            "pdctl_witness_verdicts_total",
+            "Ranks of whom the witness has said something new, by what it says.",
+            ["verdict"],
+            registry=registry,
+        )
+        self._questions = {(means, sign): questions.labels(means, sign) for means in Means for sign in Sign}
+        self._verdicts = {alive: verdicts.labels("alive" if alive else "dead") for alive in (True, False)}
+        self._ranks = Gauge("pdctl_witness_ranks", "Ranks that are watched.", registry=registry)
+        self._doubts = Gauge(
+            "pdctl_witness_doubts", "1 while so many hosts are silent that silence is not believed.", registry=registry
+        )
+
+    def answered(self, means: Means, sign: Sign) -> None:
+        self._questions[means, sign].inc()
+
+    def said(self, alive: bool) -> None:
+        self._verdicts[alive].inc()
+
+    def follow(self, ranks: Callable[[], int], doubts: Callable[[], bool]) -> None:
+        """Read these at every scrape."""
+        self._ranks.set_function(ranks)
+        self._doubts.set_function(doubts)
 
 
 class WatchEnd(StrEnum):
