@@ -133,6 +133,7 @@ class RegistryClient:
         self._look_up = look_up
         credentials = credentials or Credentials()
         self._token = own_token(credentials)
+        self._certified = credentials.tls_cert is not None
         self._token_may_change = credentials.token_file is not None
         self._tls = client_tls(credentials) if self._url.startswith("https:") else None
         self._attempt_timeout_s = attempt_timeout_s
@@ -188,22 +189,54 @@ class RegistryClient:
 
         Raises RegistryRefused at once where the registry says no; at the policy's end RegistrationGaveUp or SystemExit.
         """
+        await self.insist(announcement, lambda: self._announce(announcement), policy or self._policy, exhaustion)
+
+    async def insist(
+        self,
+        announcement: Announcement,
+        attempt: Callable[[], Awaitable[None]],
+        policy: RetryPolicy,
+        exhaustion: Exhaustion = Exhaustion.RAISE,
+    ) -> None:
+        """`attempt` to register until it succeeds or is refused; `registered` says how it stands. As `register`."""
         self._present = announcement
-        gave_up = await self._retrying(
-            lambda: self._announce(announcement),
-            policy or self._policy,
-            on_failure=lambda failure: self._not_registered(announcement, failure),
-            on_exhaustion=lambda failure: self._gave_up(announcement, failure),
-            keep_trying=exhaustion is Exhaustion.KEEP_TRYING,
-        )
-        if gave_up is None:
-            return
+
+        async def confirmed() -> None:
+            await attempt()
+            self._confirmed = announcement
+
+        try:
+            await self._retrying(
+                confirmed,
+                policy,
+                on_failure=lambda failure: self._not_registered(announcement, failure),
+                on_exhaustion=lambda failure: self._gave_up(announcement, failure),
+                keep_trying=exhaustion is Exhaustion.KEEP_TRYING,
+            )
+        except RegistrationGaveUp as gave_up:
+            self._exit_or_raise(gave_up, exhaustion)
+
+    def _exit_or_raise(self, gave_up: RegistrationGaveUp, exhaustion: Exhaustion) -> NoReturn:
         if exhaustion is Exhaustion.EXIT:
             log.error(
                 "registration gave up, exiting", attempts=gave_up.attempts, cause=gave_up.cause, registry=self._url
             )
             raise SystemExit(os.EX_UNAVAILABLE) from gave_up
         raise gave_up
+
+    async def tell(
+        self,
+        what: str,
+        method: str,
+        path: str,
+        read: Callable[[bytes], T],
+        *,
+        body: object = None,
+        params: Mapping[str, str] | None = None,
+        not_yet: int | None = None,
+    ) -> T:
+        """One exchange on a path of the registry's own wire; `what` in words. Raises as any question, and once."""
+        return await self._question(_Question(what, method, path, read, params, body, not_yet))
 
     async def hold(
         self, announcement: Announcement, every_s: float = 10.0, exhaustion: Exhaustion = Exhaustion.RAISE
@@ -267,12 +300,10 @@ class RegistryClient:
         except Unreachable:
             return False
 
-    async def _announce(self, announcement: Announcement) -> RegistrationGaveUp | None:
+    async def _announce(self, announcement: Announcement) -> None:
         await self._question(_Question("registration", "PUT", "/route", _nothing, body=announcement.to_body()))
         if not self.registered:
             log.info("registered", registry=self._url, seat=str(announcement.seat), address=str(announcement.address))
-        self._confirmed = announcement
-        return None
 
     def _not_registered(self, announcement: Announcement, failure: Failure) -> None:
         self._confirmed = None
@@ -285,15 +316,13 @@ class RegistryClient:
             seat=str(announcement.seat),
         )
 
-    def _gave_up(self, announcement: Announcement, failure: Failure) -> RegistrationGaveUp:
-        gave_up = RegistrationGaveUp(
+    def _gave_up(self, announcement: Announcement, failure: Failure) -> NoReturn:
+        raise RegistrationGaveUp(
             f"registration of {announcement.seat} with {self._url} failed {failure.attempt} times, at last: "
             f"{failure.cause}: see that the registry runs and can be reached from here, or allow more attempts",
             attempts=failure.attempt,
             cause=failure.cause,
-        )
-        gave_up.__cause__ = failure.error
-        return gave_up
+        ) from failure.error
 
     async def _patiently(self, question: _Question[T]) -> T:
         """`_question`, asked again by the look-up policy."""
@@ -362,6 +391,9 @@ class RegistryClient:
         except TimeoutError:
             late = TimeoutError(f"timed out after {self._attempt_timeout_s:g} s")
             raise Unreachable(f"registry {self._url} does not answer: {late}") from late
+        except aiohttp.ServerDisconnectedError as error:
+            why = self._hung_up(error)
+            raise Unreachable(f"registry {self._url} does not answer: {root_cause(why)}") from why
         except (aiohttp.ClientError, OSError) as error:
             raise Unreachable(f"registry {self._url} does not answer: {root_cause(error)}") from error
 
@@ -373,6 +405,13 @@ class RegistryClient:
         """The headers of every question; a file is looked at again for each."""
         token = self._token.refresh()
         return {} if token is None else {"Authorization": f"Bearer {token}"}
+
+    def _hung_up(self, error: Exception) -> Exception:
+        """What a TLS server does to a client that it does not believe: asyncio closes before the alert is out."""
+        if self._tls is None:
+            return error
+        ours = "may not believe our certificate" if self._certified else "may want a certificate, and we have none"
+        return ConnectionError(f"server disconnected: it {ours} (tls_cert)")
 
     async def _received(self, response: aiohttp.ClientResponse) -> _Answer:
         body = bytearray()

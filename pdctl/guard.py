@@ -92,4 +92,4 @@ def _answer(denied: Denied, scope: Scope) -> Response:
     headers = {"WWW-Authenticate": 'Bearer realm="pdctl"'} if denied.status == 401 else None
     if is_native(scope["path"]):
         return JSONResponse({"error": {"message": denied.text}}, denied.status, headers)
-    return PlainTextResponse(f"{denied.status}: {denied.text}", denied.status, headers)
+    return PlainTextResponse(denied.text, denied.status, headers)

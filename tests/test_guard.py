@@ -126,7 +126,7 @@ async def test_another_address_is_refused_counted_and_told_what_to_do() -> None:
     async with door(trust="127.0.0.1") as service:
         status, text = await ask(f"{service.url}/route", come_from="127.0.0.2")
         assert status == 403
-        assert text.startswith("403: 127.0.0.2 is outside of the trusted networks")
+        assert text.startswith("127.0.0.2 is outside of the trusted networks")
         assert "--trust" in text
         status, text = await ask(f"{service.url}/v1/whoami", come_from="127.0.0.2")
         assert (status, list(json.loads(text))) == (403, ["error"])
@@ -178,8 +178,7 @@ async def test_ipv6_peers_are_judged_like_others() -> None:
         assert await who(f"{service.url}/route") == {"host": "::1", "principal": None}
     async with door("::1", trust="10.0.0.0/8") as service:
         status, text = await ask(f"{service.url}/route")
-        assert (status, text[:5]) == (403, "403: ")
-        assert "::1 is outside" in text
+        assert (status, text.startswith("::1 is outside")) == (403, True)
 
 
 @needs_ipv6

@@ -1,0 +1,134 @@
+"""Access as an operator sets it up: real `pdctl serve` and `pdctl register`, real files, over IPv6 as well."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import re
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import aiohttp
+import pytest
+import trustme
+
+from tests.test_credentials import change, write_pair
+from tests.test_server import needs_ipv6
+
+T = TypeVar("T")
+
+SOON_S = 20.0
+TOKEN = "the-token-of-prefill-ranks"
+RANK = ("--rank-host", "10.0.0.1", "--rank-port", "40123")
+
+
+@asynccontextmanager
+async def pdctl(*args: str) -> AsyncIterator[asyncio.subprocess.Process]:
+    child = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "pdctl", *args), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
+    try:
+        yield child
+    finally:
+        if child.returncode is None:
+            child.kill()
+        await child.communicate()
+
+
+@asynccontextmanager
+async def served(*args: str) -> AsyncIterator[str]:
+    async with pdctl("serve", "--port", "0", *args) as child:
+        assert child.stdout is not None
+        line = (await asyncio.wait_for(child.stdout.readline(), SOON_S)).decode()
+        found = re.search(r"serving at (https?://\S+)", line)
+        assert found, line
+        yield found[1]
+
+
+async def ended(*args: str) -> tuple[int, str]:
+    """Exit status and standard error."""
+    async with pdctl(*args) as child:
+        _, err = await asyncio.wait_for(child.communicate(), SOON_S)
+        assert child.returncode is not None
+        return child.returncode, err.decode()
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """A folder: ca.pem, cert.pem and key.pem of the server for ::1, rank/*.pem, tokens, token."""
+    ca = trustme.CA()
+    ca.cert_pem.write_to_path(tmp_path / "ca.pem")
+    write_pair(ca, tmp_path, "::1")
+    (tmp_path / "rank").mkdir()
+    write_pair(ca, tmp_path / "rank", "rank.example")
+    (tmp_path / "tokens").write_text(f"prefill:sha256:{hashlib.sha256(TOKEN.encode()).hexdigest()}\n")
+    (tmp_path / "token").write_text(TOKEN + "\n")
+    return tmp_path
+
+
+@needs_ipv6
+async def test_a_rank_registers_over_ipv6_with_a_certificate_and_a_token(files: Path) -> None:
+    serve = ("--host", "::1", "--trust", "10.0.0.0/8", "--token-file", f"{files}/tokens")
+    tls = ("--tls-cert", f"{files}/cert.pem", "--tls-key", f"{files}/key.pem", "--tls-client-ca", f"{files}/ca.pem")
+    shown = ("--tls-cert", f"{files}/rank/cert.pem", "--tls-key", f"{files}/rank/key.pem")
+    token = ("--token-file", f"{files}/token")
+    async with served(*serve, *tls) as url:
+        assert url.startswith("https://[::1]:")
+        register = ("register", "--registry", url, *RANK, "--max-attempts", "1", "--tls-ca", f"{files}/ca.pem")
+        assert (await ended(*register, *shown, *token))[0] == 0
+        status, err = await ended(*register, *shown)
+        assert (status, "outside of the trusted networks" in err) == (2, True), err
+        status, err = await ended(*register, *token)
+        assert (status, "may want a certificate, and we have none (tls_cert)" in err) == (69, True), err
+
+
+async def test_a_token_that_is_added_holds_within_seconds_and_without_a_restart(files: Path) -> None:
+    async with served("--token-file", f"{files}/tokens") as url, aiohttp.ClientSession() as http:
+        assert await status_of_v1(http, url, "another-token-of-them") == 401
+        change(files / "tokens", (files / "tokens").read_text() + "decode:another-token-of-them\n")
+        await eventually(lambda: status_of_v1(http, url, "another-token-of-them"), lambda status: status == 200)
+        assert await status_of_v1(http, url, TOKEN) == 200, "the old one holds as before"
+
+
+async def test_a_broken_token_file_shows_in_the_metrics_and_locks_nobody_out(files: Path) -> None:
+    async with served("--token-file", f"{files}/tokens") as url, aiohttp.ClientSession() as http:
+        assert 'pdctl_access_files_stale{what="tokens"} 0.0' in await text(http, url + "/metrics")
+        change(files / "tokens", "no colon in it\n")
+        stale = 'pdctl_access_files_stale{what="tokens"} 1.0'
+        await eventually(lambda: text(http, url + "/metrics"), lambda metrics: stale in metrics)
+        assert await status_of_v1(http, url, TOKEN) == 200
+
+
+async def eventually(ask: Callable[[], Awaitable[T]], is_so: Callable[[T], bool]) -> None:
+    async with asyncio.timeout(SOON_S):
+        while True:
+            if is_so(await ask()):
+                return
+            await asyncio.sleep(0.05)
+
+
+async def status_of_v1(http: aiohttp.ClientSession, url: str, token: str) -> int:
+    async with http.get(url + "/v1/instances", headers={"Authorization": f"Bearer {token}"}) as answer:
+        return answer.status
+
+
+async def text(http: aiohttp.ClientSession, url: str) -> str:
+    async with http.get(url) as answer:
+        return await answer.text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (("--trust", "everybody"), "'everybody'"),
+        (("--token-file", "/nowhere/tokens"), "token file /nowhere/tokens cannot be used"),
+        (("--tls-cert", "/nowhere/cert.pem"), "certificate /nowhere/cert.pem cannot be used"),
+        (("--tls-key", "/nowhere/key.pem"), "without tls_cert"),
+    ],
+)
+async def test_a_setting_that_cannot_be_used_starts_nothing(flags: tuple[str, ...], says: str) -> None:
+    status, err = await ended("serve", "--port", "0", *flags)
+    assert (status, says in err) == (2, True), err
