@@ -22,7 +22,7 @@ FLOORS = {
     **dict.fromkeys([f"pdctl.{shell}" for shell in ("server", "guard", "dialects", "client", "prober", "peer")], 4),
     **dict.fromkeys([f"pdctl.{shell}" for shell in ("sender", "receiver", "agent", "kvstore")], 4),
     **dict.fromkeys(
-        [f"pdctl.{room}" for room in ("engine", "persistence", "registrar", "keyring", "device", "memory")], 3
+        [f"pdctl.{room}" for room in ("engine", "persistence", "registrar", "keyring", "roster", "device", "memory")], 3
     ),
     **dict.fromkeys(
         [f"pdctl.{room}" for room in ("engine.base", "persistence.base", "retry", "metrics", "logs", "errands")], 2

@@ -1,0 +1,148 @@
+"""
+The one owner of vLLM's workers: asks who is held where somebody comes again, journals, then acknowledges.
+
+What a claim means is decided in `core.fleet`; no wire is spoken here. Claims take turns by prefill, because questions
+lie between judging and writing; claims of different prefills share the journal's group commit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from enum import Enum
+from itertools import islice
+from weakref import WeakValueDictionary
+
+import structlog
+
+from pdctl.core.address import Endpoint
+from pdctl.core.fleet import Fleet, Place, Prefill, Row, Worker, shown
+from pdctl.errors import NotReady
+from pdctl.metrics import FleetChange, Metrics
+
+AT_ONCE = 64
+MISSING_SHOWN = 8
+
+log = structlog.get_logger(__name__)
+
+
+class Presence(Enum):
+    """What became of asking an address."""
+
+    THERE = "there"
+    REFUSED = "refused"  # the host says that nobody listens
+    SILENT = "silent"  # nobody says anything: gone, or cut off
+
+
+Look = Callable[[Endpoint], Awaitable[Presence]]
+"""Ask an address. Bounded in time by itself."""
+
+
+class Roster:
+    """The dialect calls it."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        keep: Callable[[Sequence[Row]], Awaitable[None]],
+        look: Look,
+        metrics: Metrics,
+        clock: Callable[[], float],
+    ) -> None:
+        self._fleet = fleet
+        self._keep = keep
+        self._look = look
+        self._counts = metrics.fleet
+        self._clock = clock
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._counts.follow(lambda: len(fleet), lambda ready: sum(self.is_complete(each) is ready for each in fleet))
+
+    def restore(self, rows: Sequence[Row]) -> None:
+        """Take back what the journal kept. Before the first request."""
+        self._fleet.apply(rows, self._clock())
+
+    async def register(self, worker: Worker) -> None:
+        """Return when the claim holds and is journalled. Raises Occupied, LimitReached, BadField."""
+        async with self._turn(worker.prefill):
+            rivals = self._fleet.rivals(worker, self._clock())
+            found = await self._ask(rivals)
+            gone = [rival for rival, presence in zip(rivals, found, strict=True) if presence is not Presence.THERE]
+            strangers = self._fleet.strangers(worker)
+            rows = self._fleet.claim(worker, gone, self._clock())
+            await self._perform(rows)
+        await self._bury(strangers)
+
+    async def remove(self, engine: str) -> bool:
+        """Forget a prefill, by an operator's word; False when there is none."""
+        prefill = self._fleet.find(engine)
+        if prefill is None:
+            return False
+        async with self._turn(prefill.name):
+            rows = self._fleet.drop(prefill)
+            await self._perform(rows)
+            return bool(rows)
+
+    def query(self, engine: str | None = None) -> dict[str, object]:
+        """What is complete of `engine`'s prefill, or of all. Raises NotReady where somebody is and nobody is whole."""
+        if engine is None:
+            found = list(self._fleet)
+        else:
+            prefill = self._fleet.find(engine)
+            if prefill is None:
+                raise NotReady(f"no worker of engine {engine!r} has registered yet")
+            found = [prefill]
+        complete = [prefill for prefill in found if self.is_complete(prefill)]
+        if found and not complete:
+            raise NotReady("; ".join(map(self._why_not, islice(found, MISSING_SHOWN))))
+        return shown(complete)
+
+    def is_complete(self, prefill: Prefill) -> bool:
+        return self._fleet.is_complete(prefill, self._clock())
+
+    def missing(self, prefill: Prefill) -> Iterable[Place]:
+        return prefill.missing(self._fleet.sizes)
+
+    def __iter__(self) -> Iterator[Prefill]:
+        return iter(self._fleet)
+
+    def _why_not(self, prefill: Prefill) -> str:
+        missing = [str(place) for place in islice(self.missing(prefill), MISSING_SHOWN)]
+        what = f"missing {', '.join(missing)}" if missing else "workers still joining"
+        return f"prefill {prefill.name!r} is not complete yet ({len(prefill.workers)} workers registered, {what})"
+
+    async def _bury(self, strangers: Sequence[Worker]) -> None:
+        """Drop prefills whose host says that they are gone: vLLM comes back under a new ID and says no goodbye."""
+        found = await self._ask(strangers)
+        for worker, presence in zip(strangers, found, strict=True):
+            if presence is Presence.REFUSED:
+                async with self._turn(worker.prefill):
+                    await self._bury_one(worker)
+
+    async def _bury_one(self, worker: Worker) -> None:
+        prefill = self._fleet.find(worker.prefill)
+        if prefill is not None and worker in prefill.workers.values():
+            await self._perform(self._fleet.drop(prefill))
+
+    async def _ask(self, workers: Sequence[Worker]) -> list[Presence]:
+        gate = asyncio.Semaphore(AT_ONCE)
+
+        async def ask(worker: Worker) -> Presence:
+            async with gate:
+                return await self._look(worker.address)
+
+        return await asyncio.gather(*map(ask, workers))
+
+    async def _perform(self, rows: Sequence[Row]) -> None:
+        if not rows:
+            return
+        await self._keep(rows)
+        self._fleet.apply(rows, self._clock())
+        for row in rows:
+            change = FleetChange.LEFT if row.worker is None else FleetChange.JOINED
+            self._counts.changed(change)
+            addr = None if row.worker is None else row.worker.addr
+            log.info("vLLM worker", change=change.value, prefill=row.prefill, place=str(row.place), addr=addr)
+
+    def _turn(self, prefill: str) -> asyncio.Lock:
+        """One for each prefill, for as long as somebody holds it or waits for it."""
+        return self._turns.setdefault(prefill, asyncio.Lock())
