@@ -93,7 +93,9 @@ def _add_serve(commands: Commands) -> None:
     command.add_argument("--host", dest="serve.host", help="address to listen at (127.0.0.1)")
     command.add_argument("--port", dest="serve.port", help="port to listen at; 0 takes any free one (8998)")
     _add_access(command)
-    command.add_argument("--journal", dest="serve.journal", help="where the rows live: memory: (the default)")
+    command.add_argument(
+        "--journal", dest="serve.journal", help="where the rows live: sqlite:PATH or memory: (a file for this port)"
+    )
 
 
 def _add_access(command: argparse.ArgumentParser) -> None:

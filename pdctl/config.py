@@ -32,6 +32,7 @@ from pdctl.credentials import AccessSettings, Credentials
 from pdctl.engine.mooncake import MooncakeSettings
 from pdctl.errors import ConfigError
 from pdctl.logs import LogSettings
+from pdctl.persistence.open import path_in
 from pdctl.retry import RetryPolicy
 
 PREFIX = "PDCTL_"
@@ -62,7 +63,11 @@ class ServeSettings:
     """The sidecar's service.
 
     host, port  where to listen; loopback unless told otherwise, 8998 as SGLang's own registry, 0 = any free port
-    journal     where the registry's rows live: `memory:` forgets them with the process
+    journal     where the registry's rows outlive it: `sqlite:PATH`, or `memory:`, which forgets them with the process.
+                Unless said, a file for this port in the state directory ($STATE_DIRECTORY as systemd gives it, else
+                $XDG_STATE_HOME/pdctl, else ~/.local/state/pdctl): ranks register once, so that a registry that forgets
+                breaks what it was put up for, and forgetting should be somebody's decision. The port is what tells one
+                registry of a host from another; with port 0 nothing does, and the rows are in memory.
     max_rooms   rooms remembered at most; beyond it a new one is answered 429
     room_ttl_s  a room is dropped this long after it was announced (SGLang: 120, our prefills wait 300)
     grace_s     how long requests under way may go on after SIGTERM
@@ -70,7 +75,7 @@ class ServeSettings:
 
     host: str = "127.0.0.1"
     port: int = 8998
-    journal: str = "memory:"
+    journal: str = ""
     max_rooms: int = 1_000_000
     room_ttl_s: float = 300.0
     grace_s: float = 5.0
@@ -78,8 +83,8 @@ class ServeSettings:
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ValueError(f"port is {self.port}: choose 0 (any free one) to 65535")
-        if self.journal != "memory:":
-            raise ValueError(f"journal is {self.journal!r}: this version knows memory:")
+        if self.journal:
+            path_in(self.journal)
         if self.max_rooms < 1 or self.room_ttl_s <= 0 or self.grace_s < 0:
             raise ValueError("max_rooms needs at least 1, room_ttl_s more than 0, grace_s at least 0")
 
@@ -209,6 +214,17 @@ def load(flags: Mapping[str, object] | None = None, *, file: Path | None = None)
 def environment() -> Mapping[str, str]:
     """The process environment, for those below who take it as an argument."""
     return os.environ
+
+
+def state_dir(environ: Mapping[str, str]) -> Path:
+    """Where a service of this user keeps what outlives it. Raises ConfigError where nobody says."""
+    if ours := environ.get("STATE_DIRECTORY", "").partition(":")[0]:  # systemd's, several with colons between
+        return Path(ours)
+    try:
+        base = environ.get("XDG_STATE_HOME") or Path("~/.local/state").expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"no state directory ({error}): give --journal sqlite:PATH, or --journal memory:") from error
+    return Path(base, "pdctl")
 
 
 def _nested(items: Iterable[tuple[str, object]]) -> Nested:

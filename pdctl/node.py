@@ -12,32 +12,32 @@ import socket
 import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager, closing
+from contextlib import AsyncExitStack, asynccontextmanager, closing
 from dataclasses import dataclass, replace
 from random import SystemRandom
 from typing import Any
 
 from starlette.types import ASGIApp
 
-from pdctl import logs, server
+from pdctl import config, logs, server
 from pdctl.client import RegistryClient
-from pdctl.config import Settings
+from pdctl.config import ServeSettings, Settings
 from pdctl.core.access import Rules
 from pdctl.core.address import Endpoint
 from pdctl.core.layout import Pool, Region
 from pdctl.core.registry import Registry
-from pdctl.core.rooms import RoomBook
+from pdctl.core.rooms import EXTENSIONS, RoomBook
 from pdctl.core.route import Announcement, Seat, Shape
 from pdctl.core.sessions import SessionTable
 from pdctl.credentials import AccessSettings, Reloaded, follow, listening, rules, server_tls
 from pdctl.dialects import native, sglang
 from pdctl.engine.base import Engine, PeerCard
 from pdctl.engine.mooncake import open_mooncake
-from pdctl.errors import LayoutMismatch, NotReady
+from pdctl.errors import ConfigError, LayoutMismatch, NotReady
 from pdctl.guard import Guard
 from pdctl.metrics import Metrics
 from pdctl.peer import PeerLink, open_link
-from pdctl.persistence.memory import MemoryJournal
+from pdctl.persistence.open import MEMORY, SQLITE, open_journal
 from pdctl.prober import Prober
 from pdctl.receiver import Receiver
 from pdctl.registrar import Registrar
@@ -101,16 +101,34 @@ async def sidecar(settings: Settings) -> AsyncIterator[Sidecar]:
     """The service of `pdctl serve`. Raises ConfigError and AddressTaken before anything else is opened."""
     metrics = Metrics()
     door = _door(settings.access, metrics)
-    with closing(server.bind(settings.serve.host, settings.serve.port)) as sock:
+    async with AsyncExitStack() as stack:
+        sock = stack.enter_context(closing(server.bind(settings.serve.host, settings.serve.port)))
+        longest_s = settings.serve.room_ttl_s * (1 + EXTENSIONS)
+        journal = await stack.enter_async_context(open_journal(journal_url(settings.serve), rooms_kept_s=longest_s))
         rooms = RoomBook(settings.serve.max_rooms, settings.serve.room_ttl_s)
-        registrar = Registrar(Registry(), rooms, MemoryJournal(), metrics, time.monotonic)
+        registrar = Registrar(Registry(), rooms, journal, metrics, time.monotonic)
         await registrar.restore()
         plain = sglang.Plain(registrar)
-        api = server.app([plain.router(), native.router(registrar)], metrics, unready=list)
+        api = server.app([plain.router(), native.router(registrar)], metrics, unready=registrar.unready)
         service = door.around(sglang.in_front(plain, api))
         http = server.serve(service, sock, grace_s=settings.serve.grace_s, tls=door.tls)
         async with beside(http=http, sweep=registrar.sweep(), files=follow(*door.files)):
             yield Sidecar(f"{door.scheme}://{server.bound(sock)}", registrar)
+
+
+def journal_url(serve: ServeSettings) -> str:
+    """What was said; else what `ServeSettings` says of that, and the directory is made, as nobody else will."""
+    if serve.journal or not serve.port:
+        return serve.journal or MEMORY
+    directory = config.state_dir(config.environment())
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"no journal was given, and the directory for one cannot be made ({error}): give --journal sqlite:PATH, "
+            "or --journal memory:, which forgets with the process"
+        ) from error
+    return f"{SQLITE}{directory / f'registry-{serve.port}.journal'}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
@@ -31,6 +31,15 @@ class Clock:
         return self.now
 
 
+@pytest.fixture(autouse=True, scope="session")
+def state_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What a service keeps unless told otherwise: no test may find, or leave, anything in the user's own home."""
+    with pytest.MonkeyPatch.context() as environ:
+        environ.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        environ.delenv("STATE_DIRECTORY", raising=False)
+        yield
+
+
 @pytest.fixture
 def clock() -> Clock:
     return Clock()
@@ -51,7 +60,8 @@ def registrar(clock: Clock, metrics: Metrics) -> Registrar:
 async def registry_url(registrar: Registrar, metrics: Metrics) -> AsyncIterator[str]:
     """The registry as `pdctl serve` runs it: real HTTP, port 0, in the test's own loop. No slash at the end."""
     plain = sglang.Plain(registrar)
-    service = sglang.in_front(plain, app([plain.router(), native.router(registrar)], metrics, unready=list))
+    routers = [plain.router(), native.router(registrar, native.broadcast(registrar, metrics))]
+    service = sglang.in_front(plain, app(routers, metrics, unready=list))
     with bind("127.0.0.1", 0) as sock:
         server = asyncio.create_task(serve(service, sock, grace_s=1.0))
         yield f"http://{bound(sock)}"

@@ -132,7 +132,7 @@ async def test_a_held_registration_heals_a_registry_that_forgot() -> None:
             first.kill()
             await first.wait()
             port = url.rsplit(":", 1)[1]
-            async with pdctl("serve", "--port", port):
+            async with pdctl("serve", "--port", port, "--journal", "memory:"):
                 await until_known(http, url)
 
 

@@ -20,7 +20,7 @@ def bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_defaults_are_a_loopback_service_that_probes() -> None:
     settings = config.load()
-    assert (settings.serve.host, settings.serve.port, settings.serve.journal) == ("127.0.0.1", 8998, "memory:")
+    assert (settings.serve.host, settings.serve.port, settings.serve.journal) == ("127.0.0.1", 8998, "")
     assert settings.probe.enabled
 
 
@@ -34,6 +34,21 @@ def test_each_source_outweighs_the_next(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("PDCTL_PROBE__MAX_INTERVAL_S", "33")
     probe = config.load({"probe.interval_s": "4"}, file=file).probe
     assert (probe.interval_s, probe.max_interval_s, probe.idle_timeout_s, probe.deadline_s) == (4, 33, 222, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("environ", "directory"),
+    [
+        ({"STATE_DIRECTORY": "/var/lib/pdctl:/var/lib/other", "XDG_STATE_HOME": "/x"}, Path("/var/lib/pdctl")),
+        ({"XDG_STATE_HOME": "/x"}, Path("/x/pdctl")),
+        ({"STATE_DIRECTORY": ""}, Path("~/.local/state/pdctl").expanduser()),
+    ],
+    ids=["systemd", "xdg", "home"],
+)
+def test_what_outlives_a_service_is_kept_where_its_user_keeps_such_things(
+    environ: dict[str, str], directory: Path
+) -> None:
+    assert config.state_dir(environ) == directory
 
 
 @pytest.mark.parametrize("off", ["0", "false", "False"])

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -15,9 +16,19 @@ import pytest
 from pdctl.config import NodeSettings, ServeSettings, Settings
 from pdctl.core.layout import Pool
 from pdctl.core.route import Seat, Shape
-from pdctl.errors import LayoutMismatch, NotReady
+from pdctl.errors import ConfigError, LayoutMismatch, NotReady
 from pdctl.memory import Arena
-from pdctl.node import DecodeNode, LoopEnded, PrefillNode, beside, check_plain_pair, decode_node, prefill_node, sidecar
+from pdctl.node import (
+    DecodeNode,
+    LoopEnded,
+    PrefillNode,
+    beside,
+    check_plain_pair,
+    decode_node,
+    journal_url,
+    prefill_node,
+    sidecar,
+)
 from pdctl.retry import RetryPolicy
 
 PAGE, N_PAGES, ROW, N_ROWS = 4096, 16, 64, 4
@@ -216,3 +227,22 @@ async def test_cancelling_the_body_cancels_the_loops_and_nothing_else() -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     assert cleaned.is_set()
+
+
+def test_the_rows_outlive_a_service_unless_somebody_said_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STATE_DIRECTORY", str(tmp_path / "state"))
+    assert journal_url(ServeSettings(port=9000)) == f"sqlite:{tmp_path}/state/registry-9000.journal"
+    assert (tmp_path / "state").is_dir()
+    assert journal_url(ServeSettings(port=9000, journal="memory:")) == "memory:"
+    assert journal_url(ServeSettings(port=0)) == "memory:"  # nothing would find them again
+
+
+def test_a_service_that_would_forget_without_being_told_to_does_not_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("STATE_DIRECTORY", str(tmp_path / "file" / "state"))
+    with pytest.raises(ConfigError, match="give --journal sqlite:PATH, or --journal memory:"):
+        journal_url(ServeSettings(port=9000))

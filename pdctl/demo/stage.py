@@ -177,7 +177,7 @@ async def start_rank(family: Family, name: str, role: str, port: int) -> Child:
 async def start_registry(stage: Stage) -> Child:
     """`pdctl serve`, the command itself, at the port that was kept for it; returns when it says that it serves."""
     stage.held.close()
-    where = ("--host", HOST, "--port", str(stage.port), "--log-format", "json")
+    where = ("--host", HOST, "--port", str(stage.port), "--journal", "memory:", "--log-format", "json")
     child = await stage.family.start("registry", "pdctl", "serve", *where, goodbye=Goodbye.SIGTERM)
     await child.first("where it serves", lambda event: "http://" in event.get("text", ""))
     return child

@@ -40,7 +40,7 @@ class Registry:
     async def start(self) -> None:
         self._process = await asyncio.create_subprocess_exec(
             sys.executable,
-            *("-m", "pdctl", "serve", "--host", "127.0.0.1", "--port", str(self._port)),
+            *("-m", "pdctl", "serve", "--host", "127.0.0.1", "--port", str(self._port), "--journal", "memory:"),
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.DEVNULL,
         )

@@ -1,0 +1,81 @@
+"""
+Records as rows of text, both directions.
+
+A row is JSON with a checksum beside it, never a pickle: a journal can be read with any tool, and a bit that flipped on
+the disk is found and not served. A row that this version does not read whole is no reason to guess: it is said which.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from zlib import crc32
+
+from pdctl.core.lives import Change, Record
+from pdctl.errors import BadField, JournalUnusable
+
+Row = tuple[int, int, str]
+"""Epoch, checksum, text."""
+
+_IN_JSON = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode  # json.dumps would make one for every row
+
+
+class Unsound(Exception):
+    """What is stored cannot be what we wrote; the text says what is wrong with it."""
+
+
+@dataclass(slots=True)
+class Rows:
+    """What changes do to the lives kept, in one pass: of two words on one epoch the later holds."""
+
+    lives: dict[int, Row | None] = field(default_factory=dict)
+    last_epoch: int = 0
+    revision: int = 0
+
+    def take(self, changes: Iterable[Change]) -> None:
+        """All of them, or none where one cannot be written."""
+        for change, row in [(change, None if change.is_end else encoded(change.record)) for change in changes]:
+            if change.before is not None:
+                self.lives[change.before.epoch] = None
+            self.lives[change.life.epoch] = row
+            self.last_epoch = max(self.last_epoch, change.life.epoch)
+            self.revision = max(self.revision, change.revision)
+
+    def kept(self) -> list[Row]:
+        return [row for row in self.lives.values() if row is not None]
+
+    def dropped(self) -> list[tuple[int]]:
+        return [(epoch,) for epoch, row in self.lives.items() if row is None]
+
+
+def encoded(record: Record) -> Row:
+    text = _IN_JSON(record.to_row())
+    return record.epoch, crc32(text.encode()), text
+
+
+def decoded(rows: Sequence[Row], where: object) -> list[Record]:
+    """Raises Unsound, and JournalUnusable for a row that another version of pdctl wrote. `where`: for its sentence."""
+    return [_decoded(epoch, checksum, text, where) for epoch, checksum, text in rows]
+
+
+def _decoded(epoch: int, checksum: int, text: str, where: object) -> Record:
+    try:
+        if crc32(text.encode()) != checksum:
+            raise Unsound(f"the row of epoch {epoch} does not fit its checksum")
+        row = json.loads(text)
+        record = Record.from_row(row)
+    except (BadField, KeyError, TypeError, AttributeError, ValueError) as error:
+        what = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise another_version(where, f"in the row of epoch {epoch}: {what}") from error
+    if (back := record.to_row()) != row:
+        odd = ", ".join(sorted(key for key in {*row, *back} if row.get(key) != back.get(key) or key not in back))
+        raise another_version(where, f"this one does not know {odd} in the row of epoch {epoch}")
+    return record
+
+
+def another_version(where: object, what: str) -> JournalUnusable:
+    return JournalUnusable(
+        f"journal {where} was written by another version of pdctl ({what}): start that version, or give another path; "
+        "nothing was changed in it"
+    )
