@@ -13,7 +13,7 @@ import structlog
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from pdctl.core.access import Caller, Denied, Rules, is_native, plain_host
+from pdctl.core.access import Caller, Denied, Rules, TrustList, is_native, plain_host
 from pdctl.metrics import AccessMetrics
 
 log = structlog.get_logger(__name__)
@@ -35,7 +35,7 @@ class Guard:
         self._rules = rules
         self._counts = metrics
         self._clock = clock
-        self._trusted: dict[tuple[str, str], bool] = {}
+        self._known: dict[tuple[str, str], tuple[Caller, bool]] = {}
         self._quiet_until = float("-inf")
         self._unsaid = 0
 
@@ -53,18 +53,18 @@ class Guard:
 
     def _verdict(self, scope: Scope) -> Caller | Denied:
         rules = self._rules()
-        host, here = _host(scope, "client"), _host(scope, "server")
+        ends = _ends(scope)
+        caller, trusted = self._known.get(ends) or self._look_at(rules.trust, ends)
         authorization = None if rules.tokens is None else _authorization(scope)
-        return rules.admit(scope["path"], host, self._is_trusted(rules, host, here), authorization)
+        return rules.admit(scope["path"], caller, trusted, authorization)
 
-    def _is_trusted(self, rules: Rules, host: str, here: str) -> bool:
-        """Remembered: the networks never change while we run, and reading an address takes 5 us."""
-        trusted = self._trusted.get((host, here))
-        if trusted is None:
-            if len(self._trusted) >= REMEMBERED:
-                self._trusted.clear()
-            trusted = self._trusted[host, here] = rules.trust.trusts(host, here)
-        return trusted
+    def _look_at(self, trust: TrustList, ends: tuple[str, str]) -> tuple[Caller, bool]:
+        """Remembered: the networks never change while we run, and reading two addresses takes 10 us."""
+        if len(self._known) >= REMEMBERED:
+            self._known.clear()
+        host, here = (plain_host(end) for end in ends)
+        self._known[ends] = found = Caller(host), trust.trusts(host, here)
+        return found
 
     def _tell(self, denied: Denied, scope: Scope) -> None:
         self._counts.denied(denied.why)
@@ -72,14 +72,15 @@ class Guard:
         if now < self._quiet_until:
             self._unsaid += 1
             return
-        said = {"reason": denied.why.value, "peer": _host(scope, "client"), "path": scope["path"][:_LONGEST_PATH]}
+        said = {"reason": denied.why.value, "peer": plain_host(_ends(scope)[0]), "path": scope["path"][:_LONGEST_PATH]}
         log.warning("request denied", **said, unsaid=self._unsaid)
         self._quiet_until, self._unsaid = now + SAY_EVERY_S, 0
 
 
-def _host(scope: Scope, end: str) -> str:
-    address = scope.get(end)
-    return plain_host(address[0]) if address else "unknown"
+def _ends(scope: Scope) -> tuple[str, str]:
+    """The hosts that the connection goes from and to, as the socket gives them."""
+    client, server = scope.get("client"), scope.get("server")
+    return client[0] if client else "unknown", server[0] if server else "unknown"
 
 
 def _authorization(scope: Scope) -> str | None:

@@ -205,14 +205,14 @@ PREFILL = Caller("10.0.0.1", "prefill")
 def test_path_address_and_token_decide(
     tokens: Tokens | None, path: str, trusted: bool, shown: str | None, verdict: Caller | Denial
 ) -> None:
-    found = Rules(PRIVATE, tokens).admit(path, "10.0.0.1", trusted, shown)
+    found = Rules(PRIVATE, tokens).admit(path, IN, trusted, shown)
     assert (found.why if isinstance(found, Denied) else found) == verdict
 
 
 def test_a_denial_says_what_to_do_and_no_secret() -> None:
     rules = Rules(PRIVATE, TOKENS)
-    untrusted = rules.admit(PLAIN, "203.0.113.9", False, None)
-    wrong = rules.admit(NATIVE, "203.0.113.9", True, "Bearer not-a-token-of-anybody")
+    untrusted = rules.admit(PLAIN, Caller("203.0.113.9"), False, None)
+    wrong = rules.admit(NATIVE, Caller("203.0.113.9"), True, "Bearer not-a-token-of-anybody")
     assert isinstance(untrusted, Denied)
     assert isinstance(wrong, Denied)
     assert (untrusted.status, wrong.status) == (403, 401)
@@ -223,7 +223,7 @@ def test_a_denial_says_what_to_do_and_no_secret() -> None:
 
 def test_the_open_paths_are_what_one_says() -> None:
     assert open_paths("/livez, /metrics") == {"/livez", "/metrics"}
-    closed = Rules(PRIVATE, TOKENS, open_paths("")).admit("/metrics", "203.0.113.9", False, None)
+    closed = Rules(PRIVATE, TOKENS, open_paths("")).admit("/metrics", Caller("203.0.113.9"), False, None)
     assert isinstance(closed, Denied)
     with pytest.raises(ConfigError, match="'metrics' is no path"):
         open_paths("metrics")
