@@ -20,6 +20,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TypeAlias
 
+import uvloop
+
 from pdctl import config, logs, node
 from pdctl.config import Settings
 from pdctl.errors import CallerError, ConfigError, OperatorError, PdctlError
@@ -43,7 +45,8 @@ def run(argv: Sequence[str] | None = None) -> int:
     try:
         settings = config.load(flags, file=args.config)
         logs.configure(settings.log)
-        return asyncio.run(_until_told_to_stop(args.run(settings, args), lasting=args.lasts(settings)))
+        with asyncio.Runner(loop_factory=args.loop) as runner:
+            return runner.run(_until_told_to_stop(args.run(settings, args), lasting=args.lasts(settings)))
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except PdctlError as error:
@@ -90,6 +93,7 @@ def parser() -> argparse.ArgumentParser:
 def _add_serve(commands: Commands) -> None:
     """`pdctl serve`: the sidecar."""
     command = _command(commands, "serve", _serve, _always, "serve the bootstrap registry, and what stands beside it")
+    command.set_defaults(loop=uvloop.new_event_loop)  # the others move little over sockets of ours
     command.add_argument("--host", dest="serve.host", help="address to listen at (127.0.0.1)")
     command.add_argument("--port", dest="serve.port", help="port to listen at; 0 takes any free one (8998)")
     _add_access(command)
@@ -160,7 +164,7 @@ def _if_held(settings: Settings) -> bool:
 
 def _command(commands: Commands, name: str, run: Run, lasts: Lasts, what: str) -> argparse.ArgumentParser:
     command = commands.add_parser(name, help=what, description=what, argument_default=argparse.SUPPRESS)
-    command.set_defaults(run=run, lasts=lasts)
+    command.set_defaults(run=run, lasts=lasts, loop=None)
     command.add_argument("--config", type=Path, default=None, help="settings as a TOML file, one table a section")
     command.add_argument("--log-format", dest="log.format", help="kv (key=value, the default) or json")
     command.add_argument("--log-level", dest="log.level", help="debug, info (the default), warning or error")
