@@ -130,9 +130,9 @@ class SqliteJournal:
     def trouble(self) -> str | None:
         """Why no rows are taken now, and what mends it; None while they are."""
         if self._cause is not None:
-            return f"journal {self._path} takes no rows: {self._cause}"
+            return f"{self._path}: {self._cause}"
         if self._since is not None and (stalled_s := self._clock() - self._since) > STALLED_AFTER_S:
-            return f"journal {self._path} takes no rows: the disk has not answered for {stalled_s:.0f} s: check it"
+            return f"{self._path}: the disk has not answered for {stalled_s:.0f} s: check it"
         return None
 
     async def append(self, changes: Sequence[Change], rooms: Sequence[Room] = ()) -> None:
@@ -249,13 +249,15 @@ class SqliteJournal:
 
     def _refuse_in_trouble(self) -> None:
         if self._closing:
-            raise JournalUnavailable(f"journal {self._path} is closing: ask again", cause="closing")
+            raise JournalUnavailable("the journal is closing: ask again", cause="closing")
         if self.trouble is not None:
             raise self._unavailable()
 
     def _unavailable(self) -> JournalUnavailable:
-        trouble = self.trouble or f"journal {self._path} takes no rows"
-        return JournalUnavailable(f"{trouble}; nothing was changed, ask again", cause=self._cause or "stalled")
+        trouble = self.trouble or "its last transaction failed"
+        return JournalUnavailable(
+            f"the journal takes no rows ({trouble}): nothing was changed, ask again", cause=self._cause or trouble
+        )
 
     # --- the file
 
