@@ -1,67 +1,353 @@
 """
-pdctl's own wire, version 1: what operators see of the instances. Read only so far.
+pdctl's own wire, version 1, under /v1: leases for ranks that renew, and what operators and routers want to see.
+
+    PUT, DELETE  /v1/instances/{instance}/ranks/{seat}            register and renew hold a seat, goodbye gives it up
+    POST         /v1/instances/{instance}/ranks/{seat}/renew
+    POST         /v1/instances/{instance}[/ranks/{seat}]/drain
+    GET          /v1/instances, /v1/instances/{instance}
+    GET          /v1/watch                                        `watch` says what comes
+
+A seat is written `dp0-cp0-tp1-pp0`, or without its zeros: `tp1`. Translates only: bodies are read strictly
+(`core.native` has them), what a claim means is decided in `core`, and applied by the registrar. Errors are JSON that
+says what happened, in which field, and what to do.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Coroutine, Iterable
+from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import Any
+from math import inf
+from typing import Annotated, Any, TypeVar
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Header, Path, Query, Request
 from fastapi.responses import JSONResponse, Response
+from fastapi.routing import APIRoute
+from pydantic import TypeAdapter, ValidationError
 
-from pdctl.core.registry import InstanceView
-from pdctl.core.route import Seat
+from pdctl.core.feed import Feed
+from pdctl.core.instances import Incarnation, InstanceView
+from pdctl.core.lives import ENDINGS, Change, ChangeKind, Life, Owner
+from pdctl.core.native import NAME, SEAT, Drain, Grant, Registration, Renewal, check_name, in_our_words, read_seat
+from pdctl.core.route import Seat, as_integer
+from pdctl.dialects.edge import json_answer, peer_of, received
+from pdctl.dialects.watch import Broadcast, WatchLimits
+from pdctl.errors import BadField, PdctlError
+from pdctl.metrics import Metrics
 from pdctl.registrar import Registrar
 
 MISSING_SHOWN = 1000
+BODY_LIMIT = 1 << 18  # a layout of DeepSeek's is some KB, metadata are bounded by the registry's own limit
+
+T = TypeVar("T")
+Handler = Callable[[Request], Coroutine[Any, Any, Response]]
+
+_REGISTRATION, _RENEWAL, _DRAIN = TypeAdapter(Registration), TypeAdapter(Renewal), TypeAdapter(Drain)
 
 
-def router(registrar: Registrar) -> APIRouter:
-    api = APIRouter(prefix="/v1", tags=["pdctl"])
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """`message`: what happened: what to do. `fix` is the second half, `field` what is wrong where one is."""
 
+    message: str
+    field: str | None = None
+    fix: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    error: Problem
+
+
+Instance = Annotated[str, Path(description="The instance's name.", json_schema_extra={"pattern": f"^{NAME}$"})]
+SeatName = Annotated[str, Path(description="dp0-cp0-tp1-pp0, or tp1.", json_schema_extra={"pattern": f"^{SEAT}$"})]
+
+_WORDS = {
+    400: "A field cannot be used, or contradicts what is registered.",
+    404: "Not known here: register again.",
+    408: "The body did not arrive in time.",
+    409: "A later epoch, or another host that lives, holds the seat.",
+    413: "Over a limit that the text names.",
+    429: "A table is at the limit that the text names; `Retry-After`.",
+    503: "The journal does not take rows now, and nothing was changed; `Retry-After`.",
+}
+
+
+def _fails(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    return {status: {"description": _WORDS[status], "model": Failed} for status in statuses}
+
+
+def _takes(adapter: TypeAdapter[Any], *, required: bool = True) -> dict[str, Any]:
+    """The body's schema: handlers read it themselves, bounded in size and time."""
+    return {"requestBody": {"required": required, "content": {"application/json": {"schema": _inlined(adapter)}}}}
+
+
+def _inlined(adapter: TypeAdapter[Any]) -> dict[str, Any]:
+    schema = adapter.json_schema()
+    defined = schema.pop("$defs", {})
+    for name, value in schema.get("properties", {}).items():
+        if "$ref" in value:
+            schema["properties"][name] = defined[value["$ref"].rpartition("/")[2]]
+    return schema
+
+
+def broadcast(registrar: Registrar, metrics: Metrics, limits: WatchLimits | None = None) -> Broadcast:
+    """What watchers hear, from now on. Stand its `run` beside the server."""
+
+    def detail(name: str) -> bytes | None:
+        view = registrar.view(name)
+        return None if view is None else _line(_detail(view))
+
+    def tell(changes: Iterable[Change]) -> None:
+        for change in changes:
+            news.publish(change.revision, change.instance, _line(_told(change, registrar)))
+
+    names = lambda: [view.name for view in registrar.views()]  # noqa: E731
+    news = Broadcast(names, detail, metrics, feed=Feed(registrar.revision), limits=limits)
+    registrar.subscribe(tell)
+    return news
+
+
+def router(registrar: Registrar, news: Broadcast | None = None) -> APIRouter:
+    """`news`: without it, nothing can be watched."""
+    api = APIRouter(prefix="/v1", tags=["pdctl"], route_class=_route_class(registrar))
+    _add_ranks(api, registrar)
+    _add_drains(api, registrar)
+    _add_lists(api, registrar, news)
+    if news is not None:
+        _add_watch(api, news)
+    return api
+
+
+def _add_ranks(api: APIRouter, registrar: Registrar) -> None:
+    path = "/instances/{instance}/ranks/{seat}"
+
+    @api.put(
+        path,
+        summary="Register: take a seat, or say again that it is held",
+        response_model=Grant,
+        responses=_fails(400, 408, 409, 413, 429, 503),
+        openapi_extra=_takes(_REGISTRATION),
+    )
+    async def register(request: Request, instance: Instance, seat: SeatName) -> Response:
+        place = check_name(instance, "instance"), read_seat(seat)
+        said = _read(_REGISTRATION, await received(request.receive, BODY_LIMIT))
+        life = await registrar.register(said.claim(*place, _owner(request)))
+        return _granted(life, registrar)
+
+    @api.post(
+        f"{path}/renew",
+        summary="Renew a lease: this rank still serves",
+        response_model=Grant,
+        responses=_fails(400, 404, 408, 409, 413, 503),
+        openapi_extra=_takes(_RENEWAL),
+    )
+    async def renew(request: Request, instance: Instance, seat: SeatName) -> Response:
+        place = check_name(instance, "instance"), read_seat(seat)
+        said = _read(_RENEWAL, await received(request.receive, BODY_LIMIT))
+        life = await registrar.renew(*place, said.epoch, _owner(request), said.rooms)
+        return _granted(life, registrar)
+
+    @api.delete(
+        path,
+        summary="Goodbye: the seat is free",
+        responses=_fails(400, 404, 409, 503),
+    )
+    async def leave(
+        request: Request,
+        instance: Instance,
+        seat: SeatName,
+        epoch: Annotated[str | None, Query(description="Only if the holder has it.", pattern=None)] = None,
+    ) -> Response:
+        place = check_name(instance, "instance"), read_seat(seat)
+        number = None if epoch is None else as_integer(epoch, "epoch")
+        await registrar.leave(*place, number, _owner(request))
+        return JSONResponse({"revision": registrar.revision})
+
+
+def _add_drains(api: APIRouter, registrar: Registrar) -> None:
+    how: dict[str, Any] = {
+        "responses": _fails(400, 404, 408, 413, 503),
+        "openapi_extra": _takes(_DRAIN, required=False),
+    }
+
+    async def drain(request: Request, instance: str, seat: Seat | None) -> Response:
+        body = await received(request.receive, BODY_LIMIT)
+        said = _read(_DRAIN, body) if body else Drain()
+        await registrar.drain(check_name(instance, "instance"), seat, said.grace_s)
+        return JSONResponse({"revision": registrar.revision, "grace_s": said.grace_s})
+
+    @api.post("/instances/{instance}/drain", summary="Nothing new for this instance; gone when it is done", **how)
+    async def drain_instance(request: Request, instance: Instance) -> Response:
+        return await drain(request, instance, None)
+
+    @api.post("/instances/{instance}/ranks/{seat}/drain", summary="Nothing new for this rank; gone when done", **how)
+    async def drain_rank(request: Request, instance: Instance, seat: SeatName) -> Response:
+        return await drain(request, instance, read_seat(seat))
+
+
+def _add_lists(api: APIRouter, registrar: Registrar, news: Broadcast | None) -> None:
     @api.get("/instances", summary="Every instance, with how many of its seats are held")
-    async def instances() -> dict[str, Any]:
-        return {"instances": [_summary(view) for view in registrar.views()]}
+    async def instances(
+        role: Annotated[str | None, Query(description="Only those that play this role: prefill, decode, ...")] = None,
+    ) -> Response:
+        shown = [_summary(view) for view in registrar.views() if role is None or view.role == role]
+        cursor = None if news is None else news.cursor
+        return JSONResponse({"revision": registrar.revision, "cursor": cursor, "instances": shown})
 
     @api.get(
         "/instances/{instance}",
         summary="One instance: its shape, who sits where, and who is missing",
-        responses={404: {"description": "No rank of this instance has registered yet."}},
+        responses=_fails(400, 404),
     )
-    async def one(instance: str) -> Response:
-        view = registrar.view(instance)
+    async def one(instance: Instance) -> Response:
+        view = registrar.view(check_name(instance, "instance"))
         if view is None:
-            return JSONResponse({"error": {"message": f"no rank of {instance!r} has registered yet"}}, 404)
-        return JSONResponse(_detail(view, registrar))
+            what, fix = f"no rank of {instance!r} has registered yet", "wait, or compare the name with /v1/instances"
+            return JSONResponse({"error": {"message": f"{what}: {fix}", "fix": fix}}, 404)
+        now = registrar.now()
+        return JSONResponse({**_detail(view, now), "health": view.health(now)})
 
-    return api
+
+def _add_watch(api: APIRouter, news: Broadcast) -> None:
+    @api.get(
+        "/watch",
+        summary="Every change from now on, or from `since` on, as server-sent events",
+        description="Events: reset, instance, synced, change, bye. Come back with the id of the last one.",
+        response_class=Response,
+        responses={200: {"content": {"text/event-stream": {}}}, **_fails(400, 429)},
+    )
+    async def watch(
+        request: Request,
+        since: Annotated[str | None, Query(description="The id of the last event; everything without it.")] = None,
+        last_event_id: Annotated[str | None, Header(description="As `since`, and before it: browsers send it.")] = None,
+    ) -> Response:
+        cursor = last_event_id or since
+        return news.response(-1 if cursor is None else news.read_cursor(cursor), peer_of(request))
+
+
+def _route_class(registrar: Registrar) -> type[APIRoute]:
+    """Routes that count what they refuse, and answer our errors as JSON."""
+
+    class NativeRoute(APIRoute):
+        def get_route_handler(self) -> Handler:
+            handle = super().get_route_handler()
+
+            async def answering(request: Request) -> Response:
+                try:
+                    return await handle(request)
+                except PdctlError as error:
+                    registrar.refused(error, request.url.path, peer_of(request))
+                    return json_answer(error)
+
+            return answering
+
+    return NativeRoute
+
+
+def _owner(request: Request) -> Owner:
+    """Who speaks: by the guard's word where one stands at the door, else by the connection."""
+    caller = request.scope.get("state", {}).get("caller")
+    return Owner(peer_of(request)) if caller is None else Owner(caller.host, caller.principal)
+
+
+def _read(adapter: TypeAdapter[T], body: bytes) -> T:
+    """Strictly: no text for numbers, no field that nobody knows. Raises BadField for the first that is wrong."""
+    try:
+        return adapter.validate_json(body, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    except BadField as error:  # a value of core refused to be made
+        raise in_our_words(error) from None
+    name = ".".join(str(part) for part in first["loc"]) or "body"
+    raise BadField(name[:200], f"{first['msg'][:1].lower()}{first['msg'][1:200]}: see the schema in /docs")
+
+
+def _granted(life: Life, registrar: Registrar) -> Response:
+    grant = Grant(
+        instance=life.claim.instance,
+        seat=str(life.seat),
+        epoch=life.epoch,
+        ttl_s=life.ttl_s,
+        standing=life.standing(registrar.now()).value,
+        revision=registrar.revision,
+    )
+    return JSONResponse(asdict(grant))
+
+
+def _told(change: Change, registrar: Registrar) -> dict[str, Any]:
+    """One change, the row that it left behind, and how the instance stands now.
+
+    `gone`: epochs whose rows are over. The shape stands only where an incarnation begins or is served from now on.
+    """
+    life, view = change.life, registrar.view(change.instance)
+    over = [life] if change.kind in ENDINGS or change.kind is ChangeKind.LOST else []
+    begins = life.epoch == life.incarnation or change.kind is ChangeKind.RESHAPED
+    return {
+        "revision": change.revision,
+        "kind": change.kind.value,
+        "instance": change.instance,
+        "gone": [each.epoch for each in (*over, change.before) if each is not None],
+        "rank": None if over else _row(life),
+        "why": change.why,
+        "summary": None if view is None else _summary(view),
+        **({"shape": asdict(life.announcement.shape)} if begins else {}),
+    }
 
 
 def _summary(view: InstanceView) -> dict[str, Any]:
     return {
         "name": view.name,
+        "role": view.role,
         "ready": view.ready,
+        "draining": view.draining,
+        "dead": view.served.death is not None,
         "seats": view.shape.n_seats,
         "alive": len(view.alive),
         "missing": view.shape.n_seats - len(view.alive),
         "epoch": view.last_epoch,
+        "incarnation": view.served.number,
+        "revision": view.revision,
     }
 
 
-def _detail(view: InstanceView, registrar: Registrar) -> dict[str, Any]:
-    seats = [
-        {
-            **_place(seat),
-            "address": str(life.address),
-            "epoch": life.epoch,
-            "age_s": round(registrar.age_s(life.since), 3),
-        }
-        for seat, life in sorted(view.alive.items())
-    ]
-    missing = [_place(seat) for seat in islice(view.missing, MISSING_SHOWN)]
-    return {**_summary(view), "alive_seats": seats, "missing_seats": missing}
+def _detail(view: InstanceView, now: float | None = None) -> dict[str, Any]:
+    """`now`: with what is only true now; without, with what has been told."""
+    forming = None if view.forming is None else _incarnation(view.forming, now)
+    return {**_summary(view), **_incarnation(view.served, now), "forming": forming}
+
+
+def _incarnation(incarnation: Incarnation, now: float | None) -> dict[str, Any]:
+    return {
+        "incarnation": incarnation.number,
+        "shape": asdict(incarnation.shape),
+        "alive_seats": [_row(life, now) for _, life in sorted(incarnation.alive.items())],
+        "missing_seats": [_place(seat) for seat in islice(incarnation.missing, MISSING_SHOWN)],
+    }
+
+
+def _row(life: Life, now: float | None = None) -> dict[str, Any]:
+    claim = life.claim
+    # What time alone says of a lease is told when it is noticed: before, a watcher would never hear that it was renewed
+    standing = life.standing(-inf if now is None else now)
+    return {
+        **_place(life.seat),
+        "address": str(life.address),
+        "prefill_http_port": claim.announcement.prefill_http_port,
+        "epoch": life.epoch,
+        "incarnation": life.incarnation,
+        "standing": standing.value,
+        "ttl_s": life.ttl_s,
+        "labels": dict(claim.labels),
+        "metadata": dict(claim.metadata),
+        **({} if now is None else {"age_s": round(now - life.since, 3)}),
+    }
 
 
 def _place(seat: Seat) -> dict[str, Any]:
     return {"seat": str(seat), "dp": seat.dp, "cp": seat.cp, "tp": seat.tp, "pp": seat.pp}
+
+
+def _line(body: object) -> bytes:
+    return json.dumps(body, separators=(",", ":")).encode()
