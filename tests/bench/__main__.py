@@ -56,8 +56,8 @@ def table(rows: Sequence[Row]) -> Table:
         low, high = row.spread
         shown.add_row(
             row.what,
-            f"{row.ours} {seconds(statistics.median(row.ours_s))}",
-            f"{row.rival} {seconds(statistics.median(row.rival_s))}",
+            f"{row.ours} {readable(statistics.median(row.ours_s), row.unit)}",
+            f"{row.rival} {readable(statistics.median(row.rival_s), row.unit)}",
             f"{row.ratio:.2f} x",
             f"{low:.2f} to {high:.2f}",
             str(len(row.ours_s)),
@@ -65,7 +65,9 @@ def table(rows: Sequence[Row]) -> Table:
     return shown
 
 
-def seconds(value: float) -> str:
+def readable(value: float, unit: str) -> str:
+    if unit == "B":
+        return f"{value / (1 << 20):.1f} MiB"
     return f"{value * 1e6:.1f} us" if value < 1e-3 else f"{value * 1e3:.2f} ms"
 
 

@@ -18,13 +18,17 @@ ROUNDS = 9
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the bench: the same work by `ours` and by `rival`; the times are seconds a call, one a round."""
+    """One line of the bench: the same work by `ours` and by `rival`; the times are seconds a call, one a round.
+
+    Where memory is compared, `unit` is "B" and the numbers are bytes.
+    """
 
     what: str
     ours: str
     rival: str
     ours_s: tuple[float, ...]
     rival_s: tuple[float, ...]
+    unit: str = "s"
 
     def __post_init__(self) -> None:
         if not len(self.ours_s) == len(self.rival_s) >= 7:
