@@ -16,15 +16,19 @@ from pdctl.core.lives import Change, Record
 Room = tuple[int, int]
 """A bootstrap room (it may exceed 64 bits) and its DP rank."""
 
+Note = tuple[str, str, bytes | None]
+"""A row that a wire's own book keeps: which book, the key, the value; None for one that is gone."""
+
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """What a journal has kept: `records` by rising epoch, `rooms` in the order of their last announcement."""
+    """What a journal has kept: `records` by rising epoch, `rooms` and `notes` in the order of the last word on each."""
 
     records: Sequence[Record] = ()
     rooms: Sequence[Room] = ()
     last_epoch: int = 0
     revision: int = 0
+    notes: Sequence[Note] = ()
 
 
 class Journal(Protocol):
@@ -49,3 +53,10 @@ class Journal(Protocol):
 
     async def aclose(self) -> None:
         """Let go of whatever is held; once closed, closing again does nothing."""
+
+
+class Notebook(Protocol):
+    """The same journal for the books of the other wires: what they acknowledge is to outlive them as well."""
+
+    async def note(self, notes: Sequence[Note]) -> None:
+        """Keep all of them or none; of two on one key the later holds. Otherwise as Journal.append."""

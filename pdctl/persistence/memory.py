@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pdctl.core.lives import Change, Record
-from pdctl.persistence.base import Kept, Room
+from pdctl.persistence.base import Kept, Note, Room
 
 
 class MemoryJournal:
@@ -22,14 +22,22 @@ class MemoryJournal:
         self._records: dict[int, Record] = {}
         self._last_epoch = 0
         self._revision = 0
+        self._notes: dict[tuple[str, str], bytes] = {}
 
     async def append(self, changes: Sequence[Change], rooms: Sequence[Room] = ()) -> None:  # noqa: ARG002
         for change in changes:
             self._keep(change)
 
+    async def note(self, notes: Sequence[Note]) -> None:
+        for book, key, value in notes:
+            self._notes.pop((book, key), None)  # in the order of the last word
+            if value is not None:
+                self._notes[book, key] = value
+
     async def load(self) -> Kept:
         records = tuple(self._records[epoch] for epoch in sorted(self._records))
-        return Kept(records, (), self._last_epoch, self._revision)
+        notes = tuple((book, key, value) for (book, key), value in self._notes.items())
+        return Kept(records, (), self._last_epoch, self._revision, notes)
 
     async def aclose(self) -> None:
         """Nothing is held but memory."""

@@ -12,16 +12,15 @@ from pathlib import Path
 from typing import Final
 
 from pdctl.errors import ConfigError
-from pdctl.persistence.base import Journal
 from pdctl.persistence.memory import MemoryJournal
-from pdctl.persistence.sqlite import ROOMS_KEPT_S, open_sqlite
+from pdctl.persistence.sqlite import ROOMS_KEPT_S, SqliteJournal, open_sqlite
 
 MEMORY: Final = "memory:"
 SQLITE: Final = "sqlite:"
 
 
 @asynccontextmanager
-async def open_journal(url: str, *, rooms_kept_s: float = ROOMS_KEPT_S) -> AsyncIterator[Journal]:
+async def open_journal(url: str, *, rooms_kept_s: float = ROOMS_KEPT_S) -> AsyncIterator[MemoryJournal | SqliteJournal]:
     """The journal at `url`, closed at the end of the block. Raises ConfigError, and JournalUnusable.
 
     rooms_kept_s: for how long a room may be asked for, at the longest.

@@ -14,9 +14,13 @@ from zlib import crc32
 
 from pdctl.core.lives import Change, Record
 from pdctl.errors import BadField, JournalUnusable
+from pdctl.persistence.base import Note
 
 Row = tuple[int, int, str]
 """Epoch, checksum, text."""
+
+NoteRow = tuple[str, str, int, bytes]
+"""Book, key, checksum, value."""
 
 _IN_JSON = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode  # json.dumps would make one for every row
 
@@ -57,6 +61,14 @@ def encoded(record: Record) -> Row:
 def decoded(rows: Sequence[Row], where: object) -> list[Record]:
     """Raises Unsound, and JournalUnusable for a row that another version of pdctl wrote. `where`: for its sentence."""
     return [_decoded(epoch, checksum, text, where) for epoch, checksum, text in rows]
+
+
+def noted(rows: Sequence[NoteRow]) -> list[Note]:
+    """Raises Unsound."""
+    for book, key, checksum, value in rows:
+        if crc32(value) != checksum:
+            raise Unsound(f"the note {key!r} of {book} does not fit its checksum")
+    return [(book, key, value) for book, key, _, value in rows]
 
 
 def _decoded(epoch: int, checksum: int, text: str, where: object) -> Record:

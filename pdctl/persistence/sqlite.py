@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
+from zlib import crc32
 
 import aiosqlite
 import structlog
@@ -34,9 +35,9 @@ import structlog
 from pdctl.core.lives import Change
 from pdctl.errors import JournalUnavailable, JournalUnusable
 from pdctl.persistence import sqlite_file as files
-from pdctl.persistence.base import Kept, Room
+from pdctl.persistence.base import Kept, Note, Room
 from pdctl.persistence.lock import FileLock, hold
-from pdctl.persistence.rows import Rows, Unsound, decoded
+from pdctl.persistence.rows import Rows, Unsound, decoded, noted
 
 RETRY_EVERY_S = 1.0
 STALLED_AFTER_S = 5.0
@@ -53,6 +54,8 @@ _PUT_COUNTER: Final = (
     "INSERT INTO counters VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = max(value, excluded.value)"
 )
 _TRY: Final = "INSERT INTO counters VALUES ('tries', 1) ON CONFLICT (name) DO UPDATE SET value = value + 1"
+_PUT_NOTE: Final = "INSERT OR REPLACE INTO notes VALUES (?, ?, ?, ?)"
+_DROP_NOTE: Final = "DELETE FROM notes WHERE book = ? AND key = ?"
 _PUT_ROOM: Final = "INSERT INTO rooms VALUES (?, ?, ?)"
 _CUT_ROOMS: Final = (
     "DELETE FROM rooms WHERE number IN (SELECT number FROM rooms WHERE number <= ? ORDER BY number LIMIT ?)"
@@ -67,6 +70,7 @@ class _Batch:
 
     rows: Rows = field(default_factory=Rows)
     rooms: list[Room] = field(default_factory=list)
+    notes: dict[tuple[str, str], bytes | None] = field(default_factory=dict)
     waiting: list[asyncio.Future[None]] = field(default_factory=list)
 
 
@@ -139,9 +143,22 @@ class SqliteJournal:
         if not changes and not rooms:
             return
         self._refuse_in_trouble()
-        done = asyncio.get_running_loop().create_future()
         self._batch.rows.take(changes)
         self._batch.rooms.extend(rooms)
+        await self._written()
+
+    async def note(self, notes: Sequence[Note]) -> None:
+        if not notes:
+            return
+        self._refuse_in_trouble()
+        for book, key, value in notes:
+            self._batch.notes.pop((book, key), None)  # in the order of the last word
+            self._batch.notes[book, key] = value
+        await self._written()
+
+    async def _written(self) -> None:
+        """Return when the batch that gathers now is on the disk."""
+        done = asyncio.get_running_loop().create_future()
         self._batch.waiting.append(done)
         self._news.set()
         await done
@@ -149,13 +166,12 @@ class SqliteJournal:
     async def load(self) -> Kept:
         try:
             stored = await self._stored()
-            records = decoded(stored.lives, self._path)
+            records, notes = decoded(stored.lives, self._path), noted(stored.notes)
         except Unsound as error:
             await self._start_anew(str(error))
             return Kept()
-        return Kept(
-            tuple(records), tuple(stored.rooms), stored.counters.get("epoch", 0), stored.counters.get("revision", 0)
-        )
+        last_epoch, revision = (stored.counters.get(name, 0) for name in ("epoch", "revision"))
+        return Kept(tuple(records), tuple(stored.rooms), last_epoch, revision, tuple(notes))
 
     async def aclose(self) -> None:
         """Write what was appended, and let go of the file."""
@@ -214,6 +230,8 @@ class SqliteJournal:
             (_PUT_LIFE, batch.rows.kept()),
             (_DROP_LIFE, batch.rows.dropped()),
             (_PUT_COUNTER, _counters(batch.rows)),
+            (_PUT_NOTE, [(*key, crc32(value), value) for key, value in batch.notes.items() if value is not None]),
+            (_DROP_NOTE, [key for key, value in batch.notes.items() if value is None]),
             (_PUT_ROOM, self._numbered(batch.rooms)),
             (_CUT_ROOMS, self._outlived()),
         ):

@@ -20,7 +20,7 @@ import aiosqlite
 
 from pdctl.errors import JournalUnusable
 from pdctl.persistence.base import Room
-from pdctl.persistence.rows import Row, Unsound, another_version
+from pdctl.persistence.rows import NoteRow, Row, Unsound, another_version
 
 VERSION: Final = 1
 _APPLICATION: Final = 0x70646374  # "pdct": `file` and we can tell our journals from other databases
@@ -32,6 +32,7 @@ BEGIN;
 CREATE TABLE lives (epoch INTEGER PRIMARY KEY, checksum INTEGER NOT NULL, row TEXT NOT NULL);
 CREATE TABLE counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE rooms (number INTEGER PRIMARY KEY, room NOT NULL, dp_rank INTEGER NOT NULL);
+CREATE TABLE notes (book TEXT, key TEXT, checksum INTEGER NOT NULL, value BLOB NOT NULL, PRIMARY KEY (book, key));
 PRAGMA application_id = {_APPLICATION};
 PRAGMA user_version = {VERSION};
 COMMIT;
@@ -40,11 +41,12 @@ COMMIT;
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """All that a file holds, rooms in the order in which they came."""
+    """All that a file holds, rooms and notes in the order in which they came."""
 
     lives: list[Row]
     counters: dict[str, int]
     rooms: list[Room]
+    notes: list[NoteRow]
 
 
 def check_place(path: Path) -> None:
@@ -101,10 +103,12 @@ async def read(db: aiosqlite.Connection) -> Stored:
         lives = await db.execute_fetchall("SELECT epoch, checksum, row FROM lives ORDER BY epoch")
         counters = await db.execute_fetchall("SELECT name, value FROM counters")
         rooms = await db.execute_fetchall("SELECT room, dp_rank FROM rooms ORDER BY number")
+        notes = await db.execute_fetchall("SELECT book, key, checksum, value FROM notes ORDER BY rowid")
         return Stored(
             [(epoch, checksum, text) for epoch, checksum, text in lives],
             {name: value for name, value in counters},  # noqa: C416 - sqlite3's rows are not typed
             [(int(room), dp_rank) for room, dp_rank in rooms],
+            [(book, key, checksum, value) for book, key, checksum, value in notes],
         )
     except sqlite3.DatabaseError as error:
         if _is_corruption(error):

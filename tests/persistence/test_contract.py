@@ -7,18 +7,23 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pdctl.core.lives import Change, ChangeKind, Life, Record
-from pdctl.persistence.base import Journal, Kept
+from pdctl.persistence.base import Journal, Kept, Notebook
 from pdctl.persistence.memory import MemoryJournal
 from pdctl.persistence.open import open_journal
 from tests.persistence.rows import change, claim, life, records
 
 KINDS = ("memory", "sqlite")
+
+
+class Notes(Journal, Notebook, Protocol):
+    """Both ports of one journal."""
 
 
 def url(kind: str, tmp_path: Path) -> str:
@@ -113,6 +118,20 @@ async def test_a_cancelled_wait_disturbs_nobody_else(journal: Journal) -> None:
     first.cancel()
     await second
     assert 2 in [record.epoch for record in await records(journal)]
+
+
+async def test_notes_come_back_in_the_order_of_the_last_word_on_each(journal: Notes) -> None:
+    await journal.note([("keys", "a", b"1"), ("keys", "b", bytes(range(256))), ("fleet", "a", b"2")])
+    await asyncio.gather(journal.note([("keys", "a", b"3")]), journal.note([("fleet", "a", None), ("keys", "c", b"")]))
+    await journal.note([])
+    kept = (("keys", "b", bytes(range(256))), ("keys", "a", b"3"), ("keys", "c", b""))
+    assert await journal.load() == Kept(notes=kept)
+
+
+async def test_notes_and_lives_share_a_journal_and_not_a_word(journal: Notes) -> None:
+    await asyncio.gather(journal.append([change(life(1), 1)]), journal.note([("keys", "a", b"1")]))
+    await journal.note([("keys", "a", None)])
+    assert await journal.load() == Kept((life(1).record(),), (), 1, 1)
 
 
 async def test_appending_nothing_is_nothing(journal: Journal) -> None:

@@ -411,3 +411,16 @@ async def test_it_opens_by_its_url(tmp_path: Path) -> None:
     async with open_journal(f"sqlite:{tmp_path / 'a'}") as journal:
         await journal.append([change(life(1), 1)])
     assert (tmp_path / "a").is_file()
+
+
+async def test_notes_are_there_after_a_restart_and_one_whose_bits_flipped_is_not_served(path: Path) -> None:
+    async with opened(path) as journal:
+        await journal.note([("keys", "a", b"1"), ("keys", "b", b"2"), ("keys", "a", None)])
+    async with opened(path) as journal:
+        assert (await journal.load()).notes == (("keys", "b", b"2"),)
+    with sqlite3.connect(path) as db:
+        db.execute("UPDATE notes SET value = x'33'")
+    db.close()
+    async with opened(path) as journal:
+        assert await journal.load() == Kept()
+    assert [each.name for each in path.parent.glob("journal.corrupt-*")]
