@@ -18,7 +18,7 @@ import trustme
 from fastapi import APIRouter, Request
 
 from pdctl.client import RegistryClient
-from pdctl.core.access import Caller
+from pdctl.core.lives import Owner
 from pdctl.credentials import AccessSettings, Credentials, Reloaded, listening, rules, server_tls
 from pdctl.errors import ConfigError, RegistryRefused, Unreachable
 from pdctl.guard import SAY_EVERY_S, Guard
@@ -44,8 +44,8 @@ def whoami() -> APIRouter:
     @api.api_route("/route", methods=["GET", "PUT"])
     @api.get("/v1/whoami")
     async def who(request: Request) -> dict[str, Any]:
-        caller: Caller = request.state.caller
-        return {"host": caller.host, "principal": caller.principal}
+        owner: Owner = request.state.caller
+        return {"host": owner.host, "principal": owner.principal}
 
     return api
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from pdctl.core.address import Endpoint, is_loopback
+from pdctl.core.lives import Owner
 from pdctl.errors import BadField, ConfigError
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -122,14 +123,6 @@ class Denial(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Caller:
-    """Who speaks: the address that the connection came from, and the name of the token where one was shown."""
-
-    host: str
-    principal: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Denied:
     """`why` for the counters, `text` for whoever asked, `status` of HTTP."""
 
@@ -149,7 +142,7 @@ class Rules:
     tokens: Tokens | None = None
     open_paths: frozenset[str] = frozenset({"/livez", "/readyz", "/metrics"})
 
-    def admit(self, path: str, caller: Caller, trusted: bool, authorization: str | None) -> Caller | Denied:
+    def admit(self, path: str, caller: Owner, trusted: bool, authorization: str | None) -> Owner | Denied:
         """`caller`, with the name of its token where one counts, or why not.
 
         `trusted` is what `trust` says of its host, which a shell remembers. A wrong token is refused on every guarded
@@ -165,9 +158,9 @@ class Rules:
             return Denied(
                 Denial.BAD_TOKEN, "the token is not known here: send `Authorization: Bearer <token>` with a valid one"
             )
-        return Caller(caller.host, principal)
+        return Owner(caller.host, principal)
 
-    def _by_address(self, path: str, caller: Caller, trusted: bool) -> Caller | Denied:
+    def _by_address(self, path: str, caller: Owner, trusted: bool) -> Owner | Denied:
         if self.tokens is not None and is_native(path):
             return Denied(Denial.NO_TOKEN, "this path needs a token: send `Authorization: Bearer <token>`")
         if trusted:
@@ -202,16 +195,18 @@ def check_token(token: str) -> str:
     return token
 
 
-def check_advertised(address: Endpoint, host: str) -> None:
-    """Raise BadField("rank_ip") for a loopback address that is announced by another host.
+def check_advertised(
+    address: Endpoint, host: str, field: str = "rank_ip", how: str = "--host or SGLANG_HOST_IP"
+) -> None:
+    """Raise BadField(field) for a loopback address that another host announces; `how` is by which setting it is mended.
 
-    A wildcard never comes this far: Announcement refuses it from everybody.
+    A wildcard never comes this far: it is refused from everybody.
     """
     if address.is_loopback and not is_loopback(host):
         raise BadField(
-            "rank_ip",
+            field,
             f"is {address.host}, where only the rank's own host reaches it, but it speaks from {plain_host(host)}: "
-            f"start the rank with that address (SGLang: --host {plain_host(host)}, or SGLANG_HOST_IP)",
+            f"start the rank with that address ({how})",
         )
 
 

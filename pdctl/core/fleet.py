@@ -29,7 +29,9 @@ from dataclasses import asdict, dataclass, field
 from itertools import product
 from typing import Any
 
+from pdctl.core.access import check_advertised
 from pdctl.core.address import Endpoint
+from pdctl.core.naming import DEFAULT
 from pdctl.errors import BadField, LimitReached, Occupied, TooLarge
 
 MAX_RANKS = 65_536
@@ -84,13 +86,17 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """One registration. `addr` is what peers get, as it was sent; `host` is where it was sent from."""
+    """One registration. `addr` is what peers get, as it was sent; `host` is where it was sent from.
+
+    `instance`: what its listener, or the host name that it used, stands for (core.naming).
+    """
 
     engine_id: str
     place: Place
     addr: str
     host: str
     sizes: Sizes = Sizes()
+    instance: str = DEFAULT
 
     def __post_init__(self) -> None:
         check_engine_id(self.engine_id)
@@ -99,6 +105,7 @@ class Worker:
                 raise BadField(f"{axis}_rank", f"is {rank}: ranks count from 0 to {MAX_RANKS - 1} at most")
         if self.address.is_wildcard:
             raise BadField("addr", f"is {self.addr}, where no peer can reach it: start vLLM with VLLM_HOST_IP set")
+        check_advertised(self.address, self.host, "addr", "VLLM_HOST_IP")
 
     @property
     def prefill(self) -> str:
@@ -131,6 +138,16 @@ class Row:
     place: Place
     worker: Worker | None
 
+    def to_note(self) -> tuple[str, bytes | None]:
+        """As a journal keeps it: the seat, then the worker."""
+        seat = f"{self.place}/{self.prefill}"
+        return seat, None if self.worker is None else self.worker.to_json()
+
+    @classmethod
+    def from_note(cls, noted: bytes) -> Row:
+        worker = Worker.from_json(noted)
+        return cls(worker.prefill, worker.place, worker)
+
 
 @dataclass(slots=True)
 class Prefill:
@@ -140,10 +157,14 @@ class Prefill:
     workers: dict[Place, Worker] = field(default_factory=dict)
     joined_at: float = 0.0
 
+    @property
+    def last(self) -> Worker:
+        """Who came last."""
+        return next(reversed(self.workers.values()))
+
     def sizes(self, configured: Sizes) -> Sizes:
         """The operator's word before that of the worker who came last."""
-        last = next(reversed(self.workers.values()))
-        return configured.over(last.sizes)
+        return configured.over(self.last.sizes)
 
     def missing(self, configured: Sizes) -> Iterator[Place]:
         """Seats that nobody has, in order: take what you show, a rank may claim to be the 65,536th."""

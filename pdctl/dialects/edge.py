@@ -14,6 +14,8 @@ from fastapi import Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.types import Receive, Scope
 
+from pdctl.core.access import plain_host
+from pdctl.core.lives import Owner
 from pdctl.errors import (
     BadField,
     CallerError,
@@ -111,7 +113,13 @@ def peer_of(request: Request) -> str:
 def peer_host(scope: Scope) -> str:
     """As `peer_of`, for those who have no Request."""
     client = scope.get("client")
-    return client[0].removeprefix("::ffff:") if client else "unknown"
+    return plain_host(client[0]) if client else "unknown"
+
+
+def owner_of(scope: Scope) -> Owner:
+    """Who asked, with the name of their token: by the guard's word where one stands at the door."""
+    caller: Owner | None = scope.get("state", {}).get("caller")
+    return Owner(peer_host(scope)) if caller is None else caller
 
 
 def _headers(error: PdctlError) -> dict[str, str] | None:

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from pdctl.core.access import (
     MAX_TOKENS,
-    Caller,
     Denial,
     Denied,
     Rules,
@@ -23,6 +22,7 @@ from pdctl.core.access import (
     plain_host,
 )
 from pdctl.core.address import Endpoint
+from pdctl.core.lives import Owner
 from pdctl.errors import BadField, ConfigError
 
 PRIVATE = TrustList.parse("private")
@@ -166,8 +166,8 @@ def test_a_file_that_cannot_be_meant_is_refused_with_the_line(text: str, says: s
 # --- the rules
 
 OPEN, PLAIN, NATIVE = "/metrics", "/route", "/v1/instances"
-IN = Caller("10.0.0.1")
-PREFILL = Caller("10.0.0.1", "prefill")
+IN = Owner("10.0.0.1")
+PREFILL = Owner("10.0.0.1", "prefill")
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ PREFILL = Caller("10.0.0.1", "prefill")
     ],
 )
 def test_path_address_and_token_decide(
-    tokens: Tokens | None, path: str, trusted: bool, shown: str | None, verdict: Caller | Denial
+    tokens: Tokens | None, path: str, trusted: bool, shown: str | None, verdict: Owner | Denial
 ) -> None:
     found = Rules(PRIVATE, tokens).admit(path, IN, trusted, shown)
     assert (found.why if isinstance(found, Denied) else found) == verdict
@@ -211,8 +211,8 @@ def test_path_address_and_token_decide(
 
 def test_a_denial_says_what_to_do_and_no_secret() -> None:
     rules = Rules(PRIVATE, TOKENS)
-    untrusted = rules.admit(PLAIN, Caller("203.0.113.9"), False, None)
-    wrong = rules.admit(NATIVE, Caller("203.0.113.9"), True, "Bearer not-a-token-of-anybody")
+    untrusted = rules.admit(PLAIN, Owner("203.0.113.9"), False, None)
+    wrong = rules.admit(NATIVE, Owner("203.0.113.9"), True, "Bearer not-a-token-of-anybody")
     assert isinstance(untrusted, Denied)
     assert isinstance(wrong, Denied)
     assert (untrusted.status, wrong.status) == (403, 401)
@@ -223,7 +223,7 @@ def test_a_denial_says_what_to_do_and_no_secret() -> None:
 
 def test_the_open_paths_are_what_one_says() -> None:
     assert open_paths("/livez, /metrics") == {"/livez", "/metrics"}
-    closed = Rules(PRIVATE, TOKENS, open_paths("")).admit("/metrics", Caller("203.0.113.9"), False, None)
+    closed = Rules(PRIVATE, TOKENS, open_paths("")).admit("/metrics", Owner("203.0.113.9"), False, None)
     assert isinstance(closed, Denied)
     with pytest.raises(ConfigError, match="'metrics' is no path"):
         open_paths("metrics")
