@@ -20,6 +20,7 @@ from typing import Any, Generic, NoReturn, TypeVar
 
 import structlog
 
+from pdctl.core.access import check_advertised
 from pdctl.core.address import Endpoint
 from pdctl.core.instances import InstanceView
 from pdctl.core.lives import Change, ChangeKind, Claim, Life, Owner
@@ -130,8 +131,9 @@ class Registrar:
     async def register(self, claim: Claim) -> Life:
         """Return when the claim holds and is journalled.
 
-        Raises Refused, Occupied, LimitReached, TooLarge, JournalUnavailable.
+        Raises BadField, Refused, Occupied, LimitReached, TooLarge, JournalUnavailable.
         """
+        check_advertised(claim.address, claim.owner.host)
         known = self._registry.hear_again(claim, self._clock())
         if known is not None:
             return known
