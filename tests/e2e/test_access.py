@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import re
+import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -132,3 +133,26 @@ async def text(http: aiohttp.ClientSession, url: str) -> str:
 async def test_a_setting_that_cannot_be_used_starts_nothing(flags: tuple[str, ...], says: str) -> None:
     status, err = await ended("serve", "--port", "0", *flags)
     assert (status, says in err) == (2, True), err
+
+
+async def test_a_loopback_address_from_another_host_is_refused_over_a_real_network() -> None:
+    """This host by an address that is not loopback is another host to the registry, as a rank's would be."""
+    address = own_address()
+    if address is None:
+        pytest.skip("this host has no address but loopback")
+    async with served("--host", "0.0.0.0", "--trust", "any") as url:
+        registry = f"http://{address}:{url.rpartition(':')[2]}"
+        status, err = await ended("register", "--registry", registry, "--rank-host", "127.0.0.1", "--rank-port", "1")
+        assert f"but it speaks from {address}" in err
+        assert (status, "start the rank with that address (--host or SGLANG_HOST_IP)" in err) == (2, True), err
+
+
+def own_address() -> str | None:
+    """Asked of the routing table: no packet is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("198.51.100.1", 9))
+        except OSError:
+            return None
+        host: str = probe.getsockname()[0]
+    return None if host.startswith("127.") else host
