@@ -1,5 +1,5 @@
 """
-The door before the service: registrations come in at the pace that core.admission sets; everything else passes.
+The turnstile before the service: registrations come in at the pace that core.admission sets; everything else passes.
 
 It stands before any parsing, so that a client that is put off costs as little as can be, and it reads no body. It
 knows registrations by method and path; whose wire they are on is decided there, not by what a client calls itself.
@@ -19,7 +19,7 @@ _ENGINES_OWN = {("PUT", "/route"), ("POST", "/register"), ("PUT", "/metadata")}
 _INSTANCES, _RANKS = "/v1/instances/", "/ranks/"
 
 
-class Door:
+class Turnstile:
     """An ASGI application around another."""
 
     def __init__(self, inner: ASGIApp, admission: Admission, clock: Callable[[], float], metrics: Metrics) -> None:

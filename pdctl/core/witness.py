@@ -274,8 +274,8 @@ class WitnessTable:
         watched.failed += 1
         watched.failing_since = min(watched.failing_since, now)
         if watched.failed >= self.policy.dead_after and not watched.is_dead and self._is_believed(watched, sign):
-            said = f"{_ASKED[watched.target.means]} {watched.target.where}: {detail}"
-            watched.why = f"{said}, {watched.failed} times in a row"
+            said = f"{_ASKED[watched.target.means]} {watched.target.where}: {detail}, {watched.failed} times in a row"
+            watched.why = f"shows no sign of life ({said})"
             self._set_dead(watched, True)
 
     def _is_believed(self, watched: _Watched, sign: Sign) -> bool:

@@ -87,7 +87,7 @@ def test_a_refusing_rank_is_dead_after_three_questions_and_within_the_interval_a
     watch.run(20, always(Sign.WELL))
     watch.run(28, always(Sign.REFUSED))
     assert [verdict.alive for verdict in watch.verdicts] == [True, False]
-    assert watch.verdicts[1].why == "connecting to 10.0.0.0:40000: refused, 3 times in a row"
+    assert watch.verdicts[1].why == ("shows no sign of life (connecting to 10.0.0.0:40000: refused, 3 times in a row)")
 
 
 def test_two_failures_are_no_death() -> None:
