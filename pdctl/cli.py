@@ -96,6 +96,12 @@ def _add_serve(commands: Commands) -> None:
     command.set_defaults(loop=uvloop.new_event_loop)  # the others move little over sockets of ours
     command.add_argument("--host", dest="serve.host", help="address to listen at (127.0.0.1)")
     command.add_argument("--port", dest="serve.port", help="port to listen at; 0 takes any free one (8998)")
+    command.add_argument(
+        "--witness-tcp", dest="witness.tcp", action="store_true", help="connect to stock ranks' control ports: are they up"
+    )
+    command.add_argument(
+        "--witness-http", dest="witness.http_url", help="stock engines' health: http://{host}:{http_port}/health"
+    )
     _add_access(command)
     command.add_argument(
         "--journal", dest="serve.journal", help="where the rows live: sqlite:PATH or memory: (a file for this port)"

@@ -25,9 +25,11 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from pdctl.client import Exhaustion
 from pdctl.core.address import Endpoint
+from pdctl.core.admission import AdmissionPolicy
 from pdctl.core.route import Announcement, Seat, Shape
 from pdctl.core.sessions import ProbePolicy
 from pdctl.core.transfer import RoomTimeouts
+from pdctl.core.witness import WitnessPolicy
 from pdctl.credentials import AccessSettings, Credentials
 from pdctl.engine.mooncake import MooncakeSettings
 from pdctl.errors import ConfigError
@@ -161,6 +163,8 @@ class Settings(BaseSettings):
 
     serve: ServeSettings = ServeSettings()
     access: AccessSettings = AccessSettings()
+    admission: AdmissionPolicy = AdmissionPolicy()
+    witness: WitnessPolicy = WitnessPolicy()
     client: Credentials = Credentials()
     node: NodeSettings = NodeSettings()
     rank: RankSettings = RankSettings()
