@@ -22,12 +22,12 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.flow_control import FlowControl
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from pdctl.core.address import Endpoint
 from pdctl.dialects.edge import json_answer
 from pdctl.errors import AddressTaken, ConfigError, PdctlError
 from pdctl.metrics import Metrics
+from pdctl.shortcut import ShortcutProtocol
 
 BACKLOG = 2048
 KEEP_ALIVE_S = (
@@ -105,7 +105,7 @@ class _Server(uvicorn.Server):
         yield
 
 
-class _Protocol(HttpToolsProtocol):
+class _Protocol(ShortcutProtocol):
     """Reads on when all that was read is answered, not after each answer.
 
     As uvicorn has it, whoever pipelines and reads no answer fills our memory: 35 MB of questions took 240 MB.

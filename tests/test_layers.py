@@ -21,7 +21,6 @@ FLOORS = {
     **dict.fromkeys(["pdctl.node", "pdctl.config"], 5),
     **dict.fromkeys([f"pdctl.{shell}" for shell in ("server", "guard", "dialects", "client", "prober", "peer")], 4),
     **dict.fromkeys([f"pdctl.{shell}" for shell in ("sender", "receiver", "agent", "kvstore", "lease")], 4),
-    **dict.fromkeys([f"pdctl.{shell}" for shell in ("admission", "witness")], 4),
     **dict.fromkeys(
         [f"pdctl.{room}" for room in ("engine", "persistence", "registrar", "keyring", "roster", "device", "memory")], 3
     ),
@@ -29,6 +28,7 @@ FLOORS = {
         [f"pdctl.{room}" for room in ("engine.base", "persistence.base", "retry", "metrics", "logs", "errands")], 2
     ),
     "pdctl.credentials": 2,
+    "pdctl.shortcut": 2,
     "pdctl.core": 1,
     "pdctl.errors": 0,
 }

@@ -4,8 +4,8 @@ SGLang's bootstrap registry, as stock ranks and decodes of 0.5.23 speak to it, o
 Statuses, texts and key sets are stock's where a client can see them; malformed input, which stock answers with 500, is
 a 400 in plain text that names the field. Translates only: what a claim means is decided in `core`, and applied by the
 registrar. Ranks and decodes ask these paths all the time, so they are bare ASGI that `in_front` puts before FastAPI,
-and what they answer is encoded once a change (docs/performance.md has the figures). The OpenAPI is written by hand in
-`sglang_openapi`.
+with the short way beside it, and what they answer is encoded once a change (docs/performance.md has the figures). The
+OpenAPI is written by hand in `sglang_openapi`.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ from urllib.parse import parse_qsl
 from fastapi import APIRouter, Response
 from fastapi.routing import APIRoute
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from pdctl.core.lives import Claim
+from pdctl.core.lives import Claim, Owner
 from pdctl.core.route import MAX_SEATS, Announcement, Seat, as_integer, as_object, needed, rank_body, topology_body
 from pdctl.dialects import sglang_openapi as docs
-from pdctl.dialects.edge import MIB, owner_of, parsed, peer_host, received, text_answer
-from pdctl.errors import BadField, PdctlError
+from pdctl.dialects.edge import MIB, parsed, peer_host, received, text_answer
+from pdctl.errors import BadField, PdctlError, TooLarge
 from pdctl.metrics import Lookup
 from pdctl.registrar import Registrar
+from pdctl.shortcut import Answer, Answered, Beside
 
 ROUTE_LIMIT = MIB
 ROOM_LIMIT = MIB
@@ -36,12 +37,14 @@ _JSON = "application/json; charset=utf-8"
 _TEXT = "text/plain; charset=utf-8"
 _RANKS = ("prefill_dp_rank", "prefill_cp_rank", "target_tp_rank", "target_pp_rank")
 _TOPOLOGY = Seat(-1, -1, -1, -1)
+_LIMITS = {"/route": ROUTE_LIMIT, "/register_dp_rank": ROOM_LIMIT, "/query_dp_ranks": QUERY_LIMIT}
+_PLAIN = {int}  # a bool is none
 _KEPT = 4096  # one question can be written in many ways, and strangers write them too
 
-Answer = tuple[Message, Message]
-"""Both messages of an answer, ready to be sent: how often does not matter, they are only read."""
+InstanceOf = Callable[[Scope], str]
+"""For which instance a request speaks."""
 
-Handler = Callable[[Scope, Receive], Awaitable[Answer]]
+Handler = Callable[[Scope, bytes], Answer | Awaitable[Answer]]
 
 
 def router(registrar: Registrar, instance: str = "default") -> APIRouter:
@@ -55,16 +58,16 @@ def in_front(plain: Plain, api: ASGIApp) -> ASGIApp:
     async def service(scope: Scope, receive: Receive, send: Send) -> None:
         await (plain if plain.knows(scope) else api)(scope, receive, send)
 
-    return service
+    return Beside(service, plain.at_once)
 
 
 class Plain:
-    """The paths of one instance, as an ASGI app that is only given requests that it `knows`."""
+    """The paths as an ASGI app that is only given requests that it `knows`, for one instance or for several."""
 
-    def __init__(self, registrar: Registrar, instance: str = "default") -> None:
+    def __init__(self, registrar: Registrar, instance: str | InstanceOf = "default") -> None:
         self._registrar = registrar
-        self._instance = instance
-        self._kept: dict[bytes, tuple[Lookup, Answer]] = {}
+        self._instance_of: InstanceOf = instance if callable(instance) else lambda scope: instance  # noqa: ARG005
+        self._kept: dict[tuple[str, bytes], tuple[Lookup, Answer]] = {}
         self._kept_at = -1
         self._handlers: dict[tuple[str, str], Handler] = {
             ("GET", "/route"): self._get_route,
@@ -78,15 +81,38 @@ class Plain:
     def knows(self, scope: Scope) -> bool:
         return scope["type"] == "http" and (scope["method"], scope["path"]) in self._handlers
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def at_once(self, scope: Scope, body: bytes) -> Answered:
+        """The short way; None for what is not known here."""
+        handler = self._handlers.get((scope["method"], scope["path"]))
+        if handler is None:
+            return None
         try:
-            start, body = await self._handlers[scope["method"], scope["path"]](scope, receive)
+            _check_size(scope, len(body))
+            answer = handler(scope, body)
         except PdctlError as error:
-            self._registrar.refused(error, scope["path"], peer_host(scope))
-            await text_answer(error)(scope, receive, send)
-        else:
-            await send(start)
-            await send(body)
+            return self._refusal(error, scope)
+        return answer if isinstance(answer, Answer) else self._settled(answer, scope)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        answer: Answered
+        try:
+            limit = _LIMITS.get(scope["path"]) if scope["method"] in ("PUT", "POST") else None
+            answer = self.at_once(scope, b"" if limit is None else await received(receive, limit))
+        except PdctlError as error:
+            answer = self._refusal(error, scope)
+        if answer is not None:
+            await (answer if isinstance(answer, Answer) else await answer).send(send)
+
+    async def _settled(self, awaited: Awaitable[Answer], scope: Scope) -> Answer:
+        try:
+            return await awaited
+        except PdctlError as error:
+            return self._refusal(error, scope)
+
+    def _refusal(self, error: PdctlError, scope: Scope) -> Answer:
+        self._registrar.refused(error, scope["path"], peer_host(scope))
+        told = text_answer(error)
+        return Answer(told.status_code, told.raw_headers, bytes(told.body))
 
     def router(self) -> APIRouter:
         """These paths as FastAPI's routes: for the OpenAPI, and the same answers where nothing is in front."""
@@ -103,62 +129,66 @@ class Plain:
         api.routes.append(Route("/route", _MethodNotAllowed(), include_in_schema=False))
         return api
 
-    async def _put_route(self, scope: Scope, receive: Receive) -> Answer:
-        announcement = Announcement.from_body(parsed(await received(receive, ROUTE_LIMIT)))
-        await self._registrar.register(Claim(self._instance, announcement, owner_of(scope)))
+    async def _put_route(self, scope: Scope, body: bytes) -> Answer:
+        announcement = Announcement.from_body(parsed(body))
+        await self._registrar.register(Claim(self._instance_of(scope), announcement, Owner(peer_host(scope))))
         return _OK
 
-    async def _get_route(self, scope: Scope, receive: Receive) -> Answer:  # noqa: ARG002
-        asked: bytes = scope["query_string"]
+    def _get_route(self, scope: Scope, body: bytes) -> Answer:  # noqa: ARG002
+        asked = self._instance_of(scope), scope["query_string"]
         revision = self._registrar.revision
         if revision != self._kept_at or len(self._kept) > _KEPT:
             self._kept, self._kept_at = {}, revision
         kept = self._kept.get(asked)
         if kept is None:
-            return self._look_up(asked)
+            return self._look_up(*asked)
         self._registrar.answered_again(kept[0])
         return kept[1]
 
-    def _look_up(self, asked: bytes) -> Answer:
+    def _look_up(self, instance: str, query: bytes) -> Answer:
         """Find out, and keep what stays true until something changes: answers with an address or a topology."""
-        sent = _ranks_sent(asked)
+        sent = _ranks_sent(query)
         if not all(sent):
             return _answer(400, _TEXT, b"Missing inputs for bootstrap server.")
         seat = Seat(*(as_integer(text, name) for text, name in zip(sent, _RANKS, strict=True)))
         if seat == _TOPOLOGY:
-            view = self._registrar.topology(self._instance)
-            return self._keep(asked, Lookup.TOPOLOGY, topology_body(view.shape, view.http_port))
-        address = self._registrar.rank(self._instance, seat)
-        if address is None:
-            dp, cp, tp, pp = sent
-            text = f"Bootstrap info not found for dp_rank={dp} cp_rank={cp} tp_rank={tp} pp_rank={pp}"
-            return _answer(404, _TEXT, text.encode())
-        return self._keep(asked, Lookup.RANK, rank_body(address))
-
-    def _keep(self, asked: bytes, what: Lookup, body: object) -> Answer:
-        answer = _json(body)
-        self._kept[asked] = what, answer
+            view = self._registrar.topology(instance)
+            what, found = Lookup.TOPOLOGY, topology_body(view.shape, view.http_port)
+        else:
+            address = self._registrar.rank(instance, seat)
+            if address is None:
+                dp, cp, tp, pp = sent
+                text = f"Bootstrap info not found for dp_rank={dp} cp_rank={cp} tp_rank={tp} pp_rank={pp}"
+                return _answer(404, _TEXT, text.encode())
+            what, found = Lookup.RANK, rank_body(address)
+        answer = _json(found)
+        self._kept[instance, query] = what, answer
         return answer
 
-    async def _register_dp_rank(self, scope: Scope, receive: Receive) -> Answer:  # noqa: ARG002
-        row = as_object(parsed(await received(receive, ROOM_LIMIT)))
+    def _register_dp_rank(self, scope: Scope, body: bytes) -> Awaitable[Answer]:  # noqa: ARG002
+        row = as_object(parsed(body))
         room = as_integer(needed(row, "bootstrap_room"), "bootstrap_room")
         dp_rank = as_integer(needed(row, "dp_rank"), "dp_rank")
         if not 0 <= dp_rank < MAX_SEATS:
             raise BadField("dp_rank", f"is {dp_rank}: ranks count from 0 to {MAX_SEATS - 1} at most")
+        return self._announce_room(room, dp_rank)
+
+    async def _announce_room(self, room: int, dp_rank: int) -> Answer:
         await self._registrar.announce_room(room, dp_rank)
         return _OK
 
-    async def _query_dp_ranks(self, scope: Scope, receive: Receive) -> Answer:  # noqa: ARG002
-        rooms = needed(as_object(parsed(await received(receive, QUERY_LIMIT))), "bootstrap_rooms")
+    def _query_dp_ranks(self, scope: Scope, body: bytes) -> Answer:  # noqa: ARG002
+        rooms = needed(as_object(parsed(body)), "bootstrap_rooms")
         if not isinstance(rooms, list):
             raise BadField("bootstrap_rooms", "is no array: send an array of rooms")
-        if any(type(room) is not int for room in rooms):
+        if not set(map(type, rooms)) <= _PLAIN:
             rooms = [as_integer(room, f"bootstrap_rooms[{place}]") for place, room in enumerate(rooms)]
         return _json(self._registrar.rooms(rooms))
 
-    async def _health(self, scope: Scope, receive: Receive) -> Answer:  # noqa: ARG002
-        return _OK
+    def _health(self, scope: Scope, body: bytes) -> Answer:  # noqa: ARG002
+        """A decode gives a prefill up after two of these that are not 200: 503 for one that is known to be dead."""
+        why_dead = self._registrar.health(self._instance_of(scope))
+        return _OK if why_dead is None else _answer(503, _TEXT, why_dead.encode())
 
 
 class _MethodNotAllowed:
@@ -180,12 +210,14 @@ def _ranks_sent(query: bytes) -> list[str]:
     return [sent.get(name, "") for name in _RANKS]
 
 
+def _check_size(scope: Scope, nbytes: int) -> None:
+    limit = _LIMITS.get(scope["path"], ROUTE_LIMIT)
+    if nbytes > limit:
+        raise TooLarge(f"body: is over {limit} bytes, the limit of this path: send less at a time")
+
+
 def _answer(status: int, content_type: str, body: bytes) -> Answer:
-    headers = [(b"content-length", b"%d" % len(body)), (b"content-type", content_type.encode())]
-    return (
-        {"type": "http.response.start", "status": status, "headers": headers},
-        {"type": "http.response.body", "body": body},
-    )
+    return Answer(status, [(b"content-length", b"%d" % len(body)), (b"content-type", content_type.encode())], body)
 
 
 def _json(body: Any) -> Answer:
