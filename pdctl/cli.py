@@ -97,7 +97,10 @@ def _add_serve(commands: Commands) -> None:
     command.add_argument("--host", dest="serve.host", help="address to listen at (127.0.0.1)")
     command.add_argument("--port", dest="serve.port", help="port to listen at; 0 takes any free one (8998)")
     command.add_argument(
-        "--witness-tcp", dest="witness.tcp", action="store_true", help="connect to stock ranks' control ports: are they up"
+        "--witness-tcp",
+        dest="witness.tcp",
+        action="store_true",
+        help="tell by their control ports whether stock ranks live",
     )
     command.add_argument(
         "--witness-http", dest="witness.http_url", help="stock engines' health: http://{host}:{http_port}/health"
