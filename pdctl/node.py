@@ -11,7 +11,7 @@ import asyncio
 import socket
 import ssl
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from dataclasses import dataclass, replace
 from random import SystemRandom
@@ -20,15 +20,19 @@ from typing import Any
 from starlette.types import ASGIApp
 
 from pdctl import config, logs, server
+from pdctl.admission import Turnstile
 from pdctl.client import RegistryClient
 from pdctl.config import ServeSettings, Settings
 from pdctl.core.access import Rules
 from pdctl.core.address import Endpoint
+from pdctl.core.admission import Admission
 from pdctl.core.layout import Pool, Region
+from pdctl.core.lives import Life
 from pdctl.core.registry import Registry
 from pdctl.core.rooms import EXTENSIONS, RoomBook
 from pdctl.core.route import Announcement, Seat, Shape
 from pdctl.core.sessions import SessionTable
+from pdctl.core.witness import Verdict, WitnessPolicy, WitnessTable
 from pdctl.credentials import AccessSettings, Reloaded, follow, listening, rules, server_tls
 from pdctl.dialects import native, sglang
 from pdctl.engine.base import Engine, PeerCard
@@ -42,6 +46,7 @@ from pdctl.prober import Prober
 from pdctl.receiver import Receiver
 from pdctl.registrar import Registrar
 from pdctl.sender import Sender
+from pdctl.witness import Witness, asking
 
 
 class LoopEnded(RuntimeError):
@@ -110,10 +115,30 @@ async def sidecar(settings: Settings) -> AsyncIterator[Sidecar]:
         await registrar.restore()
         plain = sglang.Plain(registrar)
         api = server.app([plain.router(), native.router(registrar)], metrics, unready=registrar.unready)
-        service = door.around(sglang.in_front(plain, api))
+        inner = sglang.in_front(plain, api)
+        service = door.around(Turnstile(inner, Admission(settings.admission), time.monotonic, metrics))
+        witness = _witness(settings.witness, registrar, metrics)
         http = server.serve(service, sock, grace_s=settings.serve.grace_s, tls=door.tls)
-        async with beside(http=http, sweep=registrar.sweep(), files=follow(*door.files)):
+        async with beside(http=http, sweep=registrar.sweep(), files=follow(*door.files), witness=witness):
             yield Sidecar(f"{door.scheme}://{server.bound(sock)}", registrar)
+
+
+async def _witness(policy: WitnessPolicy, registrar: Registrar, metrics: Metrics) -> None:
+    """Watch the ranks without a lease until cancelled; idle where nobody has said how they are to be asked."""
+    if not policy.enabled:
+        await asyncio.Event().wait()
+
+    async def tell(said: Verdict) -> None:
+        await registrar.witnessed(said.instance, said.seat, said.epoch, said.alive, said.why)
+
+    def watched() -> Iterator[Life]:
+        return (life for view in registrar.views() for life in view.under_witness)
+
+    async with asking(policy) as ask:
+        table = WitnessTable(policy, SystemRandom().random)
+        witness = Witness(table, watched, tell, ask, clock=time.monotonic, metrics=metrics)
+        registrar.subscribe(witness.lives_changed)
+        await witness.run()
 
 
 def journal_url(serve: ServeSettings) -> str:
