@@ -1,7 +1,7 @@
 """
 The door of the service: ASGI around the whole app, which admits a request or answers it.
 
-What is admitted carries its `Caller` in `scope["state"]["caller"]`. No path is served here, no body is read, and who
+What is admitted carries an `Owner` in `scope["state"]["caller"]`. No path is served here, no body is read, and who
 may change which row is none of its business.
 """
 
@@ -13,7 +13,8 @@ import structlog
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from pdctl.core.access import Caller, Denied, Rules, TrustList, is_native, plain_host
+from pdctl.core.access import Denied, Rules, TrustList, is_native, plain_host
+from pdctl.core.lives import Owner
 from pdctl.metrics import AccessMetrics
 from pdctl.shortcut import Answered, at_once_of
 
@@ -36,7 +37,7 @@ class Guard:
         self._rules = rules
         self._counts = metrics
         self._clock = clock
-        self._known: dict[tuple[str, str], tuple[Caller, bool]] = {}
+        self._known: dict[tuple[str, str], tuple[Owner, bool]] = {}
         self._quiet_until = float("-inf")
         self._unsaid = 0
         self._at_once = at_once_of(app)
@@ -61,19 +62,19 @@ class Guard:
         scope.setdefault("state", {})["caller"] = verdict
         await self._app(scope, receive, send)
 
-    def _verdict(self, scope: Scope) -> Caller | Denied:
+    def _verdict(self, scope: Scope) -> Owner | Denied:
         rules = self._rules()
         ends = _ends(scope)
         caller, trusted = self._known.get(ends) or self._look_at(rules.trust, ends)
         authorization = None if rules.tokens is None else _authorization(scope)
         return rules.admit(scope["path"], caller, trusted, authorization)
 
-    def _look_at(self, trust: TrustList, ends: tuple[str, str]) -> tuple[Caller, bool]:
+    def _look_at(self, trust: TrustList, ends: tuple[str, str]) -> tuple[Owner, bool]:
         """Remembered: the networks never change while we run, and reading two addresses takes 10 us."""
         if len(self._known) >= REMEMBERED:
             self._known.clear()
         host, here = (plain_host(end) for end in ends)
-        self._known[ends] = found = Caller(host), trust.trusts(host, here)
+        self._known[ends] = found = Owner(host), trust.trusts(host, here)
         return found
 
     def _tell(self, denied: Denied, scope: Scope) -> None:

@@ -20,10 +20,10 @@ from fastapi.routing import APIRoute
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from pdctl.core.lives import Claim, Owner
+from pdctl.core.lives import Claim
 from pdctl.core.route import MAX_SEATS, Announcement, Seat, as_integer, as_object, needed, rank_body, topology_body
 from pdctl.dialects import sglang_openapi as docs
-from pdctl.dialects.edge import MIB, parsed, peer_host, received, text_answer
+from pdctl.dialects.edge import MIB, owner_of, parsed, peer_host, received, text_answer
 from pdctl.errors import BadField, PdctlError, TooLarge
 from pdctl.metrics import Lookup
 from pdctl.registrar import Registrar
@@ -131,7 +131,7 @@ class Plain:
 
     async def _put_route(self, scope: Scope, body: bytes) -> Answer:
         announcement = Announcement.from_body(parsed(body))
-        await self._registrar.register(Claim(self._instance_of(scope), announcement, Owner(peer_host(scope))))
+        await self._registrar.register(Claim(self._instance_of(scope), announcement, owner_of(scope)))
         return _OK
 
     def _get_route(self, scope: Scope, body: bytes) -> Answer:  # noqa: ARG002
