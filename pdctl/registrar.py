@@ -39,7 +39,7 @@ from pdctl.errors import (
     UnknownLease,
 )
 from pdctl.metrics import Found, Lookup, Metrics, Refusal
-from pdctl.persistence.base import Journal, Room
+from pdctl.persistence.base import Journal, Kept, Room
 
 SWEEP_EVERY_S = 1.0
 SWEEP_BUDGET = 500  # rows; about 1 ms, 4 at worst, before the loop serves somebody else
@@ -113,8 +113,8 @@ class Registrar:
         self._writing: asyncio.Task[None] | None = None
         self._counts.follow(lambda: registry, lambda: len(rooms))
 
-    async def restore(self) -> None:
-        """Take back what the journal kept. Before the first request."""
+    async def restore(self) -> Kept:
+        """Take back what the journal kept, before the first request; all that it kept: there are other books in it."""
         kept, now = await self._journal.load(), self._clock()
         self._registry.restore(kept.records, kept.last_epoch, kept.revision, now)
         try:
@@ -125,6 +125,7 @@ class Registrar:
         if kept.records or kept.rooms:
             seats = sum(len(view.alive) for view in self._registry)
             log.info("restored from the journal", seats=seats, rooms=len(self._rooms), revision=kept.revision)
+        return kept
 
     # Commands: journalled before they are answered
 
@@ -134,9 +135,9 @@ class Registrar:
         Raises BadField, Refused, Occupied, LimitReached, TooLarge, JournalUnavailable.
         """
         check_advertised(claim.address, claim.owner.host)
-        known = self._registry.hear_again(claim, self._clock())
+        known = self._registry.repeats(claim)
         if known is not None:
-            return known
+            return await self.renew(claim.instance, claim.seat, known.epoch, claim.owner)
         decide: Decide[Life] = lambda registry, now: registry.claim(claim, now)  # noqa: E731
         return await self._command(decide)
 
@@ -318,7 +319,7 @@ class Registrar:
                 raise
             return
         self._unwritten.clear()  # nothing is observed while a group is under way
-        self._registry.adopt(draft, changes)
+        self._registry.adopt(draft)
         self._tell(changes)
         for waiting in commands:
             waiting.accept()

@@ -83,6 +83,7 @@ class Registry:
         self._agenda = Agenda()
         self._emptied: deque[tuple[float, str]] = deque()  # (when to look again, instance), soonest first
         self._n_remembered = 0
+        self._made: list[Change] | None = None  # a draft's changes
 
     def __iter__(self) -> Iterator[InstanceView]:
         return iter(self._views.values())
@@ -132,15 +133,11 @@ class Registry:
             return self._again(view, incarnation, held, claim, now)
         return self._seat(view, incarnation, claim, now)
 
-    def hear_again(self, claim: Claim, now: float) -> Life | None:
-        """The life that has said this already, word for word: its lease begins anew. None: `claim` has work to do."""
+    def repeats(self, claim: Claim) -> Life | None:
+        """The life that has said this already, word for word: to claim it again is to renew it."""
         view = self._views.get(claim.instance)
-        for incarnation in view.incarnations if view else ():
-            life = incarnation.alive.get(claim.seat)
-            if life is not None and life.claim == claim and not life.pulse.suspected:
-                life.pulse.spoke_at = now
-                return life
-        return None
+        lives = (incarnation.alive.get(claim.seat) for incarnation in (view.incarnations if view else ()))
+        return next((life for life in lives if life is not None and life.claim == claim), None)
 
     def hear(self, instance: str, seat: Seat, epoch: int, owner: Owner | None, now: float) -> Life:
         """`renew`, where it changes nothing but the pulse: of a life that is not SUSPECT. Raises as `renew`."""
@@ -256,22 +253,25 @@ class Registry:
         draft.revision, draft.last_epoch = self.revision, self.last_epoch
         draft._views = ChainMap({}, self._views)
         draft._n_remembered = self._n_remembered
+        draft._made = []
         return draft
 
-    def adopt(self, draft: Registry, changes: Iterable[Change]) -> None:
-        """Be as the draft is. `changes`: all that were made to it."""
-        assert isinstance(draft._views, ChainMap)  # noqa: S101
+    def adopt(self, draft: Registry) -> None:
+        assert isinstance(draft._views, ChainMap) and draft._made is not None  # noqa: S101, PT018
         self.revision, self.last_epoch = draft.revision, draft.last_epoch
         self._views.update(draft._views.maps[0])
         self._n_remembered = draft._n_remembered
         self._agenda.take(draft._agenda)
         self._emptied.extend(draft._emptied)
-        for change in changes:
+        for change in draft._made:
             self._let_go(change)
 
     def skip(self, draft: Registry) -> None:
         """Drop a draft: what it has numbered is numbered never again, since a journal may have kept it after all."""
         self.revision, self.last_epoch = draft.revision, draft.last_epoch
+        for change in draft._made or ():
+            if change.kind is ChangeKind.RECOVERED:  # nobody is told, so that it has to happen again
+                change.life.pulse.suspected = True
 
     # How it is done
 
@@ -369,11 +369,13 @@ class Registry:
     def _change(self, kind: ChangeKind, life: Life, before: Life | None = None, why: str | None = None) -> Change:
         self.revision += 1
         change = Change(kind, life, self.revision, before, why)
+        if self._made is not None:
+            self._made.append(change)
         self._let_go(change)
         return change
 
     def _let_go(self, change: Change) -> None:
-        if change.is_end:
+        if change.is_end or change.kind is ChangeKind.LOST:
             self._agenda.forget(change.life.epoch)
         if change.before is not None:
             self._agenda.forget(change.before.epoch)
