@@ -142,8 +142,10 @@ def _add_register(commands: Commands) -> None:
         "--hold",
         dest="rank.hold",
         action="store_true",
-        help="stay and repeat it: a registry that forgot learns",
+        help="stay and hold a lease: the rank is known to live as long as this does",
     )
+    command.add_argument("--instance", dest="node.instance", help="the instance that the rank belongs to (default)")
+    command.add_argument("--ttl", dest="node.ttl_s", help="seconds of the lease, renewed every third of it (15)")
     command.add_argument("--on-exhaustion", dest="node.exhaustion", help="raise (default), exit or keep-trying")
     command.add_argument("--max-attempts", dest="retry.max_attempts", help="give up after so many (never)")
     command.add_argument("--give-up-after", dest="retry.give_up_after_s", help="give up after so many seconds (never)")

@@ -11,6 +11,7 @@ The only file that reads the environment.
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -26,11 +27,15 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from pdctl.client import Exhaustion
 from pdctl.core.address import Endpoint
 from pdctl.core.admission import AdmissionPolicy
+from pdctl.core.lives import LONGEST_TTL_S, SHORTEST_TTL_S
+from pdctl.core.naming import DEFAULT
+from pdctl.core.native import NAME
 from pdctl.core.route import Announcement, Seat, Shape
 from pdctl.core.sessions import ProbePolicy
 from pdctl.core.transfer import RoomTimeouts
 from pdctl.core.witness import WitnessPolicy
 from pdctl.credentials import AccessSettings, Credentials
+from pdctl.dialects.watch import WatchLimits
 from pdctl.engine.mooncake import MooncakeSettings
 from pdctl.errors import ConfigError
 from pdctl.logs import LogSettings
@@ -96,13 +101,19 @@ class NodeSettings:
     """A rank of ours: a prefill or a decode that pdctl drives.
 
     registry          the bootstrap registry's URL
+    instance          which instance this rank belongs to; a stock registry knows only one, and no names
+    ttl_s             the lease that a prefill holds, renewed every third of it: a rank that has died is gone after it.
+                      15 s: an engine that stands still for 10 (a graph is captured, weights are loaded) is not lost,
+                      and a decode's own pings need about as long (5 s, two in a row)
     host              the address that this rank announces and listens at; peers must be able to reach it
     http_port         where this rank's own /metrics, /livez and /readyz answer; 0 = any free port
-    announce_every_s  how often a registration is repeated, so that a registry that forgot learns it again
+    announce_every_s  how often a registration is repeated at a registry without leases, so that it learns it again
     exhaustion        what the end of all registration attempts means: raise, exit or keep-trying
     """
 
     registry: str = "http://127.0.0.1:8998"
+    instance: str = DEFAULT
+    ttl_s: float = 15.0
     host: str = "127.0.0.1"
     http_port: int = 0
     announce_every_s: float = 10.0
@@ -111,8 +122,10 @@ class NodeSettings:
     def __post_init__(self) -> None:
         if urlsplit(self.registry).scheme not in ("http", "https"):
             raise ValueError(f"registry is {self.registry!r}: give http://host:port")
-        if self.announce_every_s <= 0:
-            raise ValueError("announce_every_s needs more than 0")
+        if not re.fullmatch(NAME, self.instance, re.ASCII):
+            raise ValueError(f"instance is {self.instance!r}: give letters, digits and . _ -, at most 128")
+        if self.announce_every_s <= 0 or not SHORTEST_TTL_S <= self.ttl_s <= LONGEST_TTL_S:
+            raise ValueError(f"announce_every_s needs more than 0, ttl_s {SHORTEST_TTL_S} to {LONGEST_TTL_S:g}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +184,7 @@ class Settings(BaseSettings):
     probe: ProbePolicy = ProbePolicy()
     retry: RetryPolicy = RetryPolicy()
     room: RoomTimeouts = RoomTimeouts()
+    watch: WatchLimits = WatchLimits()
     engine: MooncakeSettings = MooncakeSettings()
     log: LogSettings = LogSettings()
 

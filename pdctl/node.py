@@ -14,9 +14,11 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from dataclasses import dataclass, replace
+from functools import partial
 from random import SystemRandom
 from typing import Any
 
+import structlog
 from starlette.types import ASGIApp
 
 from pdctl import config, logs, server
@@ -39,6 +41,7 @@ from pdctl.engine.base import Engine, PeerCard
 from pdctl.engine.mooncake import open_mooncake
 from pdctl.errors import ConfigError, LayoutMismatch, NotReady
 from pdctl.guard import Guard
+from pdctl.lease import Lease, LeaseTerms, NoLeases
 from pdctl.metrics import Metrics
 from pdctl.peer import PeerLink, open_link
 from pdctl.persistence.open import MEMORY, SQLITE, open_journal
@@ -47,6 +50,8 @@ from pdctl.receiver import Receiver
 from pdctl.registrar import Registrar
 from pdctl.sender import Sender
 from pdctl.witness import Witness, asking
+
+log = structlog.get_logger(__name__)
 
 
 class LoopEnded(RuntimeError):
@@ -114,12 +119,14 @@ async def sidecar(settings: Settings) -> AsyncIterator[Sidecar]:
         registrar = Registrar(Registry(), rooms, journal, metrics, time.monotonic)
         await registrar.restore()
         plain = sglang.Plain(registrar)
-        api = server.app([plain.router(), native.router(registrar)], metrics, unready=registrar.unready)
+        news = native.broadcast(registrar, metrics, settings.watch)
+        api = server.app([plain.router(), native.router(registrar, news)], metrics, unready=registrar.unready)
         inner = sglang.in_front(plain, api)
         service = door.around(Turnstile(inner, Admission(settings.admission), time.monotonic, metrics))
         witness = _witness(settings.witness, registrar, metrics)
         http = server.serve(service, sock, grace_s=settings.serve.grace_s, tls=door.tls)
-        async with beside(http=http, sweep=registrar.sweep(), files=follow(*door.files), witness=witness):
+        files = follow(*door.files)
+        async with beside(http=http, sweep=registrar.sweep(), news=news.run(), files=files, witness=witness):
             yield Sidecar(f"{door.scheme}://{server.bound(sock)}", registrar)
 
 
@@ -186,13 +193,30 @@ def _door(settings: AccessSettings, metrics: Metrics) -> _Door:
 
 
 async def register(settings: Settings) -> None:
-    """Register one rank for an engine that cannot; with `hold`, until cancelled. Raises as RegistryClient.register."""
+    """Register one rank for an engine that cannot; with `hold`, hold its lease until cancelled.
+
+    Without it nobody renews, so that no lease is asked for. Raises as RegistryClient.register, and Superseded.
+    """
     given, how = settings.rank, settings.node
     announcement = given.announcement()
     async with RegistryClient(how.registry, policy=settings.retry, credentials=settings.client) as client:
         if given.hold:
-            await client.hold(announcement, how.announce_every_s, how.exhaustion)
+            await _hold(client, announcement, settings)
         await client.register(announcement, how.exhaustion)
+
+
+async def _hold(
+    client: RegistryClient, announcement: Announcement, settings: Settings, rooms: Callable[[], int] | None = None
+) -> None:
+    """Hold a lease until cancelled; at a registry that has none, announce on SGLang's wire again and again."""
+    how = settings.node
+    insist = partial(client.insist, announcement, exhaustion=how.exhaustion)
+    terms = LeaseTerms(how.instance, announcement, how.ttl_s, rooms=rooms)
+    try:
+        await Lease(client.tell, insist, terms, settings.retry).hold()
+    except NoLeases as told:
+        log.info("registry has no leases, announcing on the plain paths", registry=client.url, answered=str(told))
+    await client.hold(announcement, how.announce_every_s, how.exhaustion)
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,8 +241,9 @@ async def prefill_node(
 ) -> AsyncIterator[PrefillNode]:
     """A prefill rank in `seat`: `arena` holds both pools, and is all that peers may reach.
 
-    It announces itself when its memory is registered and its link listens, goes on announcing while it lives, and is
-    `registered` only while the registry says so. Raises EngineUnavailable, AddressTaken, RegistrationGaveUp, ...
+    It takes a lease when its memory is registered and its link listens, renews it while it lives, gives it back before
+    the link stops, and is `registered` only while the registry says so. Raises EngineUnavailable, AddressTaken,
+    RegistrationGaveUp, Superseded, ...
     """
     clock = time.monotonic
     async with _rank(settings, arena, str(seat), "prefill") as rank:
@@ -235,9 +260,11 @@ async def prefill_node(
                 link=rank.link.serve(sender.handle),
                 prober=prober.run(),
                 http=rank.http(unready),
-                registration=client.hold(announcement, settings.node.announce_every_s, settings.node.exhaustion),
             ):
-                yield PrefillNode(sender, rank.engine, prober, client, rank.metrics_url)
+                # within the others: withdrawn before the link stops listening
+                holding = _hold(client, announcement, settings, lambda: len(sender.rooms) + len(sender.early))
+                async with beside(registration=holding):
+                    yield PrefillNode(sender, rank.engine, prober, client, rank.metrics_url)
 
 
 @dataclass(frozen=True, slots=True)

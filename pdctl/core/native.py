@@ -23,7 +23,7 @@ from pdctl.core.lives import Claim, Owner
 from pdctl.core.route import Announcement, Seat, Shape, as_integer, as_object, needed
 from pdctl.errors import BadField
 
-NAME = r"[A-Za-z0-9][A-Za-z0-9._~:-]{0,127}"
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 """Of instances and roles: what a host name, a pod or an engine id can be, and what a path bears unescaped."""
 
 SEAT = r"(?:(?:dp|cp|tp|pp)(?:0|[1-9][0-9]{0,4})(?:-|$)){1,4}"
@@ -73,15 +73,12 @@ class Registration:
         return asdict(self)
 
     def claim(self, instance: str, seat: Seat, owner: Owner) -> Claim:
-        """Raises BadField by the name that stands in this body."""
+        """Raises BadField, by core's names of the fields: see `in_our_words`."""
         check_name(self.role, "role")
         _check_labels(self.labels)
         _check_writable(self.metadata)
-        try:
-            announced = Announcement(seat, self.shape, Endpoint(self.host, self.port), self.prefill_http_port)
-            announcement = Announcement.from_body(announced.to_body())
-        except BadField as error:
-            raise in_our_words(error) from None
+        announced = Announcement(seat, self.shape, Endpoint(self.host, self.port), self.prefill_http_port)
+        announcement = Announcement.from_body(announced.to_body())
         return Claim(instance, announcement, owner, self.role, self.labels, self.metadata, self.ttl_s)
 
 
@@ -167,9 +164,7 @@ def read_seat(text: str) -> Seat:
 def check_name(text: str, name: str) -> str:
     """`text`, which names an instance or a role. Raises BadField(name)."""
     if not _NAME.fullmatch(text):
-        raise BadField(
-            name, f"is {text[:130]!r}: give 1 to 128 letters, digits and . _ ~ : -, a letter or digit at first"
-        )
+        raise BadField(name, f"is {text[:130]!r}: give 1 to 128 letters, digits and . _ -, a letter or digit at first")
     return text
 
 

@@ -238,8 +238,9 @@ def _route_class(registrar: Registrar) -> type[APIRoute]:
                 try:
                     return await handle(request)
                 except PdctlError as error:
-                    registrar.refused(error, request.url.path, peer_of(request))
-                    return json_answer(error)
+                    told = in_our_words(error) if isinstance(error, BadField) else error
+                    registrar.refused(told, request.url.path, peer_of(request))
+                    return json_answer(told)
 
             return answering
 
@@ -258,8 +259,6 @@ def _read(adapter: TypeAdapter[T], body: bytes) -> T:
         return adapter.validate_json(body, strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    except BadField as error:  # a value of core refused to be made
-        raise in_our_words(error) from None
     name = ".".join(str(part) for part in first["loc"]) or "body"
     raise BadField(name[:200], f"{first['msg'][:1].lower()}{first['msg'][1:200]}: see the schema in /docs")
 
