@@ -14,9 +14,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pdctl.core.admission import Admission, Lane
 from pdctl.metrics import Metrics
+from pdctl.shortcut import Answer, Answered, at_once_of
 
 _ENGINES_OWN = {("PUT", "/route"), ("POST", "/register"), ("PUT", "/metadata")}
 _INSTANCES, _RANKS = "/v1/instances/", "/ranks/"
+_ADMITTED = "admitted"
 
 
 class Turnstile:
@@ -27,18 +29,30 @@ class Turnstile:
         self._admission = admission
         self._clock = clock
         self._counts = metrics.admission
+        self._at_once = at_once_of(inner)
+
+    def at_once(self, scope: Scope, body: bytes) -> Answered:
+        """The short way. Each registration is asked about once, whichever way it goes on."""
+        return self._put_off(scope) or self._at_once(scope, body)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        lane = None if scope["type"] != "http" or scope["method"] == "GET" else lane_of(scope["method"], scope["path"])
-        if lane is None:
+        put_off = self._put_off(scope) if scope["type"] == "http" else None
+        if put_off is None:
             await self._inner(scope, receive, send)
-            return
+        else:
+            await put_off.send(send)
+
+    def _put_off(self, scope: Scope) -> Answer | None:
+        """What a registration that has to wait is told; None for one that may go on."""
+        lane = None if scope["method"] == "GET" else lane_of(scope["method"], scope["path"])
+        if lane is None or scope.setdefault("state", {}).get(_ADMITTED):
+            return None
         wait_s = self._admission.ask(lane, self._clock())
         self._counts.asked(lane, admitted=wait_s is None)
         if wait_s is None:
-            await self._inner(scope, receive, send)
-        else:
-            await _put_off(send, wait_s, self._admission.policy.per_s)
+            scope["state"][_ADMITTED] = True
+            return None
+        return _come_again(wait_s, self._admission.policy.per_s)
 
 
 def lane_of(method: str, path: str) -> Lane | None:
@@ -50,7 +64,7 @@ def lane_of(method: str, path: str) -> Lane | None:
     return None
 
 
-async def _put_off(send: Send, wait_s: int, per_s: float) -> None:
+def _come_again(wait_s: int, per_s: float) -> Answer:
     """503 and not 429: nobody has asked too often, many have asked at once."""
     text = f"registrations are let in at {per_s:g} a second and others were before this one: come again in {wait_s} s"
     body = json.dumps({"error": {"message": text}}).encode()
@@ -59,5 +73,4 @@ async def _put_off(send: Send, wait_s: int, per_s: float) -> None:
         (b"content-length", str(len(body)).encode()),
         (b"retry-after", str(wait_s).encode()),
     ]
-    await send({"type": "http.response.start", "status": 503, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+    return Answer(503, headers, body)
