@@ -86,6 +86,20 @@ async def test_a_rank_registers_over_ipv6_with_a_certificate_and_a_token(files: 
         assert (status, "may want a certificate, and we have none (tls_cert)" in err) == (69, True), err
 
 
+async def test_a_stranger_gets_nothing_of_the_plain_paths_and_a_token_opens_them(files: Path) -> None:
+    """Of the paths that are answered in the parser's own callback too."""
+    asked = [("GET", "/health"), ("GET", "/route"), ("PUT", "/route"), ("POST", "/query_dp_ranks"), ("GET", "/query")]
+    token = {"Authorization": f"Bearer {TOKEN}"}
+    async with served("--trust", "10.0.0.0/8", "--token-file", f"{files}/tokens") as url:
+        for headers, denied in ((None, True), (token, False)):
+            async with aiohttp.ClientSession(headers=headers) as http:
+                for method, path in asked:
+                    async with http.request(method, url + path) as answer:
+                        assert (answer.status == 403) is denied, (method, path)
+        async with aiohttp.ClientSession() as http:
+            assert 'pdctl_access_denied_total{reason="untrusted"} 5.0' in await text(http, url + "/metrics")
+
+
 async def test_a_token_that_is_added_holds_within_seconds_and_without_a_restart(files: Path) -> None:
     async with served("--token-file", f"{files}/tokens") as url, aiohttp.ClientSession() as http:
         assert await status_of_v1(http, url, "another-token-of-them") == 401
