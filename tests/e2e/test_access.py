@@ -16,6 +16,8 @@ import aiohttp
 import pytest
 import trustme
 
+from pdctl.core.native import Registration
+from tests.test_client import MOVED, ROW
 from tests.test_credentials import change, write_pair
 from tests.test_server import needs_ipv6
 
@@ -23,6 +25,7 @@ T = TypeVar("T")
 
 SOON_S = 20.0
 TOKEN = "the-token-of-prefill-ranks"
+SEAT = "dp0-cp0-tp0-pp0"
 RANK = ("--rank-host", "10.0.0.1", "--rank-port", "40123")
 
 
@@ -115,6 +118,32 @@ async def test_a_broken_token_file_shows_in_the_metrics_and_locks_nobody_out(fil
         stale = 'pdctl_access_files_stale{what="tokens"} 1.0'
         await eventually(lambda: text(http, url + "/metrics"), lambda metrics: stale in metrics)
         assert await status_of_v1(http, url, TOKEN) == 200
+
+
+async def test_a_row_is_changed_by_its_owner_only(files: Path) -> None:
+    """By the holder of the name under which it was registered, whichever of the name's tokens is shown."""
+    theirs, ours_too = "the-token-of-somebody-else", "the-next-token-of-prefill"
+    change(files / "tokens", f"prefill:{TOKEN}\nprefill:{ours_too}\nother:{theirs}\n")
+    row = Registration.of(ROW, ttl_s=60.0).to_body()
+    async with served("--token-file", f"{files}/tokens") as url, aiohttp.ClientSession() as http:
+        seat = f"{url}/v1/instances/a/ranks/{SEAT}"
+
+        async def tell(token: str, method: str, url: str, body: object = None) -> tuple[int, str]:
+            headers = {"Authorization": f"Bearer {token}"}
+            async with http.request(method, url, json=body, headers=headers) as answer:
+                return answer.status, await answer.text()
+
+        assert (await tell(TOKEN, "PUT", seat, row))[0] == 200
+        for method, path, body in (("PUT", seat, row | {"port": 40999}), ("DELETE", seat, None)):
+            status, said = await tell(theirs, method, path, body)
+            assert (status, "other at 127.0.0.1" in said) == (409, True), (method, said)
+            assert TOKEN not in said
+        status, said = await tell(theirs, "POST", f"{seat}/renew", {"epoch": 1})
+        assert status == 409, said
+        assert (await tell(ours_too, "PUT", seat, row | {"port": 40999}))[0] == 200
+        async with http.put(f"{url}/route", json=MOVED.to_body()) as stock:
+            assert stock.status == 200, "another instance: `default`, which has no owner yet"
+        assert (await tell(ours_too, "DELETE", seat))[0] == 200
 
 
 async def eventually(ask: Callable[[], Awaitable[T]], is_so: Callable[[T], bool]) -> None:
