@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
 from itertools import product
 from typing import Any
 
@@ -164,20 +165,20 @@ class Announcement:
         replica = _rank(row, "system_dp")
         # One replica: the DP groups are those of attention. Several: each replica is a DP rank of its own.
         dp = dp if replica.size == 1 else replica
-        shape = Shape(
-            attn_tp_size=tp.size,
-            attn_cp_size=cp.size,
-            dp_size=dp.size,
-            pp_size=pp.size,
-            page_size=as_integer(needed(row, "page_size"), "page_size"),
-            kv_cache_dtype=_text(needed(row, "kv_cache_dtype"), "kv_cache_dtype"),
-            kv_layout=_text(row.get("kv_layout"), "kv_layout"),
-            dsv41_spec_layout=_layout(row.get("dsv41_spec_layout")),
-            follow_bootstrap_room=_word(row, "load_balance_method", _FOLLOW) == _FOLLOW,
-            enable_dsa_cache_layer_split=_switch(row, "enable_dsa_cache_layer_split"),
-            enable_kv_cache_sharding=_switch(row, "enable_kv_cache_sharding"),
-            decode_allocation_policy=_word(row, "decode_allocation_policy", "early"),
+        said = (
+            needed(row, "page_size"),
+            needed(row, "kv_cache_dtype"),
+            row.get("kv_layout"),
+            row.get("load_balance_method", _FOLLOW),
+            row.get("enable_dsa_cache_layer_split", False),
+            row.get("enable_kv_cache_sharding", False),
+            row.get("decode_allocation_policy", "early"),
         )
+        layout = _layout(row.get("dsv41_spec_layout"))
+        make = _shape if layout is None and _ATOMS.issuperset(map(type, said)) else _shape.__wrapped__
+        shape = make(tp.size, cp.size, dp.size, pp.size, *said)
+        if layout is not None:
+            shape = replace(shape, dsv41_spec_layout=layout)
         http_port = row.get("prefill_http_port")
         return cls(
             seat=Seat(dp.rank, cp.rank, tp.rank, pp.rank),
@@ -224,7 +225,7 @@ def shape_from_topology(body: object) -> Shape:
         follow_bootstrap_room=_as_switch(needed(row, "follow_bootstrap_room"), "follow_bootstrap_room"),
         enable_dsa_cache_layer_split=_switch(row, "enable_dsa_cache_layer_split"),
         enable_kv_cache_sharding=_switch(row, "enable_kv_cache_sharding"),
-        decode_allocation_policy=_word(row, "decode_allocation_policy", "early"),
+        decode_allocation_policy=_word(row.get("decode_allocation_policy", "early"), "decode_allocation_policy"),
     )
 
 
@@ -272,14 +273,49 @@ class _Rank:
 
 def _rank(row: Body, name: str) -> _Rank:
     """`<name>_size` and `<name>_rank`, which fit each other."""
-    size, rank = (_plain_integer(needed(row, f"{name}_{what}"), f"{name}_{what}") for what in ("size", "rank"))
+    size_name, rank_name = f"{name}_size", f"{name}_rank"
+    size = _plain_integer(needed(row, size_name), size_name)
+    rank = _plain_integer(needed(row, rank_name), rank_name)
     if not 1 <= size <= MAX_SEATS:
-        raise BadField(f"{name}_size", f"is {_short(size)}: give 1 to {MAX_SEATS}")
+        raise BadField(size_name, f"is {_short(size)}: give 1 to {MAX_SEATS}")
     if not 0 <= rank < size:
         raise BadField(
-            f"{name}_rank", f"is {_short(rank)} but {name}_size is {size}: ranks count from 0 to size - 1 ({size - 1})"
+            rank_name, f"is {_short(rank)} but {name}_size is {size}: ranks count from 0 to size - 1 ({size - 1})"
         )
     return _Rank(rank, size)
+
+
+_ATOMS = {int, str, bool, float, type(None)}
+
+
+@lru_cache(maxsize=1024, typed=True)  # all ranks of an instance say the same; typed, for True is 1 otherwise
+def _shape(
+    tp_size: int,
+    cp_size: int,
+    dp_size: int,
+    pp_size: int,
+    page_size: object,
+    kv_cache_dtype: object,
+    kv_layout: object,
+    load_balance_method: object,
+    enable_dsa_cache_layer_split: object,
+    enable_kv_cache_sharding: object,
+    decode_allocation_policy: object,
+) -> Shape:
+    """From the values as they were sent. Raises BadField."""
+    return Shape(
+        attn_tp_size=tp_size,
+        attn_cp_size=cp_size,
+        dp_size=dp_size,
+        pp_size=pp_size,
+        page_size=as_integer(page_size, "page_size"),
+        kv_cache_dtype=_text(kv_cache_dtype, "kv_cache_dtype"),
+        kv_layout=_text(kv_layout, "kv_layout"),
+        follow_bootstrap_room=_word(load_balance_method, "load_balance_method") == _FOLLOW,
+        enable_dsa_cache_layer_split=_as_switch(enable_dsa_cache_layer_split, "enable_dsa_cache_layer_split"),
+        enable_kv_cache_sharding=_as_switch(enable_kv_cache_sharding, "enable_kv_cache_sharding"),
+        decode_allocation_policy=_word(decode_allocation_policy, "decode_allocation_policy"),
+    )
 
 
 def _plain_integer(value: object, name: str) -> int:
@@ -311,8 +347,8 @@ def _text(value: object, name: str) -> str | None:
     return value
 
 
-def _word(row: Body, name: str, default: str) -> str:
-    value = _text(row.get(name, default), name)
+def _word(said: object, name: str) -> str:
+    value = _text(said, name)
     if value is None:
         raise BadField(name, "is null: send text, or leave the field out")
     return value
