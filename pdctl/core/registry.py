@@ -345,6 +345,7 @@ class Registry:
         if not life.pulse.suspected:
             return []
         life.pulse.suspected = False
+        self._agenda.put(life.next_event, view.name, life.seat, life.epoch)  # sooner than the end of a lease given anew
         return [self._noted(view.name, self._change(ChangeKind.RECOVERED, life))]
 
     def _holder(self, instance: str, seat: Seat, epoch: int | None, owner: Owner | None) -> tuple[InstanceView, Life]:
