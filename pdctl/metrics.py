@@ -16,9 +16,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from pdctl.core.access import Denial
+from pdctl.core.admission import Lane
 from pdctl.core.instances import InstanceView
 from pdctl.core.lives import ChangeKind as SeatChangeKind
-from pdctl.core.admission import Lane
 from pdctl.core.sessions import Change, ChangeKind
 from pdctl.core.transfer import Phase, Side
 from pdctl.core.witness import Means, Sign
@@ -28,6 +28,8 @@ from pdctl.errors import Cause
 PROBE_BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 # From the first question (0.1 s) to the time after which a blocked session nobody wants is forgotten (600 s).
 RECOVERY_BUCKETS_S = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+# An fsync takes 0.1 ms on a good disk and seconds on one that dies
+COMMIT_BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 # A page in a quiet house takes a millisecond; the waits that end a room are 300 s.
 ROOM_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
@@ -40,6 +42,7 @@ class Metrics:
         self.access = AccessMetrics(self._registry)
         self.admission = AdmissionMetrics(self._registry)
         self.fleet = FleetMetrics(self._registry)
+        self.journal = JournalMetrics(self._registry)
         self.keys = KeyMetrics(self._registry)
         self.link = LinkMetrics(self._registry)
         self.registry = RegistryMetrics(self._registry)
@@ -114,6 +117,32 @@ class KeyChange(StrEnum):
     TAKEN_OVER = "taken_over"  # from an engine that does not answer any more
     REMOVED = "removed"  # its engine said so
     EXPIRED = "expired"  # its engine was asked too often in vain
+
+
+class JournalMetrics:
+    """The journal on a disk: how long it takes, and whether it takes anything."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._seconds = Histogram(
+            "pdctl_journal_commit_seconds",
+            "Seconds that one transaction took, the wait for the disk included, for all who shared it.",
+            buckets=COMMIT_BUCKETS_S,
+            registry=registry,
+        )
+        self._failed = Counter(
+            "pdctl_journal_failed_total", "Transactions that came to nothing, retries included.", registry=registry
+        )
+        self._trouble = Gauge("pdctl_journal_trouble", "1 while the journal takes no rows.", registry=registry)
+
+    def committed(self, seconds: float) -> None:
+        self._seconds.observe(seconds)
+
+    def failed(self) -> None:
+        self._failed.inc()
+
+    def follow(self, in_trouble: Callable[[], bool]) -> None:
+        """Read at every scrape."""
+        self._trouble.set_function(lambda: float(in_trouble()))
 
 
 class KeyMetrics:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from pdctl.errors import ConfigError
+from pdctl.metrics import JournalMetrics
 from pdctl.persistence.memory import MemoryJournal
 from pdctl.persistence.sqlite import ROOMS_KEPT_S, SqliteJournal, open_sqlite
 
@@ -20,7 +21,9 @@ SQLITE: Final = "sqlite:"
 
 
 @asynccontextmanager
-async def open_journal(url: str, *, rooms_kept_s: float = ROOMS_KEPT_S) -> AsyncIterator[MemoryJournal | SqliteJournal]:
+async def open_journal(
+    url: str, *, rooms_kept_s: float = ROOMS_KEPT_S, metrics: JournalMetrics | None = None
+) -> AsyncIterator[MemoryJournal | SqliteJournal]:
     """The journal at `url`, closed at the end of the block. Raises ConfigError, and JournalUnusable.
 
     rooms_kept_s: for how long a room may be asked for, at the longest.
@@ -29,7 +32,7 @@ async def open_journal(url: str, *, rooms_kept_s: float = ROOMS_KEPT_S) -> Async
     if path is None:
         yield MemoryJournal()
         return
-    async with open_sqlite(path, rooms_kept_s=rooms_kept_s) as journal:
+    async with open_sqlite(path, rooms_kept_s=rooms_kept_s, metrics=metrics) as journal:
         yield journal
 
 

@@ -34,6 +34,7 @@ import structlog
 
 from pdctl.core.lives import Change
 from pdctl.errors import JournalUnavailable, JournalUnusable
+from pdctl.metrics import JournalMetrics
 from pdctl.persistence import sqlite_file as files
 from pdctl.persistence.base import Kept, Note, Room
 from pdctl.persistence.lock import FileLock, hold
@@ -75,9 +76,11 @@ class _Batch:
 
 
 @asynccontextmanager
-async def open_sqlite(path: Path, *, rooms_kept_s: float = ROOMS_KEPT_S) -> AsyncIterator[SqliteJournal]:
+async def open_sqlite(
+    path: Path, *, rooms_kept_s: float = ROOMS_KEPT_S, metrics: JournalMetrics | None = None
+) -> AsyncIterator[SqliteJournal]:
     """The journal at `path`, closed at the end of the block. Raises JournalUnusable."""
-    journal = SqliteJournal(path, rooms_kept_s=rooms_kept_s)
+    journal = SqliteJournal(path, rooms_kept_s=rooms_kept_s, metrics=metrics)
     await journal.start()
     try:
         yield journal
@@ -95,11 +98,13 @@ class SqliteJournal:
         rooms_kept_s: float = ROOMS_KEPT_S,
         retry_every_s: float = RETRY_EVERY_S,
         clock: Callable[[], float] = time.monotonic,
+        metrics: JournalMetrics | None = None,
     ) -> None:
         self._path = path.absolute()
         self._rooms_kept_s = rooms_kept_s
         self._retry_every_s = retry_every_s
         self._clock = clock
+        self._counts = metrics
         self._lock: FileLock | None = None
         self._db: aiosqlite.Connection | None = None
         self._inode: tuple[int, int] | None = None
@@ -129,6 +134,8 @@ class SqliteJournal:
             raise
         self._writer = asyncio.create_task(self._write(), name="journal writer")
         self._writer.add_done_callback(self._writer_ended)
+        if self._counts is not None:
+            self._counts.follow(lambda: self.trouble is not None)
 
     @property
     def trouble(self) -> str | None:
@@ -200,14 +207,18 @@ class SqliteJournal:
 
     async def _attempt(self, batch: _Batch) -> str | None:
         """Write it all, or nothing and say why."""
-        self._since = self._clock()
+        self._since = began = self._clock()
         try:
             await self._commit(batch)
         except _TROUBLE as error:
             await self._roll_back()
+            if self._counts is not None:
+                self._counts.failed()
             return files.in_words(error)
         finally:
             self._since = None
+        if self._counts is not None:
+            self._counts.committed(self._clock() - began)
         return None
 
     def _settle(self, batch: _Batch, cause: str | None) -> None:

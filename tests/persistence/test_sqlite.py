@@ -9,6 +9,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ import structlog
 
 from pdctl.core.lives import ChangeKind
 from pdctl.errors import ConfigError, JournalUnavailable, JournalUnusable
+from pdctl.metrics import Metrics
 from pdctl.persistence.base import Kept
 from pdctl.persistence.open import open_journal, path_in
 from pdctl.persistence.sqlite import SqliteJournal
@@ -405,6 +407,50 @@ async def test_a_file_that_was_deleted_under_it_takes_no_rows(path: Path, tmp_pa
         await journal.append([change(life(3), 3, ChangeKind.SEATED)])
     async with opened(path) as journal:
         assert [record.epoch for record in await records(journal)] == [1, 3]
+
+
+async def test_a_disk_that_hangs_is_trouble_to_whoever_comes_later_and_late_to_whoever_waits(
+    path: Path, clock: Clock
+) -> None:
+    """Whoever waits is not told no: the disk may have taken the row after all."""
+    released = threading.Event()
+    async with opened(path, clock=clock) as journal:
+        assert journal._db is not None
+        await journal._db.set_progress_handler(lambda: released.wait(10) and 0, 1)
+        waiting = asyncio.create_task(journal.append([change(life(1), 1)]))
+        await asyncio.sleep(0.05)
+        assert journal.trouble is None
+        clock.forward(7.0)
+        assert "the disk has not answered for 7 s: check it" in str(journal.trouble)
+        with pytest.raises(JournalUnavailable, match="not answered for 7 s"):
+            await journal.append([change(life(2), 2)])
+        released.set()
+        await waiting
+        assert journal.trouble is None
+        assert [record.epoch for record in await records(journal)] == [1]
+
+
+async def test_a_writer_that_died_is_told_to_all_who_wait_or_come(path: Path) -> None:
+    async with opened(path) as journal:
+        assert journal._writer is not None
+        journal._writer.cancel()
+        with pytest.raises(JournalUnavailable, match=r"its writer has ended .* defect"):
+            await journal.append([change(life(1), 1)])
+        with pytest.raises(JournalUnavailable, match=r"its writer has ended .* defect"):
+            await journal.append([change(life(1), 1)])
+
+
+async def test_its_transactions_its_failures_and_its_trouble_are_counted(path: Path) -> None:
+    metrics = Metrics()
+    async with opened(path, metrics=metrics.journal) as journal:
+        await journal.append([change(life(1), 1)])
+        assert b"pdctl_journal_commit_seconds_count 1.0" in metrics.exposition()[0]
+        assert b"pdctl_journal_trouble 0.0" in metrics.exposition()[0]
+        path.rename(path.with_name("elsewhere"))
+        with pytest.raises(JournalUnavailable):
+            await journal.append([change(life(2), 2)])
+        assert b"pdctl_journal_failed_total 0.0" not in metrics.exposition()[0]
+        assert b"pdctl_journal_trouble 1.0" in metrics.exposition()[0]
 
 
 async def test_it_opens_by_its_url(tmp_path: Path) -> None:
