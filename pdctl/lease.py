@@ -22,6 +22,7 @@ from typing import Any, NoReturn, Protocol, TypeVar
 
 import structlog
 
+from pdctl.core.lives import LONGEST_TTL_S
 from pdctl.core.native import Grant, Registration, Renewal, rank_path
 from pdctl.core.route import Announcement
 from pdctl.errors import ConfigError, PdctlError, RegistryRefused, Superseded
@@ -69,17 +70,18 @@ Insist = Callable[[Callable[[], Awaitable[None]], RetryPolicy], Awaitable[None]]
 class LeaseTerms:
     """What is leased: a seat of `instance`, for `ttl_s` seconds from each renewal on.
 
+    ttl_s   None: for good, or until somebody says otherwise; for `take`, when nobody stays to renew
     rooms   how many rooms are under way at the rank, so that a drain knows when it is done; None: nobody knows
     """
 
     instance: str
     announcement: Announcement
-    ttl_s: float
+    ttl_s: float | None
     role: str = "prefill"
     rooms: Callable[[], int] | None = None
 
     def __post_init__(self) -> None:
-        if not self.ttl_s > 0:
+        if self.ttl_s is not None and not self.ttl_s > 0:
             raise ConfigError(f"ttl_s is {self.ttl_s}: give a number of seconds above 0")
 
     @property
@@ -91,7 +93,7 @@ class LeaseTerms:
 
 
 class Lease:
-    """One rank's. `hold` it beside the work, in a task of its own."""
+    """One rank's. `hold` it beside the work, in a task of its own; or `take` it, when nobody stays."""
 
     def __init__(
         self,
@@ -116,6 +118,10 @@ class Lease:
         """The registry's last word; None while it has given none, or has forgotten us."""
         return self._granted
 
+    async def take(self) -> None:
+        """Register, and leave it at that. Raises as `hold`, but for Superseded."""
+        await self._insist(self._register, self._policy)
+
     async def hold(self) -> NoReturn:
         """Until cancelled. Raises NoLeases, Superseded, RegistryRefused, and what the end of all attempts means."""
         try:
@@ -129,7 +135,7 @@ class Lease:
         # 409: another host holds the seat. That may pass: its lease ends when it does
         said = await self._tell("registration", "PUT", "", body=self._terms.body(), not_yet=HTTPStatus.CONFLICT)
         self._granted = said
-        log.info("lease granted", **self._named(), epoch=said.epoch, ttl_s=said.ttl_s)
+        log.info("registered", **self._named(), epoch=said.epoch, ttl_s=said.ttl_s)
 
     async def _renew_while_known(self) -> None:
         """Return when the registry does not know the lease any more, and it was not told to let it go."""
@@ -187,7 +193,7 @@ class Lease:
         return self._policy if self._granted is None else self._policy.returning(self._every_s(self._granted))
 
     def _every_s(self, granted: Grant) -> float:
-        return (granted.ttl_s or self._terms.ttl_s) / 3
+        return (granted.ttl_s or self._terms.ttl_s or LONGEST_TTL_S) / 3
 
     def _named(self) -> dict[str, str]:
         return {"instance": self._terms.instance, "seat": str(self._terms.announcement.seat)}

@@ -195,14 +195,17 @@ def _door(settings: AccessSettings, metrics: Metrics) -> _Door:
 async def register(settings: Settings) -> None:
     """Register one rank for an engine that cannot; with `hold`, hold its lease until cancelled.
 
-    Without it nobody renews, so that no lease is asked for. Raises as RegistryClient.register, and Superseded.
+    Without it nobody stays to renew, and no lease is asked for. Raises as RegistryClient.register, and Superseded.
     """
     given, how = settings.rank, settings.node
     announcement = given.announcement()
     async with RegistryClient(how.registry, policy=settings.retry, credentials=settings.client) as client:
         if given.hold:
             await _hold(client, announcement, settings)
-        await client.register(announcement, how.exhaustion)
+        try:
+            await _lease(client, LeaseTerms(how.instance, announcement, None), settings).take()
+        except NoLeases:
+            await client.register(announcement, how.exhaustion)
 
 
 async def _hold(
@@ -210,13 +213,17 @@ async def _hold(
 ) -> None:
     """Hold a lease until cancelled; at a registry that has none, announce on SGLang's wire again and again."""
     how = settings.node
-    insist = partial(client.insist, announcement, exhaustion=how.exhaustion)
     terms = LeaseTerms(how.instance, announcement, how.ttl_s, rooms=rooms)
     try:
-        await Lease(client.tell, insist, terms, settings.retry).hold()
+        await _lease(client, terms, settings).hold()
     except NoLeases as told:
         log.info("registry has no leases, announcing on the plain paths", registry=client.url, answered=str(told))
     await client.hold(announcement, how.announce_every_s, how.exhaustion)
+
+
+def _lease(client: RegistryClient, terms: LeaseTerms, settings: Settings) -> Lease:
+    insist = partial(client.insist, terms.announcement, exhaustion=settings.node.exhaustion)
+    return Lease(client.tell, insist, terms, settings.retry)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import aiohttp
 import pytest
@@ -127,13 +128,38 @@ async def test_register_takes_its_flags_from_the_environment_too() -> None:
 async def test_a_held_registration_heals_a_registry_that_forgot() -> None:
     async with served() as (url, first), aiohttp.ClientSession() as http:
         held = ("register", "--registry", url, "--rank-host", "127.0.0.1", "--rank-port", "40125", "--hold")
-        async with pdctl(*held, PDCTL_NODE__ANNOUNCE_EVERY_S="0.1", PDCTL_RETRY__FIRST_WAIT_S="0.05"):
+        async with pdctl(*held, "--ttl", "0.5", PDCTL_RETRY__FIRST_WAIT_S="0.05"):
             await until_known(http, url)
             first.kill()
             await first.wait()
             port = url.rsplit(":", 1)[1]
             async with pdctl("serve", "--port", port, "--journal", "memory:"):
                 await until_known(http, url)
+
+
+async def test_a_held_registration_is_given_back_at_the_end() -> None:
+    async with served() as (url, _), aiohttp.ClientSession() as http:
+        rank = ("--rank-host", "127.0.0.1", "--rank-port", "40128", "--instance", "a")
+        async with pdctl("register", "--registry", url, *rank, "--hold") as held:
+            async with asyncio.timeout(SOON_S):
+                while not await alive(http, url, "a"):  # noqa: ASYNC110  another process registers it
+                    await asyncio.sleep(0.02)
+                held.terminate()
+                assert await held.wait() == 0
+        assert not await alive(http, url, "a")
+
+
+async def test_an_unheld_registration_stays_without_a_lease_and_in_its_instance() -> None:
+    async with served() as (url, _), aiohttp.ClientSession() as http:
+        rank = ("--rank-host", "127.0.0.1", "--rank-port", "40129", "--instance", "a")
+        assert (await ended("register", "--registry", url, *rank))[0] == 0
+        (row,) = await alive(http, url, "a")
+        assert (row["address"], row["ttl_s"]) == ("127.0.0.1:40129", None)
+
+
+async def alive(http: aiohttp.ClientSession, url: str, instance: str) -> list[dict[str, Any]]:
+    async with http.get(f"{url}/v1/instances/{instance}") as answer:
+        return list((await answer.json()).get("alive_seats", ()))
 
 
 async def until_known(http: aiohttp.ClientSession, url: str) -> None:

@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 
 from pdctl.config import NodeSettings, ServeSettings, Settings
+from pdctl.core.address import Endpoint
 from pdctl.core.layout import Pool
-from pdctl.core.route import Seat, Shape
-from pdctl.errors import ConfigError, LayoutMismatch, NotReady
+from pdctl.core.lives import Claim, Owner
+from pdctl.core.route import Announcement, Seat, Shape
+from pdctl.errors import ConfigError, LayoutMismatch, NotReady, Superseded
 from pdctl.memory import Arena
 from pdctl.node import (
     DecodeNode,
@@ -30,6 +32,7 @@ from pdctl.node import (
     sidecar,
 )
 from pdctl.retry import RetryPolicy
+from tests.scripted import answers, scripted
 
 PAGE, N_PAGES, ROW, N_ROWS = 4096, 16, 64, 4
 SHAPE = Shape(attn_tp_size=1, attn_cp_size=1, dp_size=1, pp_size=1, page_size=16, kv_cache_dtype="float16")
@@ -121,6 +124,48 @@ async def test_a_prefill_of_another_page_size_is_refused_before_a_room_is_opened
     async with fleet(replace(SHAPE, page_size=64)) as (registry, _, _, decode, _):
         with pytest.raises(LayoutMismatch, match="page_size is 64 at the prefill and 16 at this decode"):
             await decode.pair(registry, room=1)
+
+
+async def test_a_prefill_holds_a_lease_and_gives_it_back_when_it_closes() -> None:
+    memory = Memory()
+    async with sidecar(settings()) as registry:
+        async with prefill_node(settings(registry.url), **memory.pools, seat=FIRST, shape=SHAPE) as prefill:
+            await until_registered(prefill)
+            view = registry.registrar.view("default")
+            assert view
+            assert view.alive[FIRST].ttl_s == NodeSettings().ttl_s
+        view = registry.registrar.view("default")
+        assert view
+        assert not view.alive
+
+
+async def test_a_prefill_that_is_replaced_ends_loudly() -> None:
+    memory, quick = Memory(), settings()
+    async with sidecar(quick) as registry:
+        quick = quick.model_copy(update={"node": NodeSettings(registry=registry.url, ttl_s=0.5)})
+
+        async def serve() -> None:
+            async with prefill_node(quick, **memory.pools, seat=FIRST, shape=SHAPE) as prefill:
+                await until_registered(prefill)
+                elsewhere = Announcement(FIRST, SHAPE, Endpoint("127.0.0.1", 9))
+                await registry.registrar.register(Claim("default", elsewhere, Owner("127.0.0.1"), ttl_s=60.0))
+                await asyncio.sleep(SOON_S)
+
+        with pytest.raises(Superseded, match="is held by epoch 2, got 1"):
+            await serve()
+
+
+async def test_a_registry_without_leases_is_told_on_its_own_wire() -> None:
+    memory = Memory()
+    async with (
+        scripted(answers(404, "404: Not Found")) as stock,  # then 200 to everything
+        prefill_node(settings(stock.url), **memory.pools, seat=FIRST, shape=SHAPE) as prefill,
+    ):
+        await until_registered(prefill)
+    (_, first, _), (method, second, body) = stock.asked[:2]
+    assert first == "/v1/instances/default/ranks/dp0-cp0-tp0-pp0"
+    assert (method, second, body["attn_tp_size"]) == ("PUT", "/route", 1)
+    assert all(path == "/route" for _, path, _ in stock.asked[1:])
 
 
 @pytest.mark.parametrize(
