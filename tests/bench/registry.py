@@ -35,7 +35,9 @@ CONNECTIONS = 64
 SEATS = 64
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("registry.lua")
-JOURNAL_LINES = re.compile(r"^Requests/sec:\s+([\d.]+)$|^\s+99%\s+([\d.]+)(us|ms|s)$|^\s+(Non-2xx.*)$", re.MULTILINE)
+WORDS = re.compile(
+    r"^\s+(\d+) requests in .*$|^Requests/sec:\s+([\d.]+)$|^\s+99%\s+([\d.]+)(us|ms|s)$|^\s+(Non-2xx.*)$", re.MULTILINE
+)
 UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 
 TOPOLOGY = "/route?prefill_dp_rank=-1&prefill_cp_rank=-1&target_tp_rank=-1&target_pp_rank=-1"
@@ -67,10 +69,11 @@ QUESTIONS = (
 
 @dataclass(frozen=True, slots=True)
 class Shot:
-    """One second of one question."""
+    """One second of one question. `cpu_s`: what one answer took of the server's own time, whoever else is busy here."""
 
     rate: float
     p99_s: float
+    cpu_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,35 +226,48 @@ def shoot(server: Server, question: Question, seconds: float = ROUND_S) -> Shot:
     script = () if question.kind is None else ("-s", str(SCRIPT))
     arguments = () if question.kind is None else ("--", question.kind)
     load = ("wrk", "-t1", f"-c{CONNECTIONS}", f"-d{seconds:g}s", "--latency", *script, server.url + question.path)
+    spent_s = cpu_s(server.pid)
     done = subprocess.run(
         (*pinned(1), *load, *arguments), capture_output=True, text=True, check=True, timeout=seconds + 60
     )
-    return read(done.stdout, f"{server.name}: {question.what}")
+    return read(done.stdout, f"{server.name}: {question.what}", cpu_s(server.pid) - spent_s)
 
 
-def read(said: str, what: str) -> Shot:
+def cpu_s(pid: int) -> float:
+    """What a process and its threads have had of the cores so far; the kernel counts it in nanoseconds."""
+    threads = Path(f"/proc/{pid}/task").glob("*/schedstat")
+    return sum(int(thread.read_text().split()[0]) for thread in threads) / 1e9
+
+
+def read(said: str, what: str, spent_s: float) -> Shot:
     """wrk's own words. An answer that is no 2xx makes the figure worthless: it raises."""
-    rate = p99_s = None
-    for found in JOURNAL_LINES.finditer(said):
-        per_second, p99, unit, wrong = found.groups()
+    answers = rate = p99_s = None
+    for found in WORDS.finditer(said):
+        count, per_second, p99, unit, wrong = found.groups()
         if wrong:
             raise SystemExit(f"{what}: {wrong}")
+        answers = int(count) if count else answers
         rate = float(per_second) if per_second else rate
         p99_s = float(p99) * UNITS[unit] if p99 else p99_s
-    if rate is None or p99_s is None:
+    if not answers or rate is None or p99_s is None:
         raise SystemExit(f"{what}: wrk said\n{said}")
-    return Shot(rate, p99_s)
+    return Shot(rate, p99_s, spent_s / answers)
 
 
 def medians(shots: dict[tuple[str, str], list[Shot]]) -> Iterator[str]:
-    """One line a question, for reading: rates of each server, p99 of ours and of stock."""
+    """One line a question, for reading: of each server the rate, its own time for an answer, and p99."""
     for question in QUESTIONS:
-        rates = {name: shots.get((name, question.what)) for name in ("ours", "stock", "bare", "rust")}
-        told = [f"{name} {statistics.median(s.rate for s in each):,.0f}/s" for name, each in rates.items() if each]
-        slow = [
-            f"p99 {name} {statistics.median(p99s(each)) * 1e3:.1f} ms" for name, each in list(rates.items())[:2] if each
-        ]
-        yield f"{question.what}: {', '.join(told)}; {', '.join(slow)}"
+        there = {name: shots.get((name, question.what)) for name in ("ours", "stock", "bare", "rust")}
+        yield question.what + ": " + "; ".join(f"{name} {figures(each)}" for name, each in there.items() if each)
+
+
+def figures(shots: Sequence[Shot]) -> str:
+    rate, cpu, p99 = (statistics.median(values) for values in zip(*map(astuple_ordered, shots), strict=True))
+    return f"{rate:,.0f}/s, {cpu * 1e6:.0f} us, p99 {p99 * 1e3:.1f} ms"
+
+
+def astuple_ordered(shot: Shot) -> tuple[float, float, float]:
+    return shot.rate, shot.cpu_s, shot.p99_s
 
 
 if __name__ == "__main__":
