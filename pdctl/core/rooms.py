@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import islice, takewhile
+from math import ceil
 from typing import Final
 
 from pdctl.errors import LimitReached
@@ -19,6 +20,7 @@ from pdctl.errors import LimitReached
 EXTENSIONS = 3
 
 # An exact tuple of atoms: the cyclic collector stops tracking it, so that a million rooms do not cost a pause each pass
+# Rooms of one DP rank that came within the same quarter of a second share one: 87 bytes a room and not 200.
 Row = tuple[float, int, bool, int]
 _DUE: Final = 0
 _DP_RANK: Final = 1
@@ -28,12 +30,16 @@ _EXTENSIONS: Final = 3
 # One dict of a million rows stands still for 140 ms whenever it is resized; one of a 128th does for about 1 ms.
 _SHARDS: Final = 128
 
+_PER_S: Final = 4
+_SHARED_ROWS: Final = 4096
+
 
 class RoomBook:
     """At most `limit` rooms. In a shard's order `due` never falls, so that its first row is the next to go."""
 
     def __init__(self, limit: int = 1_000_000, ttl_s: float = 300.0) -> None:
         self._shards: list[dict[int, Row]] = [{} for _ in range(_SHARDS)]
+        self._shared: dict[Row, Row] = {}
         self._next_shard = 0
         self._size = 0
         self._limit = limit
@@ -49,7 +55,7 @@ class RoomBook:
         if shard.pop(room, None) is None:
             self._make_place(now)
             self._size += 1
-        shard[room] = (now + self._ttl_s, dp_rank, False, EXTENSIONS)
+        shard[room] = self._row(now, dp_rank, EXTENSIONS)
 
     def check_place(self, room: int, now: float) -> None:
         """Raise LimitReached if `put` would."""
@@ -67,7 +73,7 @@ class RoomBook:
             if row is not None:
                 found[room] = row[_DP_RANK]
                 if not row[_ASKED]:  # in place: its turn stays
-                    shard[room] = (row[_DUE], row[_DP_RANK], True, row[_EXTENSIONS])
+                    shard[room] = self._same((row[_DUE], row[_DP_RANK], True, row[_EXTENSIONS]))
         return found
 
     def expire(self, now: float, budget: int) -> int:
@@ -98,5 +104,15 @@ class RoomBook:
         if not (asked and extensions and now < due + self._ttl_s):
             self._size -= 1
             return None
-        row = shard[room] = (now + self._ttl_s, dp_rank, False, extensions - 1)
+        row = shard[room] = self._row(now, dp_rank, extensions - 1)
         return row
+
+    def _row(self, now: float, dp_rank: int, extensions: int) -> Row:
+        """A new term, which ends with a quarter of a second."""
+        return self._same((ceil((now + self._ttl_s) * _PER_S) / _PER_S, dp_rank, False, extensions))
+
+    def _same(self, row: Row) -> Row:
+        """The one of those that are equal that everybody has. Forgotten ones only cost their memory again."""
+        if len(self._shared) >= _SHARED_ROWS:
+            self._shared = {}
+        return self._shared.setdefault(row, row)
