@@ -2,7 +2,7 @@
 Flags -> Settings -> run. The only place that prints or exits.
 
     0   done
-    1   the work was done and something in it failed (a check of the demo, a probe)
+    1   the work was done and something in it failed (a check of the demo, a probe), or another process has replaced it
     2   wrong usage or settings; nothing was started
     69  a service that was needed cannot be had (the registry, the engine, the port)
     130 stopped by SIGINT
@@ -24,7 +24,7 @@ import uvloop
 
 from pdctl import config, logs, node
 from pdctl.config import Settings
-from pdctl.errors import CallerError, ConfigError, OperatorError, PdctlError
+from pdctl.errors import CallerError, ConfigError, OperatorError, PdctlError, Superseded
 
 USAGE, UNAVAILABLE = 2, 69
 
@@ -55,6 +55,8 @@ def run(argv: Sequence[str] | None = None) -> int:
 
 
 def _status(error: PdctlError) -> int:
+    if isinstance(error, Superseded):
+        return 1
     if isinstance(error, ConfigError | CallerError):
         return USAGE
     return UNAVAILABLE if isinstance(error, OperatorError) else 1

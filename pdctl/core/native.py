@@ -179,7 +179,7 @@ def _check_labels(labels: Mapping[str, str]) -> None:
 def _check_writable(metadata: Mapping[str, Any]) -> None:
     """What comes in must be able to go out."""
     try:
-        json.dumps(metadata, allow_nan=False).encode()
+        json.dumps(metadata, allow_nan=False, ensure_ascii=False).encode()
     except (ValueError, TypeError, RecursionError):
         raise BadField("metadata", "holds what JSON has no word for: send finite numbers, text and objects") from None
 
