@@ -9,11 +9,14 @@ and a test holds the two against each other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import StrEnum
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import CounterMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
 from pdctl.core.access import Denial
 from pdctl.core.admission import Lane
@@ -247,18 +250,29 @@ class Refusal(StrEnum):
     UNAVAILABLE = "unavailable"  # the body came too slowly, or the journal does not take rows
 
 
+class _Lookups(Collector):
+    """Look-ups are counted in plain integers, as they are most of what there is to do, and read at the scrape."""
+
+    def __init__(self, counts: Mapping[tuple[Lookup, Found], int]) -> None:
+        self._counts = counts
+
+    def collect(self) -> Iterator[Metric]:
+        family = CounterMetricFamily(
+            "pdctl_registry_lookups",
+            "What was asked of the registry (topology, rank, or room by room), by result.",
+            labels=["what", "result"],
+        )
+        for (what, found), count in self._counts.items():
+            family.add_metric([what, found], count)
+        yield family
+
+
 class RegistryMetrics:
     """The registry: who came, who asked, who was refused, and how much is held."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         changes = Counter(
             "pdctl_registry_changes_total", "What claims of ranks changed, by kind.", ["kind"], registry=registry
-        )
-        lookups = Counter(
-            "pdctl_registry_lookups_total",
-            "What was asked of the registry (topology, rank, or room by room), by result.",
-            ["what", "result"],
-            registry=registry,
         )
         refusals = Counter(
             "pdctl_registry_refusals_total",
@@ -270,7 +284,8 @@ class RegistryMetrics:
         self._changes = {kind: changes.labels(kind) for kind in SeatChangeKind}
         impossible = {(Lookup.TOPOLOGY, Found.UNKNOWN), (Lookup.ROOM, Found.NOT_READY)}
         pairs = [(what, found) for what in Lookup for found in Found if (what, found) not in impossible]
-        self._lookups = {pair: lookups.labels(*pair) for pair in pairs}
+        self._lookups = dict.fromkeys(pairs, 0)
+        registry.register(_Lookups(self._lookups))
         self._refusals = {reason: refusals.labels(reason) for reason in Refusal}
         self._instances = Gauge(
             "pdctl_registry_instances", "Instances known, by whether they are complete.", ["ready"], registry=registry
@@ -285,7 +300,7 @@ class RegistryMetrics:
         self._changes[kind].inc()
 
     def looked_up(self, what: Lookup, found: Found, times: int = 1) -> None:
-        self._lookups[what, found].inc(times)
+        self._lookups[what, found] += times
 
     def refused(self, reason: Refusal) -> None:
         self._refusals[reason].inc()

@@ -128,10 +128,10 @@ def test_a_room_costs_less_than_half_of_what_it_costs_stock() -> None:
     tracemalloc.start()
     book = RoomBook()
     for place, room in enumerate(numbers):
-        book.put(room + 0, place % 8, now=place / 20_000)
+        book.put(room, place % 8, now=place / 20_000)
     nbytes, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    a_number = 48  # the table keeps the number itself, which was made before the count began
+    a_number = 48  # its own, which the table keeps: made before the count began
     assert nbytes / len(numbers) + a_number < 151
 
 
