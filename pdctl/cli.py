@@ -107,6 +107,15 @@ def _add_serve(commands: Commands) -> None:
     command.add_argument(
         "--witness-http", dest="witness.http_url", help="stock engines' health: http://{host}:{http_port}/health"
     )
+    command.add_argument(
+        "--listen", dest="serve.listen", action="append", metavar="NAME=HOST:PORT",
+        help="a further address, which speaks for the instance NAME; may be given again",
+    )  # fmt: skip
+    command.add_argument(
+        "--map-host", dest="serve.map_host", action="append", metavar="NAME=HOST",
+        help="a host name that stands for the instance NAME, or '*.suffix' for its first label; may be given again",
+    )  # fmt: skip
+    command.add_argument("--vllm-sizes", dest="vllm.sizes", help="ranks of every vLLM prefill, as dp=1,tp=8,pp=1")
     _add_access(command)
     command.add_argument(
         "--journal", dest="serve.journal", help="where the rows live: sqlite:PATH or memory: (a file for this port)"
@@ -187,6 +196,8 @@ def _command(commands: Commands, name: str, run: Run, lasts: Lasts, what: str) -
 async def _serve(settings: Settings, args: argparse.Namespace) -> int:  # noqa: ARG001
     async with node.sidecar(settings) as sidecar:
         print(f"serving at {sidecar.url}", flush=True)
+        for name, url in sidecar.listeners:
+            print(f"serving {name} at {url}", flush=True)
         await asyncio.Event().wait()
     return 0
 

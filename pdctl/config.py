@@ -27,8 +27,10 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from pdctl.client import Exhaustion
 from pdctl.core.address import Endpoint
 from pdctl.core.admission import AdmissionPolicy
+from pdctl.core.fleet import FleetPolicy
 from pdctl.core.lives import LONGEST_TTL_S, SHORTEST_TTL_S
-from pdctl.core.naming import DEFAULT
+from pdctl.core.metadata import KeyLimits
+from pdctl.core.naming import DEFAULT, Hosts, Listener
 from pdctl.core.native import NAME
 from pdctl.core.route import Announcement, Seat, Shape
 from pdctl.core.sessions import ProbePolicy
@@ -38,6 +40,7 @@ from pdctl.credentials import AccessSettings, Credentials
 from pdctl.dialects.watch import WatchLimits
 from pdctl.engine.mooncake import MooncakeSettings
 from pdctl.errors import ConfigError
+from pdctl.keyring import KeyWitness
 from pdctl.logs import LogSettings
 from pdctl.persistence.open import path_in
 from pdctl.retry import RetryPolicy
@@ -76,6 +79,9 @@ class ServeSettings:
                 breaks what it was put up for, and forgetting should be somebody's decision. The port is what tells one
                 registry of a host from another; with port 0 nothing does, and the rows are in memory.
     max_rooms   rooms remembered at most; beyond it a new one is answered 429
+    listen      further addresses, each speaking for the instance it names: `prefill-a=10.0.0.1:8999`, or `[::1]:8999`
+    map_host    host names that stand for an instance: `prefill-a=prefill-a.serving.svc`, or `*.pdctl.svc`, whose first
+                label is the name; every other host stands for the instance `default`
     room_ttl_s  a room is dropped this long after it was announced (SGLang: 120, our prefills wait 300)
     grace_s     how long requests under way may go on after SIGTERM
     """
@@ -83,6 +89,8 @@ class ServeSettings:
     host: str = "127.0.0.1"
     port: int = 8998
     journal: str = ""
+    listen: tuple[str, ...] = ()
+    map_host: tuple[str, ...] = ()
     max_rooms: int = 1_000_000
     room_ttl_s: float = 300.0
     grace_s: float = 5.0
@@ -92,8 +100,45 @@ class ServeSettings:
             raise ValueError(f"port is {self.port}: choose 0 (any free one) to 65535")
         if self.journal:
             path_in(self.journal)
+        self.listeners()
+        self.hosts()
         if self.max_rooms < 1 or self.room_ttl_s <= 0 or self.grace_s < 0:
             raise ValueError("max_rooms needs at least 1, room_ttl_s more than 0, grace_s at least 0")
+
+    def listeners(self) -> list[Listener]:
+        """Raises ConfigError."""
+        return [Listener.parse(text) for text in self.listen]
+
+    def hosts(self) -> Hosts:
+        """Raises ConfigError."""
+        return Hosts.parse(self.map_host)
+
+
+@dataclass(frozen=True, slots=True)
+class MetadataSettings:
+    """Mooncake's metadata server, /metadata.
+
+    max_keys, max_value_nbytes, max_nbytes  how many keys, how large a value, and all values together; beyond: 429, 413
+    witness_every_s  how often each engine that holds keys is asked whether it lives; 0 (the default): only where
+                     another wants its name, since an engine that lives does not write a key again that was dropped
+    witness_misses   how many times in a row it must be gone until its keys are dropped
+    """
+
+    max_keys: int = 20_000
+    max_value_nbytes: int = 1 << 20
+    max_nbytes: int = 256 << 20
+    witness_every_s: float = 0.0
+    witness_misses: int = 3
+
+    def __post_init__(self) -> None:
+        self.limits()
+        self.witness()
+
+    def limits(self) -> KeyLimits:
+        return KeyLimits(self.max_keys, self.max_value_nbytes, self.max_nbytes)
+
+    def witness(self) -> KeyWitness:
+        return KeyWitness(self.witness_every_s, self.witness_misses)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +220,8 @@ class Settings(BaseSettings):
     )
 
     serve: ServeSettings = ServeSettings()
+    metadata: MetadataSettings = MetadataSettings()
+    vllm: FleetPolicy = FleetPolicy()
     access: AccessSettings = AccessSettings()
     admission: AdmissionPolicy = AdmissionPolicy()
     witness: WitnessPolicy = WitnessPolicy()

@@ -75,7 +75,7 @@ class Keyring:
         """Return when the key is written and journalled. Raises Occupied, TooLarge, LimitReached, ..."""
         async with self._turn(key):
             rival = self._book.rival(key, value, host)
-            gone = rival is not None and not await self._is_there(rival)
+            gone = rival is not None and await self._is_gone(rival)
             rows = self._book.put(key, value, host, holder_gone=gone)
             await self._perform(rows, KeyChange.TAKEN_OVER if gone else KeyChange.WRITTEN)
 
@@ -83,7 +83,7 @@ class Keyring:
         """Return when it is gone and that is journalled; False for a key that was not there. Raises Occupied."""
         async with self._turn(key):
             rival = self._book.rival(key, None, host)
-            gone = rival is not None and not await self._is_there(rival)
+            gone = rival is not None and await self._is_gone(rival)
             rows = self._book.delete(key, host, holder_gone=gone)
             await self._perform(rows, KeyChange.REMOVED)
             return bool(rows)
@@ -103,10 +103,10 @@ class Keyring:
 
         async def ask(segment: Segment) -> bool:
             async with gate:
-                return await self._is_there(segment)
+                return await self._is_gone(segment)
 
-        there = await asyncio.gather(*map(ask, asked))
-        missing = [segment.name for segment, is_there in zip(asked, there, strict=True) if not is_there]
+        gone = await asyncio.gather(*map(ask, asked))
+        missing = [segment.name for segment, is_gone in zip(asked, gone, strict=True) if is_gone]
         if len(missing) > max(1, len(asked) // 2):
             log.warning("most engines do not answer: taking it for a fault of ours", missing=len(missing))
             return
@@ -117,13 +117,14 @@ class Keyring:
 
     async def _drop(self, segment: Segment) -> None:
         async with self._turn_of(segment.name):
-            if not await self._is_there(segment):  # the name may have an heir by now
+            if await self._is_gone(segment):  # the name may have an heir by now
                 await self._perform(self._book.drop(segment), KeyChange.EXPIRED)
                 self._misses.pop(segment.name, None)
 
-    async def _is_there(self, segment: Segment) -> bool:
+    async def _is_gone(self, segment: Segment) -> bool:
+        """Who gave no address cannot be asked, and silence is not death."""
         witness = segment.witness
-        return witness is not None and not self._book.replaced(segment) and await self._answers(witness)
+        return witness is not None and (self._book.replaced(segment) or not await self._answers(witness))
 
     async def _perform(self, rows: Sequence[Row], change: KeyChange) -> None:
         if not rows:

@@ -49,6 +49,7 @@ from pdctl.prober import Prober
 from pdctl.receiver import Receiver
 from pdctl.registrar import Registrar
 from pdctl.sender import Sender
+from pdctl.wires import OtherWires, bind_all, instance_at
 from pdctl.witness import Witness, asking
 
 log = structlog.get_logger(__name__)
@@ -100,10 +101,11 @@ async def beside(**loops: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class Sidecar:
-    """A registry that serves. `url` is where it has been bound."""
+    """A registry that serves. `url` is where it has been bound; `listeners`, those that speak for one instance."""
 
     url: str
     registrar: Registrar
+    listeners: tuple[tuple[str, str], ...] = ()
 
 
 @asynccontextmanager
@@ -112,22 +114,28 @@ async def sidecar(settings: Settings) -> AsyncIterator[Sidecar]:
     metrics = Metrics()
     door = _door(settings.access, metrics)
     async with AsyncExitStack() as stack:
-        sock = stack.enter_context(closing(server.bind(settings.serve.host, settings.serve.port)))
+        socks = [stack.enter_context(closing(sock)) for sock in bind_all(settings.serve)]
         longest_s = settings.serve.room_ttl_s * (1 + EXTENSIONS)
         journal = await stack.enter_async_context(open_journal(journal_url(settings.serve), rooms_kept_s=longest_s))
         rooms = RoomBook(settings.serve.max_rooms, settings.serve.room_ttl_s)
         registrar = Registrar(Registry(), rooms, journal, metrics, time.monotonic)
-        await registrar.restore()
-        plain = sglang.Plain(registrar)
+        kept = await registrar.restore()
+        instance = instance_at(socks, settings.serve)
+        plain = sglang.Plain(registrar, instance)
+        others = OtherWires.open(settings, journal, kept.notes, metrics)
         news = native.broadcast(registrar, metrics, settings.watch)
-        api = server.app([plain.router(), native.router(registrar, news)], metrics, unready=registrar.unready)
-        inner = sglang.in_front(plain, api)
+        routers = [plain.router(), *others.routers(registrar, instance), native.router(registrar, news)]
+        inner = sglang.in_front(plain, server.app(routers, metrics, unready=registrar.unready))
         service = door.around(Turnstile(inner, Admission(settings.admission), time.monotonic, metrics))
         witness = _witness(settings.witness, registrar, metrics)
-        http = server.serve(service, sock, grace_s=settings.serve.grace_s, tls=door.tls)
+        http = server.serve(service, *socks, grace_s=settings.serve.grace_s, tls=door.tls)
         files = follow(*door.files)
-        async with beside(http=http, sweep=registrar.sweep(), news=news.run(), files=files, witness=witness):
-            yield Sidecar(f"{door.scheme}://{server.bound(sock)}", registrar)
+        async with beside(
+            http=http, sweep=registrar.sweep(), news=news.run(), keys=others.watch(), files=files, witness=witness
+        ):
+            url, *urls = (f"{door.scheme}://{server.bound(sock)}" for sock in socks)
+            names = (each.name for each in settings.serve.listeners())
+            yield Sidecar(url, registrar, tuple(zip(names, urls, strict=True)))
 
 
 async def _witness(policy: WitnessPolicy, registrar: Registrar, metrics: Metrics) -> None:

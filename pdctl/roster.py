@@ -82,19 +82,22 @@ class Roster:
             await self._perform(rows)
             return bool(rows)
 
-    def query(self, engine: str | None = None) -> dict[str, object]:
-        """What is complete of `engine`'s prefill, or of all. Raises NotReady where somebody is and nobody is whole."""
-        if engine is None:
-            found = list(self._fleet)
-        else:
-            prefill = self._fleet.find(engine)
-            if prefill is None:
-                raise NotReady(f"no worker of engine {engine!r} has registered yet")
-            found = [prefill]
+    def query(self, instance: str) -> dict[str, object]:
+        """What is complete of the prefills of an instance. Raises NotReady where some are and none is whole."""
+        found = [prefill for prefill in self._fleet if prefill.last.instance == instance]
         complete = [prefill for prefill in found if self.is_complete(prefill)]
         if found and not complete:
             raise NotReady("; ".join(map(self._why_not, islice(found, MISSING_SHOWN))))
         return shown(complete)
+
+    def query_engine(self, engine: str) -> dict[str, object]:
+        """The prefill of this ID, or of this engine. Raises NotReady."""
+        prefill = self._fleet.find(engine)
+        if prefill is None:
+            raise NotReady(f"no worker of engine {engine!r} has registered yet")
+        if not self.is_complete(prefill):
+            raise NotReady(self._why_not(prefill))
+        return shown([prefill])
 
     def is_complete(self, prefill: Prefill) -> bool:
         return self._fleet.is_complete(prefill, self._clock())

@@ -80,14 +80,14 @@ def app(routers: Iterable[APIRouter], metrics: Metrics, unready: Callable[[], li
     return api
 
 
-async def serve(asgi: ASGIApp, sock: socket.socket, *, grace_s: float, tls: ssl.SSLContext | None = None) -> None:
-    """Serve on `sock` until cancelled; then stop accepting, let requests under way end within `grace_s`, and close.
+async def serve(asgi: ASGIApp, *socks: socket.socket, grace_s: float, tls: ssl.SSLContext | None = None) -> None:
+    """Serve on `socks` until cancelled; then stop accepting, let requests under way end within `grace_s`, and close.
 
-    `tls`: HTTPS with this context, and nothing else on this socket.
-    A task that is cancelled before its first step closes nothing: whoever bound the socket holds it in a `with`.
+    `tls`: HTTPS with this context, and nothing else on these sockets.
+    A task that is cancelled before its first step closes nothing: whoever bound the sockets holds them in a `with`.
     """
     server = _Server(_config(asgi, grace_s, tls))
-    running = asyncio.create_task(server.serve([sock]), name="http server")
+    running = asyncio.create_task(server.serve(list(socks)), name="http server")
     try:
         await asyncio.shield(running)
     finally:
@@ -95,7 +95,8 @@ async def serve(asgi: ASGIApp, sock: socket.socket, *, grace_s: float, tls: ssl.
         done, _ = await asyncio.wait({running}, timeout=grace_s + 2.0)
         if not done:
             running.cancel()
-        sock.close()
+        for sock in socks:
+            sock.close()
 
 
 class _Server(uvicorn.Server):

@@ -196,11 +196,14 @@ class FleetPolicy:
     sizes        ranks of every vLLM prefill here, as `dp=1,tp=8,pp=1`; left out (the default): see settle_s
     settle_s     where a size is not known: complete when nobody has joined for so long. Ranks of one prefill register
                  within a second of each other, unless they load from different disks; the API answers later still
+    ask_others   whether a prefill that begins makes us ask after the others, and drop those whose host says that nobody
+                 listens (False): for fleets without lasting IDs, where vLLM makes up a new one at each start
     max_workers  of all prefills; beyond it a new one is answered 429
     """
 
     sizes: str = ""
     settle_s: float = 5.0
+    ask_others: bool = False
     max_workers: int = 10_000
 
     def __post_init__(self) -> None:
@@ -243,11 +246,11 @@ class Fleet:
         return [held for held in prefill.workers.values() if held.address != worker.address]
 
     def strangers(self, worker: Worker) -> list[Worker]:
-        """One worker of each other prefill, where this claim begins a new one: vLLM restarts under a new ID.
+        """One worker of each other prefill, where this claim begins a new one and the policy asks after the others.
 
         Only who certainly is not there any more should be dropped for it (`drop`): nobody registers twice.
         """
-        if worker.prefill in self._prefills:
+        if worker.prefill in self._prefills or not self._policy.ask_others:
             return []
         return [next(iter(prefill.workers.values())) for prefill in self]
 

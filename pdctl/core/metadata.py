@@ -7,16 +7,17 @@ them so. Values are bytes that nobody here rewrites; of one kind the address in 
 Keys of one name belong together. An engine called `nodeA` writes `mooncake/rpc_meta/nodeA`, where its handshake
 answers, then `mooncake/ram/nodeA`, where its memory lies, and writes each again whenever it registers memory.
 
-    who writes                            holder    what becomes of the name's keys
-    its host, the same handshake address  -         the key is written; the same bytes again change nothing
-    its host, another handshake address   answers   Occupied: two processes that live cannot have one name
-    another host                          answers   Occupied
-    either                                gone      all keys of the holder go, the newcomer's is written
+    who writes                            holder           what becomes of the name's keys
+    its host, the same handshake address  -                the key is written; the same bytes again change nothing
+    its host, another handshake address   answers          Occupied: two processes that live cannot have one name
+    another host                          answers          Occupied
+    another host                          said no address  Occupied: silence is not death
+    either                                gone             all keys of the holder go, the newcomer's is written
 
-The holder's handshake address is its witness: who wants the name is its `rival`, and the shell asks the holder then and
-only then. So a restart after `kill -9` works at once on any host, and a living engine cannot be robbed. All keys go,
-because memory that a dead process had registered must not be written to under its heir's name: between the heir's two
-PUTs it has no memory to offer.
+The holder's handshake address is its witness: of two who want a name the holder is the `rival`, and the shell asks it
+then and only then. So a restart after `kill -9` works at once on any host, and a living engine cannot be robbed. All
+keys go, because memory that a dead process had registered must not be written to under its heir's name: between the
+heir's two PUTs it has no memory to offer.
 """
 
 from __future__ import annotations
@@ -59,6 +60,15 @@ class Row:
     key: str
     value: bytes | None = field(repr=False)
     host: str
+
+    def to_note(self) -> tuple[str, bytes | None]:
+        """As a journal keeps it: the key, then host and value in one."""
+        return self.key, None if self.value is None else self.host.encode() + b"\0" + self.value
+
+    @classmethod
+    def from_note(cls, key: str, noted: bytes) -> Row:
+        host, _, value = noted.partition(b"\0")
+        return cls(key, value, host.decode())
 
 
 @dataclass(slots=True)
@@ -107,9 +117,8 @@ class KeyBook:
         segment = self._segments.get(name_of(key))
         if segment is None:
             return None
-        if segment.host == host and (value is None or not self._is_another_process(segment, key, value)):
-            return None
-        return segment
+        is_own = segment.host == host and (value is None or not self._is_another_process(segment, key, value))
+        return None if is_own else segment
 
     def replaced(self, segment: Segment) -> bool:
         """Whether an engine of another name has said since that it answers at this one's address."""
@@ -144,17 +153,18 @@ class KeyBook:
             self._set(row)
 
     def _is_another_process(self, segment: Segment, key: str, value: bytes) -> bool:
-        before = segment.values.get(key)
-        return is_rpc_meta(key) and before is not None and not same_handshake(before, value)
+        before = segment.values.get(key) if is_rpc_meta(key) else None
+        return before is not None and handshake_address(before) not in (None, handshake_address(value))
 
     def _yielded(self, rival: Segment | None, key: str, host: str, *, holder_gone: bool) -> list[str]:
         """The keys that end because their holder has; none where nobody stands against it."""
         if rival is None:
             return []
         if not holder_gone:
+            there = "gave no address to ask at" if rival.witness is None else f"still answers at {rival.witness}"
             raise Occupied(
-                f"{key!r} belongs to {rival.host} (handshake at {rival.witness}), which still answers, and {host} "
-                "wants it: choose another segment name, or stop the engine that has this one",
+                f"{key!r} belongs to an engine of {rival.host} that {there}, and {host} wants it: choose another "
+                "segment name, or stop that engine and delete its keys from its own host",
                 holder=rival.host,
                 claimant=host,
             )
@@ -227,14 +237,6 @@ def handshake_address(value: bytes) -> Endpoint | None:
         return Endpoint(said["ip_or_host_name"].strip("[]"), int(said["rpc_port"]))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, BadField):
         return None
-
-
-def same_handshake(one: bytes, other: bytes) -> bool:
-    """Whether two rpc_meta values are one process: the same address, however the JSON is written."""
-    if one == other:
-        return True
-    address = handshake_address(one)
-    return address is not None and address == handshake_address(other)
 
 
 def _full(what: str) -> LimitReached:

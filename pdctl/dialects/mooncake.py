@@ -38,23 +38,42 @@ _TEXTS = {
 }  # fmt: skip
 
 
-def router(keyring: Keyring, refused: Refused) -> APIRouter:
-    """`refused` is told of every claim that is."""
+def router(keyring: Keyring, refused: Refused, value_limit: int = VALUE_LIMIT) -> APIRouter:
+    """`refused` is told of every claim that is; `value_limit`: bytes that are read of a value."""
     api = APIRouter(tags=["Mooncake metadata server"])
+
+    async def put(request: Request, key: str) -> Response:
+        value = await read_body(request, value_limit)
+        host = peer_of(request)
+        _check_advertised(key, value, host)
+        await keyring.put(key, value, host)
+        return _text(200, "metadata updated")
+
+    async def delete(request: Request, key: str) -> Response:
+        was_there = await keyring.delete(key, peer_of(request))
+        return _text(200, "metadata deleted") if was_there else _text(404, "metadata not found")
+
+    async def get(request: Request, key: str) -> Response:  # noqa: ARG001
+        value = keyring.get(key)
+        return _text(404, "metadata not found") if value is None else _text(200, value)
+
+    handlers = {"GET": get, "PUT": put, "DELETE": delete}
 
     async def metadata(request: Request) -> Response:
         key = request.query_params.get("key", "").strip()
         if not key:
             return _text(400, "metadata key is required")
         try:
-            return await _HANDLERS[request.method](keyring, key, request)
+            return await handlers[request.method](request, key)
         except PdctlError as error:
             refused(error, request.url.path, peer_of(request))
             return json_answer(error)
 
     async def other(request: Request) -> Response:
         allowed = bool(request.query_params.get("key", "").strip())
-        return _text(405, "Method not allowed") if allowed else _text(400, "metadata key is required")
+        if not allowed:
+            return _text(400, "metadata key is required")
+        return _text(405, "Method not allowed", {"Allow": ", ".join(handlers)})
 
     for method, codes in _CODES.items():
         api.add_api_route(
@@ -93,31 +112,13 @@ async def _accepts(address: Endpoint) -> bool:
     return True
 
 
-async def _get(keyring: Keyring, key: str, request: Request) -> Response:  # noqa: ARG001
-    value = keyring.get(key)
-    return _text(404, "metadata not found") if value is None else _text(200, value)
-
-
-async def _put(keyring: Keyring, key: str, request: Request) -> Response:
-    value = await read_body(request, VALUE_LIMIT)
-    host = peer_of(request)
-    _check_advertised(key, value, host)
-    await keyring.put(key, value, host)
-    return _text(200, "metadata updated")
-
-
-async def _delete(keyring: Keyring, key: str, request: Request) -> Response:
-    was_there = await keyring.delete(key, peer_of(request))
-    return _text(200, "metadata deleted") if was_there else _text(404, "metadata not found")
-
-
 def _check_advertised(key: str, value: bytes, host: str) -> None:
-    """A value that says where its engine answers must say something that its peers can use."""
+    """An address that an engine gives must be one that its peers can use; what says none is kept as with stock."""
     if not is_rpc_meta(key):
         return
     address = handshake_address(value)
     if address is None:
-        raise BadField("value", 'is no address: send {"ip_or_host_name": "...", "rpc_port": n}')
+        return
     if address.is_wildcard or (address.is_loopback and not is_loopback(host)):
         raise BadField(
             "ip_or_host_name",
@@ -125,17 +126,16 @@ def _check_advertised(key: str, value: bytes, host: str) -> None:
         )
 
 
-def _text(status: int, body: str | bytes) -> Response:
-    return Response(body, status, media_type="application/json")  # as stock has it, for texts too
+def _text(status: int, body: str | bytes, headers: dict[str, str] | None = None) -> Response:
+    return Response(body, status, headers, media_type="application/json")  # as stock has it, for texts too
 
 
 def _extra(method: str) -> dict[str, object]:
     binary = {"schema": {"type": "string", "format": "binary"}}
-    body = {"requestBody": {"required": True, "content": {"application/json": binary}}} if method == "PUT" else {}
+    body = {"requestBody": {"content": {"application/json": binary}}} if method == "PUT" else {}
     return {"parameters": [_KEY], **body}
 
 
-_HANDLERS = {"GET": _get, "PUT": _put, "DELETE": _delete}
 _CODES = {
     "GET": (200, 400, 404),
     "PUT": (200, 400, 408, 409, 413, 429, 503),

@@ -7,9 +7,10 @@ it has, complete or not, and a decode keeps that for ever. Here a restart is acc
 shown: the answer is 503 with who is missing, or the complete prefills alone. `{}` means, as with stock, that nobody has
 come yet.
 
-The plain /query shows the engines of all complete prefills. Decodes look at `engine_id` and not at the key, so that
-where two prefills have the same DP rank the later one gets the next free number; whoever counts the keys, as vLLM's
-example proxy does, asks /e/{engine}/query.
+The plain /query shows the complete prefills that registered for the same instance (core.naming: the listener, or the
+host name), so that each prefill of a shared registry has a map of its own where it has a name of its own. Where several
+share one, decodes are served as well, since they look at `engine_id` and not at the key: of two with the same DP rank
+the later one gets the next free number. Whoever counts the keys, as vLLM's example proxy does, asks /e/{engine}/query.
 
 Translates only: what a claim means is decided in `core.fleet`, and the roster performs it.
 """
@@ -23,9 +24,11 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
+from starlette.types import Scope
 
 from pdctl.core.address import Endpoint, is_loopback
 from pdctl.core.fleet import Place, Prefill, Sizes, Worker
+from pdctl.core.naming import DEFAULT
 from pdctl.core.route import as_integer, as_object, needed
 from pdctl.dialects.edge import MIB, peer_of, read_json, status_of
 from pdctl.errors import BadField, LimitReached, NotReady, PdctlError
@@ -36,9 +39,10 @@ LOOK_DEADLINE_S = 0.5
 MISSING_SHOWN = 1000
 
 Refused = Callable[[PdctlError, str, str], None]
+InstanceOf = Callable[[Scope], str]
 
 _RANK = {"type": "integer", "minimum": 0, "maximum": 65535}
-_SIZE = {"type": "integer", "minimum": 1, "maximum": 65536}
+_SIZE = {"type": ["integer", "null"], "minimum": 1, "maximum": 65536}
 _WORKER = {
     "type": "object",
     "required": ["engine_id", "dp_rank", "tp_rank", "pp_rank", "addr"],
@@ -68,8 +72,8 @@ _TEXTS = {
 }  # fmt: skip
 
 
-def router(roster: Roster, refused: Refused) -> APIRouter:
-    """`refused` is told of every claim that is."""
+def router(roster: Roster, refused: Refused, instance_of: InstanceOf = lambda _: DEFAULT) -> APIRouter:
+    """`refused` is told of every claim that is; `instance_of` says for which instance a request speaks."""
     api = APIRouter(tags=["vLLM bootstrap server"])
 
     def no(error: PdctlError, request: Request) -> Response:
@@ -79,15 +83,17 @@ def router(roster: Roster, refused: Refused) -> APIRouter:
 
     async def register(request: Request) -> Response:
         try:
-            worker = _worker(await read_json(request, BODY_LIMIT), peer_of(request))
+            worker = _worker(await read_json(request, BODY_LIMIT), peer_of(request), instance_of(request.scope))
             await roster.register(worker)
         except PdctlError as error:
             return no(error, request)
         return JSONResponse({"status": "ok"})
 
     async def query(request: Request) -> Response:
+        engine = request.path_params.get("engine")
         try:
-            return JSONResponse(roster.query(request.path_params.get("engine")))
+            found = roster.query(instance_of(request.scope)) if engine is None else roster.query_engine(engine)
+            return JSONResponse(found)
         except PdctlError as error:
             return no(error, request)
 
@@ -141,7 +147,7 @@ def _said(*codes: int) -> dict[int | str, dict[str, Any]]:
     return {code: {"description": _TEXTS[code]} for code in codes}
 
 
-def _worker(body: object, host: str) -> Worker:
+def _worker(body: object, host: str, instance: str) -> Worker:
     row = as_object(body)
     texts = {name: needed(row, name) for name in ("engine_id", "addr")}
     for name, text in texts.items():
@@ -150,7 +156,7 @@ def _worker(body: object, host: str) -> Worker:
     ranks = [as_integer(needed(row, f"{axis}_rank"), f"{axis}_rank") for axis in ("dp", "tp", "pp")]
     sizes = {axis: row.get(f"{axis}_size") for axis in ("dp", "tp", "pp")}
     known = {axis: as_integer(size, f"{axis}_size") for axis, size in sizes.items() if size is not None}
-    worker = Worker(place=Place(*ranks), host=host, sizes=Sizes(**known), **texts)
+    worker = Worker(place=Place(*ranks), host=host, sizes=Sizes(**known), instance=instance, **texts)
     if worker.address.is_loopback and not is_loopback(host):
         raise BadField("addr", f"is {worker.addr}, but it speaks from {host}: start vLLM with VLLM_HOST_IP={host}")
     return worker
@@ -162,4 +168,10 @@ def _shown(prefill: Prefill, roster: Roster) -> dict[str, Any]:
         for place, worker in sorted(prefill.workers.items())
     ]
     missing = [str(place) for place in islice(roster.missing(prefill), MISSING_SHOWN)]
-    return {"name": prefill.name, "complete": roster.is_complete(prefill), "workers": workers, "missing": missing}
+    return {
+        "name": prefill.name,
+        "instance": prefill.last.instance,
+        "complete": roster.is_complete(prefill),
+        "workers": workers,
+        "missing": missing,
+    }

@@ -169,11 +169,14 @@ def test_an_address_belongs_to_who_spoke_from_it_last() -> None:
     assert [prefill.name for prefill in fleet] == ["second"]
 
 
-def test_a_first_worker_of_a_new_prefill_asks_after_the_others() -> None:
-    fleet = Fleet()
+def test_a_first_worker_of_a_new_prefill_asks_after_the_others_where_that_is_wanted() -> None:
+    fleet = Fleet(FleetPolicy(ask_others=True))
     join(fleet, worker(0, engine="one"), worker(1, engine="one"))
     assert fleet.strangers(worker(2, engine="one")) == []
     assert fleet.strangers(worker(0, port=5000, engine="two")) == [worker(0, engine="one")]
+    quiet = Fleet()
+    join(quiet, worker(0, engine="one"))
+    assert quiet.strangers(worker(0, port=5000, engine="two")) == []
 
 
 def test_the_map_is_vllms_and_two_prefills_never_share_a_number() -> None:

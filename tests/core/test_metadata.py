@@ -115,6 +115,18 @@ def test_its_own_host_deletes_and_an_absent_key_is_no_change(book: KeyBook) -> N
     assert (len(book), book.nbytes, list(book)) == (0, 0, [])
 
 
+def test_who_gave_no_address_keeps_its_keys_against_another_host_and_not_against_its_own() -> None:
+    book = KeyBook()
+    for key in (RAM, META):
+        write(book, key, b"no address")
+        write(book, key, b"still none")
+    with pytest.raises(Occupied, match="no address to ask at"):
+        book.put(RAM, b"mine", B)
+    assert held(book) == {RAM: b"still none", META: b"still none"}
+    write(book, META, meta())
+    assert held(book) == {RAM: b"still none", META: meta()}
+
+
 def test_clusters_and_names_do_not_meet() -> None:
     book = KeyBook()
     write(book, "mooncake/ram/node", b"1", A)

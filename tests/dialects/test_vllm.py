@@ -156,23 +156,28 @@ async def test_a_restart_is_accepted_and_its_halves_are_never_mixed(stage: Stage
     assert await stage.get() == (200, {"0": whole(5000)})
 
 
-async def test_a_restart_under_a_new_id_leaves_no_ghost(stage: Stage) -> None:
+@pytest.mark.parametrize(
+    ("ask_others", "presence", "is_kept"),
+    [
+        (True, Presence.REFUSED, False),
+        (True, Presence.SILENT, True),  # it would never register again, and may serve others well
+        (True, Presence.THERE, True),
+        (False, Presence.REFUSED, True),
+    ],
+)
+async def test_a_restart_under_a_new_id_leaves_no_ghost_where_that_is_wanted(
+    metrics: Metrics, clock: Clock, ask_others: bool, presence: Presence, is_kept: bool
+) -> None:
     """vLLM makes up a new ID at each start, unless it is told one."""
-    for tp in range(2):
-        await stage.register(tp, engine="old")
-    stage.presence[4000] = Presence.REFUSED
-    for tp in range(2):
-        await stage.register(tp, engine="new", port=5000 + tp)
-    assert await stage.get() == (200, {"0": whole(5000, "new")})
-
-
-async def test_a_prefill_that_only_does_not_answer_is_kept(stage: Stage) -> None:
-    """It would never register again, and whoever is cut off from us may serve others well."""
-    for tp in range(2):
-        await stage.register(tp, engine="far")
-    stage.presence[4000] = Presence.SILENT
-    await stage.register(0, engine="new", port=5000)
-    assert await stage.get("/e/far/query") == (200, {"0": whole(4000, "far")})
+    async with staged(metrics, clock, sizes="dp=1,tp=2,pp=1", ask_others=ask_others) as stage:
+        for tp in range(2):
+            await stage.register(tp, engine="old")
+        stage.presence[4000] = presence
+        for tp in range(2):
+            await stage.register(tp, engine="new", port=5000 + tp)
+        assert await stage.get("/e/new/query") == (200, {"0": whole(5000, "new")})
+        assert (await stage.get("/e/old/query"))[0] == (200 if is_kept else 503)
+        assert len((await stage.get())[1]) == (2 if is_kept else 1)
 
 
 async def test_who_answers_keeps_its_seat_against_another_host(stage: Stage) -> None:
@@ -229,7 +234,7 @@ async def test_what_is_no_object_is_422(stage: Stage, raw: bytes) -> None:
 async def test_an_operator_sees_who_is_missing_and_can_say_goodbye_for_a_prefill(stage: Stage) -> None:
     await stage.register(0)
     shown = {"engine_id": "p", "place": "dp0/tp0/pp0", "addr": "tcp://127.0.0.1:4000", "host": "127.0.0.1"}
-    expected = {"name": "p", "complete": False, "workers": [shown], "missing": ["dp0/tp1/pp0"]}
+    expected = {"name": "p", "instance": "default", "complete": False, "workers": [shown], "missing": ["dp0/tp1/pp0"]}
     assert await stage.get("/v1/engines") == (200, {"prefills": [expected]})
     for status in (200, 404):
         async with stage.session.delete(f"{stage.url}/v1/engines/p") as answer:

@@ -1,0 +1,90 @@
+"""
+The wires of the sidecar beside pdctl's own: which sockets speak for which instance, vLLM's workers, Mooncake's keys.
+
+Opens and connects; what a claim means stands in `core`, and how it is told on the wire in `dialects`.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+from fastapi import APIRouter
+
+from pdctl import server
+from pdctl.config import ServeSettings, Settings
+from pdctl.core import fleet, metadata
+from pdctl.core.naming import Names
+from pdctl.dialects import mooncake, vllm
+from pdctl.dialects.instances import instance_of
+from pdctl.dialects.vllm import InstanceOf
+from pdctl.keyring import Keyring
+from pdctl.metrics import Metrics
+from pdctl.persistence.base import Note, Notebook
+from pdctl.registrar import Registrar
+from pdctl.roster import Roster
+
+_KEYS, _FLEET = "mooncake", "vllm"
+"""Books of the journal."""
+
+
+def bind_all(serve: ServeSettings) -> list[socket.socket]:
+    """The service's own address first, then each listener's. Raises AddressTaken, ConfigError; then none is bound."""
+    socks: list[socket.socket] = []
+    try:
+        socks.append(server.bind(serve.host, serve.port))
+        for listener in serve.listeners():
+            socks.append(server.bind(listener.host, listener.port))  # noqa: PERF401 - what was bound has to be closed
+    except BaseException:
+        for sock in socks:
+            sock.close()
+        raise
+    return socks
+
+
+def instance_at(socks: Sequence[socket.socket], serve: ServeSettings) -> InstanceOf:
+    """For which instance a plain request speaks at each of `bind_all`'s sockets."""
+    bound = [server.bound(sock) for sock in socks[1:]]
+    listening = {(at.host, at.port): each.name for at, each in zip(bound, serve.listeners(), strict=True)}
+    return instance_of(Names(listening, serve.hosts()))
+
+
+@dataclass(frozen=True, slots=True)
+class OtherWires:
+    """vLLM's and Mooncake's."""
+
+    roster: Roster
+    keyring: Keyring
+    value_limit: int
+
+    @classmethod
+    def open(cls, settings: Settings, journal: Notebook, notes: Sequence[Note], metrics: Metrics) -> OtherWires:
+        """Both books as the journal has kept them: `notes` are all of its."""
+
+        async def keep_keys(rows: Sequence[metadata.Row]) -> None:
+            await journal.note([(_KEYS, *row.to_note()) for row in rows])
+
+        async def keep_fleet(rows: Sequence[fleet.Row]) -> None:
+            await journal.note([(_FLEET, *row.to_note()) for row in rows])
+
+        limits = settings.metadata.limits()
+        book = metadata.KeyBook(limits)
+        keyring = Keyring(book, keep_keys, mooncake.engine_answers, metrics, settings.metadata.witness())
+        roster = Roster(fleet.Fleet(settings.vllm), keep_fleet, vllm.look, metrics, time.monotonic)
+        keyring.restore([metadata.Row.from_note(key, value) for book, key, value in notes if book == _KEYS and value])
+        roster.restore([fleet.Row.from_note(value) for book, _, value in notes if book == _FLEET and value])
+        return cls(roster, keyring, limits.max_value_nbytes)
+
+    def routers(self, registrar: Registrar, instance: InstanceOf) -> list[APIRouter]:
+        return [
+            vllm.router(self.roster, registrar.refused, instance),
+            vllm.operators_router(self.roster),
+            mooncake.router(self.keyring, registrar.refused, self.value_limit),
+        ]
+
+    async def watch(self) -> NoReturn:
+        """Stand it beside the server."""
+        await self.keyring.watch()
