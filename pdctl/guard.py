@@ -13,7 +13,7 @@ import structlog
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from pdctl.core.access import Denied, Rules, TrustList, is_native, plain_host
+from pdctl.core.access import STOCK_ONLY, Denied, Rules, TrustList, is_native, plain_host
 from pdctl.core.lives import Owner
 from pdctl.metrics import AccessMetrics
 from pdctl.shortcut import Answered, at_once_of
@@ -28,15 +28,25 @@ _LONGEST_PATH = 200
 
 
 class Guard:
-    """`rules` is asked for every request, so that a new token holds from the next one on."""
+    """`rules` is asked for every request, so that a new token holds from the next one on.
+
+    stock_only  /v1 is not served here: at a listener in the clear of a service that else speaks TLS
+    """
 
     def __init__(
-        self, app: ASGIApp, rules: Callable[[], Rules], metrics: AccessMetrics, clock: Callable[[], float]
+        self,
+        app: ASGIApp,
+        rules: Callable[[], Rules],
+        metrics: AccessMetrics,
+        clock: Callable[[], float],
+        *,
+        stock_only: bool = False,
     ) -> None:
         self._app = app
         self._rules = rules
         self._counts = metrics
         self._clock = clock
+        self._stock_only = stock_only
         self._known: dict[tuple[str, str], tuple[Owner, bool]] = {}
         self._quiet_until = float("-inf")
         self._unsaid = 0
@@ -63,6 +73,8 @@ class Guard:
         await self._app(scope, receive, send)
 
     def _verdict(self, scope: Scope) -> Owner | Denied:
+        if self._stock_only and is_native(scope["path"]):
+            return STOCK_ONLY
         rules = self._rules()
         ends = _ends(scope)
         caller, trusted = self._known.get(ends) or self._look_at(rules.trust, ends)

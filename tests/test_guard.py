@@ -72,10 +72,11 @@ class Door:
 
 
 @asynccontextmanager
-async def door(host: str = "127.0.0.1", **access: Any) -> AsyncIterator[Door]:
+async def door(host: str = "127.0.0.1", *, stock_only: bool = False, **access: Any) -> AsyncIterator[Door]:
     settings, metrics, clock = AccessSettings(**access), Metrics(), Clock()
     held, certificate = rules(settings), server_tls(settings)
-    guarded = Guard(app([whoami()], metrics, unready=list), lambda: held.value, metrics.access, clock)
+    api = app([whoami()], metrics, unready=list)
+    guarded = Guard(api, lambda: held.value, metrics.access, clock, stock_only=stock_only)
     tls = None if certificate is None else listening(certificate)
     with bind(host, 0) as sock:
         server = asyncio.create_task(serve(guarded, sock, grace_s=1.0, tls=tls))
@@ -415,6 +416,14 @@ def blocking_get(context: ssl.SSLContext, port: int, session: ssl.SSLSession | N
         if not tls.recv(100):
             raise ConnectionError("closed without an answer")
         return tls.session
+
+
+async def test_a_listener_in_the_clear_serves_stock_engines_and_nobody_else(token_file: Path) -> None:
+    async with door(stock_only=True, token_file=token_file) as service:
+        assert (await who(f"{service.url}/route"))["host"] == "127.0.0.1"
+        assert (await ask(f"{service.url}/livez"))[0] == 200
+        status, text = await ask(f"{service.url}/v1/whoami", WITH_TOKEN)
+        assert (status, "over https" in text, service.count("no_tls")) == (403, True, 1)
 
 
 # --- the client's side

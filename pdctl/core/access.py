@@ -120,6 +120,7 @@ class Denial(StrEnum):
     UNTRUSTED = "untrusted"  # comes from an address outside of the trusted networks
     NO_TOKEN = "no_token"  # noqa: S105 - the path needs one
     BAD_TOKEN = "bad_token"  # noqa: S105 - no name's
+    NO_TLS = "no_tls"  # the path is served over TLS only, and this is not it
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +132,13 @@ class Denied:
 
     @property
     def status(self) -> int:
-        return 403 if self.why is Denial.UNTRUSTED else 401
+        return 401 if self.why in (Denial.NO_TOKEN, Denial.BAD_TOKEN) else 403
+
+
+STOCK_ONLY = Denied(
+    Denial.NO_TLS,
+    "this listener is for stock engines, in the clear: ask for /v1 at the service's own address, over https",
+)
 
 
 @dataclass(frozen=True, slots=True)
