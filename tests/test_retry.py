@@ -342,8 +342,8 @@ def test_a_chain_that_bites_its_tail_ends() -> None:
     assert root_cause(first) == "second"
 
 
-async def test_who_returns_draws_each_wait_from_the_whole_period_and_little_after_a_hint() -> None:
-    policy = RetryPolicy(give_up_after_s=3600).returning(10.0)
+async def test_who_returns_draws_each_wait_from_half_the_period_and_little_after_a_hint() -> None:
+    policy = RetryPolicy(give_up_after_s=3600).returning(20.0)
     waits = [policy.wait_s(attempt, Random(7 * attempt)) for attempt in range(1, 200)]
     assert min(waits) < 1 < 9 < max(waits) <= 10
     assert policy.give_up_after_s == 3600  # what the operator bounded stays bounded
