@@ -32,6 +32,7 @@ from pdctl.core.lives import LONGEST_TTL_S, SHORTEST_TTL_S
 from pdctl.core.metadata import KeyLimits
 from pdctl.core.naming import DEFAULT, Hosts, Listener
 from pdctl.core.native import NAME
+from pdctl.core.registry import RegistryLimits
 from pdctl.core.route import Announcement, Seat, Shape
 from pdctl.core.sessions import ProbePolicy
 from pdctl.core.transfer import RoomTimeouts
@@ -226,6 +227,7 @@ class Settings(BaseSettings):
     admission: AdmissionPolicy = AdmissionPolicy()
     witness: WitnessPolicy = WitnessPolicy()
     client: Credentials = Credentials()
+    limits: RegistryLimits = RegistryLimits()
     node: NodeSettings = NodeSettings()
     rank: RankSettings = RankSettings()
     probe: ProbePolicy = ProbePolicy()

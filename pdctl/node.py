@@ -118,7 +118,7 @@ async def sidecar(settings: Settings) -> AsyncIterator[Sidecar]:
         longest_s = settings.serve.room_ttl_s * (1 + EXTENSIONS)
         journal = await stack.enter_async_context(open_journal(journal_url(settings.serve), rooms_kept_s=longest_s))
         rooms = RoomBook(settings.serve.max_rooms, settings.serve.room_ttl_s)
-        registrar = Registrar(Registry(), rooms, journal, metrics, time.monotonic)
+        registrar = Registrar(Registry(settings.limits), rooms, journal, metrics, time.monotonic)
         kept = await registrar.restore()
         instance = instance_at(socks, settings.serve)
         plain = sglang.Plain(registrar, instance)

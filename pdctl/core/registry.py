@@ -28,7 +28,7 @@ from pdctl.core.claims import check_may_change, place
 from pdctl.core.instances import Incarnation, InstanceView, Loss
 from pdctl.core.lives import Change, ChangeKind, Claim, Life, Owner, Record
 from pdctl.core.route import Seat
-from pdctl.errors import LimitReached, Superseded, TooLarge, UnknownLease
+from pdctl.errors import ConfigError, LimitReached, Superseded, TooLarge, UnknownLease
 
 REMEMBER_S = 600.0
 """For how long an instance is remembered that nobody is left of, so that it can be said why."""
@@ -48,6 +48,10 @@ class RegistryLimits:
     max_ranks: int = 200_000
     max_labels: int = 32
     max_metadata_nbytes: int = 16_384
+
+    def __post_init__(self) -> None:
+        if self.max_instances < 1 or self.max_ranks < 1 or self.max_labels < 0 or self.max_metadata_nbytes < 0:
+            raise ConfigError("max_instances and max_ranks need at least 1, max_labels and max_metadata_nbytes 0 or more")
 
     def check(self, claim: Claim) -> None:
         """Raises TooLarge."""
