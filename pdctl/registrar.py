@@ -41,9 +41,11 @@ from pdctl.errors import (
 from pdctl.metrics import Found, Lookup, Metrics, Refusal
 from pdctl.persistence.base import Journal, Kept, Room
 
-SWEEP_EVERY_S = 1.0
+SWEEP_EVERY_S = 0.5
 SWEEP_BUDGET = 500  # rows; about 1 ms, 4 at worst, before the loop serves somebody else
-TICK_BUDGET = 200  # lives; each is a line in the log, which is what costs
+TICK_BUDGET = 200  # lives; about 2 ms
+CROWD = 16
+"""More changes of one kind to one instance at a time are one line: a line costs more than all the rest of a change."""
 STALLED_S = 1.0
 """A loop that wakes so much too late (stopped, swapped out, starved) has heard nobody meanwhile: leases begin anew."""
 
@@ -57,10 +59,11 @@ log = structlog.get_logger(__name__)
 class _Answer(Generic[T]):
     """What somebody waits for."""
 
-    __slots__ = ("_future", "result")
+    __slots__ = ("_future", "refusal", "result")
 
     def __init__(self) -> None:
         self.result: T | None = None
+        self.refusal: PdctlError | None = None
         self._future: asyncio.Future[T | None] = asyncio.get_running_loop().create_future()
 
     def __await__(self) -> Generator[Any, None, T]:
@@ -69,11 +72,15 @@ class _Answer(Generic[T]):
     def done(self) -> bool:
         return self._future.done()
 
-    def accept(self) -> None:
-        if not self._future.done():
+    def tell(self) -> None:
+        """What was decided."""
+        if self.refusal is not None:
+            self.fail(self.refusal)
+        elif not self._future.done():
             self._future.set_result(self.result)
 
-    def refuse(self, error: BaseException) -> None:
+    def fail(self, error: BaseException) -> None:
+        """What was decided has not happened."""
         if not self._future.done():
             self._future.set_exception(error) if isinstance(error, Exception) else self._future.cancel()
 
@@ -294,7 +301,7 @@ class Registrar:
         observed, self._observations = self._observations, []
         for waiting in observed:
             changes = _decide(waiting, self._registry, self._clock())
-            waiting.accept()
+            waiting.tell()
             for change in changes:
                 if change.is_kept:
                     self._unwritten.pop(change.life.epoch, None)
@@ -313,8 +320,8 @@ class Registrar:
                 await self._journal.append(kept, [waiting.room for waiting in rooms])
         except BaseException as error:
             self._registry.skip(draft)
-            for refused in (*commands, *rooms):
-                refused.refuse(error)
+            for waiting in (*commands, *rooms):  # the refused ones too: it may have been for what has not happened
+                waiting.fail(error)
             if not isinstance(error, Exception):  # a defect is told to all who wait, and the next group is tried
                 raise
             return
@@ -322,7 +329,7 @@ class Registrar:
         self._registry.adopt(draft)
         self._tell(changes)
         for waiting in commands:
-            waiting.accept()
+            waiting.tell()
         self._take_rooms(rooms)
 
     def _take_rooms(self, rooms: Iterable[_WaitingRoom]) -> None:
@@ -331,9 +338,9 @@ class Registrar:
             try:
                 self._rooms.put(*waiting.room, now)
             except LimitReached as error:  # taken by another of the same group
-                waiting.refuse(error)
+                waiting.fail(error)
             else:
-                waiting.accept()
+                waiting.tell()
 
     def _ready(self, what: Lookup, instance: str) -> InstanceView:
         view = self._registry.view(instance)
@@ -347,21 +354,35 @@ class Registrar:
         return view
 
     def _tell(self, changes: Sequence[Change]) -> None:
+        crowds: dict[tuple[ChangeKind, str], list[Change]] = {}
         for change in changes:
             self._counts.changed(change.kind)
-            before = None if change.before is None else str(change.before.address)
-            log.info(
-                _EVENTS[change.kind],
-                instance=change.instance,
-                seat=str(change.seat),
-                address=str(change.life.address),
-                epoch=change.life.epoch,
-                **({"before": before} if before else {}),
-                **({"why": change.why} if change.why else {}),
-            )
+            crowds.setdefault((change.kind, change.instance), []).append(change)
+        for crowd in crowds.values():
+            if len(crowd) <= CROWD:
+                for change in crowd:
+                    _log(change)
+            else:
+                _log(crowd[0], seats=len(crowd))
         if changes:
             for hear in tuple(self._hearers):
                 hear(changes)
+
+
+def _log(change: Change, **more: object) -> None:
+    """One line; `more` has `seats` where it stands for several."""
+    if change.before is not None:
+        more["before"] = str(change.before.address)
+    if change.why is not None:
+        more["why"] = change.why
+    log.info(
+        _EVENTS[change.kind],
+        instance=change.instance,
+        seat=str(change.seat),
+        address=str(change.life.address),
+        epoch=change.life.epoch,
+        **more,
+    )
 
 
 def _decide(waiting: _Waiting[Any], registry: Registry, now: float) -> list[Change]:
@@ -371,7 +392,7 @@ def _decide(waiting: _Waiting[Any], registry: Registry, now: float) -> list[Chan
     try:
         waiting.result, changes = waiting.decide(registry, now)
     except PdctlError as error:
-        waiting.refuse(error)
+        waiting.refusal = error
         return []
     return changes
 
