@@ -34,6 +34,10 @@ KEEP_ALIVE_S = (
     3630  # stock's: a decode tries a rank look-up once, and loses it on a connection that we closed meanwhile
 )
 
+UNREAD_S = 60
+"""For how long somebody may leave unread, or unacknowledged, what we owe them. Closing waits for them too: a watcher
+that was cut off, or a client whose host has vanished, would stay in our memory for as long as TCP hopes, and longer."""
+
 _LISTEN = "0A"  # TCP_LISTEN as /proc/net/tcp writes it
 
 
@@ -50,6 +54,7 @@ def bind(host: str, port: int) -> socket.socket:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if host == "::" else 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_S * 1000)  # accepted sockets inherit it
         sock.bind(address)
         sock.listen(BACKLOG)
     except OSError as error:

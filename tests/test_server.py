@@ -23,7 +23,7 @@ from structlog.testing import capture_logs
 from pdctl.dialects.edge import read_json
 from pdctl.errors import AddressTaken, BadField, ConfigError
 from pdctl.metrics import Metrics
-from pdctl.server import app, bind, bound, serve
+from pdctl.server import UNREAD_S, app, bind, bound, serve
 
 LISTENER = """
 import socket, sys
@@ -77,6 +77,15 @@ async def get(url: str) -> tuple[int, str]:
 def test_a_bound_socket_takes_connections_before_anything_serves() -> None:
     with bind("127.0.0.1", 0) as sock, socket.create_connection(sock.getsockname(), timeout=1):
         assert bound(sock).port > 0
+
+
+def test_who_leaves_everything_unread_is_let_go_of_by_the_kernel() -> None:
+    """Closing flushes first: nothing else ends the connection of a reader that takes nothing."""
+    with bind("127.0.0.1", 0) as sock, socket.create_connection(sock.getsockname(), timeout=1):
+        sock.setblocking(True)
+        served, _ = sock.accept()
+        with served:
+            assert served.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == UNREAD_S * 1000
 
 
 def test_the_port_asked_for_is_the_port_bound() -> None:
