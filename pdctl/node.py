@@ -11,7 +11,7 @@ import asyncio
 import socket
 import ssl
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -116,7 +116,8 @@ async def sidecar(settings: Settings) -> AsyncIterator[Sidecar]:
     async with AsyncExitStack() as stack:
         socks = [stack.enter_context(closing(sock)) for sock in bind_all(settings.serve)]
         longest_s = settings.serve.room_ttl_s * (1 + EXTENSIONS)
-        journal = await stack.enter_async_context(open_journal(journal_url(settings.serve), rooms_kept_s=longest_s))
+        opening = open_journal(journal_url(settings.serve), rooms_kept_s=longest_s, metrics=metrics.journal)
+        journal = await stack.enter_async_context(opening)
         rooms = RoomBook(settings.serve.max_rooms, settings.serve.room_ttl_s)
         registrar = Registrar(Registry(settings.limits), rooms, journal, metrics, time.monotonic)
         kept = await registrar.restore()
@@ -126,16 +127,16 @@ async def sidecar(settings: Settings) -> AsyncIterator[Sidecar]:
         news = native.broadcast(registrar, metrics, settings.watch)
         routers = [plain.router(), *others.routers(registrar, instance), native.router(registrar, news)]
         inner = sglang.in_front(plain, server.app(routers, metrics, unready=registrar.unready))
-        service = door.around(Turnstile(inner, Admission(settings.admission), time.monotonic, metrics))
+        service = Turnstile(inner, Admission(settings.admission), time.monotonic, metrics)
         witness = _witness(settings.witness, registrar, metrics)
-        http = server.serve(service, *socks, grace_s=settings.serve.grace_s, tls=door.tls)
+        http = door.services(service, socks, settings.serve.grace_s)
         files = follow(*door.files)
         async with beside(
-            http=http, sweep=registrar.sweep(), news=news.run(), keys=others.watch(), files=files, witness=witness
+            **http, sweep=registrar.sweep(), news=news.run(), keys=others.watch(), files=files, witness=witness
         ):
-            url, *urls = (f"{door.scheme}://{server.bound(sock)}" for sock in socks)
+            urls = [f"http://{server.bound(sock)}" for sock in socks[1:]]
             names = (each.name for each in settings.serve.listeners())
-            yield Sidecar(url, registrar, tuple(zip(names, urls, strict=True)))
+            yield Sidecar(f"{door.scheme}://{server.bound(socks[0])}", registrar, tuple(zip(names, urls, strict=True)))
 
 
 async def _witness(policy: WitnessPolicy, registrar: Registrar, metrics: Metrics) -> None:
@@ -188,8 +189,20 @@ class _Door:
     def scheme(self) -> str:
         return "http" if self.tls is None else "https"
 
-    def around(self, api: ASGIApp) -> Guard:
-        return Guard(api, lambda: self.rules.value, self.metrics.access, time.monotonic)
+    def services(
+        self, api: ASGIApp, socks: Sequence[socket.socket], grace_s: float
+    ) -> dict[str, Coroutine[Any, Any, None]]:
+        """What serves `api`, by name. All sockets but the first are for stock engines, which speak no TLS."""
+        if self.tls is None:
+            return {"http": server.serve(self._around(api), *socks, grace_s=grace_s)}
+        own, *listeners = socks
+        services = {"https": server.serve(self._around(api), own, grace_s=grace_s, tls=self.tls)}
+        if listeners:
+            services["http"] = server.serve(self._around(api, stock_only=True), *listeners, grace_s=grace_s)
+        return services
+
+    def _around(self, api: ASGIApp, *, stock_only: bool = False) -> Guard:
+        return Guard(api, lambda: self.rules.value, self.metrics.access, time.monotonic, stock_only=stock_only)
 
 
 def _door(settings: AccessSettings, metrics: Metrics) -> _Door:

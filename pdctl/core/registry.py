@@ -51,7 +51,9 @@ class RegistryLimits:
 
     def __post_init__(self) -> None:
         if self.max_instances < 1 or self.max_ranks < 1 or self.max_labels < 0 or self.max_metadata_nbytes < 0:
-            raise ConfigError("max_instances and max_ranks need at least 1, max_labels and max_metadata_nbytes 0 or more")
+            raise ConfigError(
+                "max_instances and max_ranks need at least 1, max_labels and max_metadata_nbytes 0 or more"
+            )
 
     def check(self, claim: Claim) -> None:
         """Raises TooLarge."""

@@ -200,3 +200,20 @@ def own_address() -> str | None:
             return None
         host: str = probe.getsockname()[0]
     return None if host.startswith("127.") else host
+
+
+async def test_stock_engines_get_a_listener_in_the_clear_beside_tls(files: Path) -> None:
+    """They speak no TLS. Nothing of /v1 is to be had there, with whatever token."""
+    tls = ("--tls-cert", f"{files}/cert.pem", "--tls-key", f"{files}/key.pem", "--tls-client-ca", f"{files}/ca.pem")
+    async with pdctl(
+        "serve", "--port", "0", "--token-file", f"{files}/tokens", *tls, "--listen", "a=127.0.0.1:0"
+    ) as child:
+        assert child.stdout is not None
+        lines = [(await asyncio.wait_for(child.stdout.readline(), SOON_S)).decode() for _ in range(2)]
+        assert re.fullmatch(r"serving at https://\S+\n", lines[0]), lines
+        found = re.fullmatch(r"serving a at (http://\S+)\n", lines[1])
+        assert found, lines
+        async with aiohttp.ClientSession() as http:
+            async with http.put(f"{found[1]}/route", json=MOVED.to_body()) as answer:
+                assert answer.status == 200
+            assert await status_of_v1(http, found[1], TOKEN) == 403
