@@ -25,16 +25,16 @@ def stock(port: int) -> None:
     import uvloop
 
     asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
-    _stock_server(port)
+    stock_class()("127.0.0.1", port)
     time.sleep(FOREVER_S)
 
 
-def _stock_server(port: int) -> Any:
+def stock_class() -> Any:
     from tests.wire.stock import surroundings
 
     surroundings.install()
     conn: Any = importlib.import_module("sglang.srt.disaggregation.common.conn")
-    return conn.CommonKVBootstrapServer("127.0.0.1", port)
+    return conn.CommonKVBootstrapServer
 
 
 def rust(port: int) -> None:
@@ -123,7 +123,7 @@ def bare(port: int) -> None:
     )
 
 
-class _Said:
+class Said:
     """As much of a request as stock's handlers read."""
 
     def __init__(self, body: dict[str, int]) -> None:
@@ -131,23 +131,6 @@ class _Said:
 
     async def json(self) -> dict[str, int]:
         return self._body
-
-
-def fill_stock(n_rooms: int) -> Any:
-    """A stock server whose own handler has been told of `n_rooms` rooms."""
-    server = _stock_server(0)
-
-    async def fill() -> None:
-        for room in rooms(n_rooms):
-            await server._handle_register_dp_rank(_Said({"bootstrap_room": room, "dp_rank": room % 8}))
-
-    asyncio.run(fill())
-    return server
-
-
-def rooms(n: int) -> Any:
-    """`n` numbers as large and as scattered as SGLang's: 63 bits, the same ones every time."""
-    return ((number * 0x9E37_79B9_7F4A_7C15 + 1) & (2**63 - 1) for number in range(n))
 
 
 KINDS: dict[str, Callable[[int], None]] = {"stock": stock, "rust": rust, "bare": bare}
