@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import socket
 from collections.abc import Iterator
 
 import pytest
@@ -286,12 +287,63 @@ def test_hostile_http_is_refused_or_dropped_and_the_next_client_is_served(regist
     after_volley(registry.port, [sent, sent])
 
 
-def test_what_comes_in_one_write_is_answered_in_order(registry: Service) -> None:
-    """Pipelined: with a room each, so that an answer in the wrong place is seen."""
-    told = [request("POST", "/register_dp_rank", {"bootstrap_room": n, "dp_rank": n}) for n in range(100)]
-    asked = [request("POST", "/query_dp_ranks", {"bootstrap_rooms": [n]}) for n in range(100)]
-    answer = asyncio.run(say(registry.port, b"".join([*told, *asked, ALIVE]), SERVED_S))
-    assert [int(n) for n in re.findall(rb'\{"(\d+)": ?\d+\}', answer)] == list(range(100))
+PUT_RANK = request("PUT", "/route", RANK)
+# Ways of several kinds through the service, each with an answer that tells it from the others
+MIXED = [
+    *(request("POST", "/register_dp_rank", {"bootstrap_room": 10**9 + n, "dp_rank": n}) for n in range(4)),
+    *(request("POST", "/query_dp_ranks", {"bootstrap_rooms": [10**9 + n, 10**10 + n]}) for n in range(4)),
+    request("POST", "/query_dp_ranks", {"bootstrap_rooms": [*range(5000)]}),
+    request("GET", "/health"),
+    request("GET", "/livez"),
+    request("GET", where("7", "0", "0", "0").decode()),
+    request("GET", "/v1/instances/nobody"),
+    request("PUT", "/route", b"{"),
+    PUT_RANK,
+    request("DELETE", "/route"),
+]
+
+
+def answers_in(heard: bytes) -> list[tuple[int, bytes]]:
+    """(status, body) of each answer, by its length."""
+    found = []
+    while heard:
+        head, _, rest = heard.partition(b"\r\n\r\n")
+        length = re.search(rb"(?i)\r\ncontent-length: (\d+)", head)
+        assert length, heard[:300]
+        found.append((int(head.split()[1]), rest[: int(length[1])]))
+        heard = rest[int(length[1]) :]
+    return found
+
+
+async def dribble(port: int, pieces: list[bytes], heard_s: float) -> bytes:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    try:
+        for piece in pieces:
+            writer.write(piece)
+            await asyncio.sleep(0.001)
+        async with asyncio.timeout(heard_s):
+            return await reader.read()
+    finally:
+        writer.transport.abort()
+
+
+@settings(max_examples=25, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@given(
+    order=st.lists(st.integers(0, len(MIXED) - 1), min_size=2, max_size=40),
+    places=st.lists(st.floats(0, 1), max_size=12),
+)
+def test_however_the_bytes_are_cut_each_question_gets_its_own_answer_in_its_turn(
+    registry: Service, order: list[int], places: list[float]
+) -> None:
+    known = asyncio.run(dribble(registry.port, [*MIXED[:4], PUT_RANK, ALIVE], SERVED_S))
+    assert {status for status, _ in answers_in(known)} == {200}  # from here on no answer changes
+    alone = {n: answers_in(asyncio.run(dribble(registry.port, [MIXED[n], ALIVE], SERVED_S)))[0] for n in {*order}}
+    stream = b"".join(MIXED[n] for n in order) + ALIVE
+    cuts = sorted(int(place * len(stream)) for place in places)
+    pieces = [stream[at:upto] for at, upto in zip([0, *cuts], [*cuts, len(stream)], strict=True)]
+    heard = asyncio.run(dribble(registry.port, pieces, SERVED_S))
+    assert answers_in(heard) == [*(alone[n] for n in order), (200, b"OK")]
 
 
 def test_who_never_finishes_a_request_keeps_nobody_waiting(registry: Service) -> None:
@@ -306,7 +358,8 @@ def test_who_never_finishes_a_request_keeps_nobody_waiting(registry: Service) ->
     asyncio.run(crowd())
 
 
-def test_who_never_reads_an_answer_fills_no_memory(registry: Service) -> None:
+@pytest.mark.parametrize("path", ["/health", "/v1/instances/default", "/metrics"])
+def test_who_never_reads_an_answer_fills_no_memory(registry: Service, path: str) -> None:
     """Some 40 MiB of pipelined questions, as far as the service takes them: it stops reading where nobody listens."""
 
     async def deaf() -> None:
@@ -314,7 +367,7 @@ def test_who_never_reads_an_answer_fills_no_memory(registry: Service) -> None:
         writer.transport.pause_reading()  # type: ignore[attr-defined]
         before = registry.resident_nbytes()
         try:
-            writer.write(request("GET", "/v1/instances/default") * 500_000)
+            writer.write(request("GET", path) * 500_000)
             with pytest.raises(TimeoutError):
                 async with asyncio.timeout(2.0):
                     await writer.drain()
