@@ -14,7 +14,7 @@ from pdctl.core.lives import Change, Claim, Owner
 from pdctl.core.registry import Registry
 from pdctl.core.rooms import RoomBook
 from pdctl.core.route import Announcement, Seat, Shape
-from pdctl.errors import JournalUnavailable, NotReady, Refused
+from pdctl.errors import BadField, JournalUnavailable, NotReady, Refused
 from pdctl.metrics import Metrics
 from pdctl.persistence.base import Room
 from pdctl.persistence.memory import MemoryJournal
@@ -86,6 +86,18 @@ async def test_a_refused_claim_is_neither_journalled_nor_told(clock: Clock) -> N
         await registrar.register(claim(1, replace(TP2, page_size=64)))
     assert logs == []
     assert len((await journal.load()).records) == 1
+
+
+@pytest.mark.parametrize("ttl_s", [None, 10.0], ids=["stock", "leased"])
+async def test_a_loopback_address_from_another_host_is_refused_and_changes_nothing(
+    registrar: Registrar, ttl_s: float | None
+) -> None:
+    said = claim(0, ttl_s=ttl_s)
+    here = replace(said.announcement, address=Endpoint("127.0.0.1", 40000))
+    with pytest.raises(BadField, match=r"speaks from 10\.0\.0\.1"):
+        await registrar.register(replace(said, announcement=here))
+    assert registrar.view("a") is None
+    await registrar.register(replace(said, announcement=here, owner=Owner("::1")))
 
 
 async def test_a_restarted_registry_takes_back_what_the_journal_kept(clock: Clock) -> None:

@@ -28,10 +28,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from pdctl.core.feed import Feed
 from pdctl.core.instances import Incarnation, InstanceView
-from pdctl.core.lives import ENDINGS, Change, ChangeKind, Life, Owner
+from pdctl.core.lives import ENDINGS, Change, ChangeKind, Life
 from pdctl.core.native import NAME, SEAT, Drain, Grant, Registration, Renewal, check_name, in_our_words, read_seat
 from pdctl.core.route import Seat, as_integer
-from pdctl.dialects.edge import json_answer, peer_of, received
+from pdctl.dialects.edge import json_answer, owner_of, peer_of, received
 from pdctl.dialects.watch import Broadcast, WatchLimits
 from pdctl.errors import BadField, PdctlError
 from pdctl.metrics import Metrics
@@ -133,7 +133,7 @@ def _add_ranks(api: APIRouter, registrar: Registrar) -> None:
     async def register(request: Request, instance: Instance, seat: SeatName) -> Response:
         place = check_name(instance, "instance"), read_seat(seat)
         said = _read(_REGISTRATION, await received(request.receive, BODY_LIMIT))
-        life = await registrar.register(said.claim(*place, _owner(request)))
+        life = await registrar.register(said.claim(*place, owner_of(request.scope)))
         return _granted(life, registrar)
 
     @api.post(
@@ -146,7 +146,7 @@ def _add_ranks(api: APIRouter, registrar: Registrar) -> None:
     async def renew(request: Request, instance: Instance, seat: SeatName) -> Response:
         place = check_name(instance, "instance"), read_seat(seat)
         said = _read(_RENEWAL, await received(request.receive, BODY_LIMIT))
-        life = await registrar.renew(*place, said.epoch, _owner(request), said.rooms)
+        life = await registrar.renew(*place, said.epoch, owner_of(request.scope), said.rooms)
         return _granted(life, registrar)
 
     @api.delete(
@@ -162,7 +162,7 @@ def _add_ranks(api: APIRouter, registrar: Registrar) -> None:
     ) -> Response:
         place = check_name(instance, "instance"), read_seat(seat)
         number = None if epoch is None else as_integer(epoch, "epoch")
-        await registrar.leave(*place, number, _owner(request))
+        await registrar.leave(*place, number, owner_of(request.scope))
         return JSONResponse({"revision": registrar.revision})
 
 
@@ -245,12 +245,6 @@ def _route_class(registrar: Registrar) -> type[APIRoute]:
             return answering
 
     return NativeRoute
-
-
-def _owner(request: Request) -> Owner:
-    """Who speaks: by the guard's word where one stands at the door, else by the connection."""
-    caller = request.scope.get("state", {}).get("caller")
-    return Owner(peer_of(request)) if caller is None else Owner(caller.host, caller.principal)
 
 
 def _read(adapter: TypeAdapter[T], body: bytes) -> T:

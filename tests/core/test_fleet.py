@@ -45,6 +45,13 @@ def held(fleet: Fleet) -> list[Worker]:
     return [each for prefill in fleet for each in prefill.workers.values()]
 
 
+def test_a_loopback_address_from_another_host_is_refused() -> None:
+    with pytest.raises(BadField, match="VLLM_HOST_IP") as refusal:
+        Worker("p", Place(0, 0, 0), "tcp://127.0.0.1:4000", A)
+    assert refusal.value.field == "addr"
+    Worker("p", Place(0, 0, 0), "tcp://127.0.0.1:4000", "127.0.0.1")
+
+
 @pytest.fixture
 def sized() -> Fleet:
     return Fleet(FleetPolicy(sizes="dp=1,tp=2,pp=1"))
