@@ -170,7 +170,8 @@ async def test_an_error_of_the_caller_is_told_in_json_with_its_field() -> None:
     async with served(failing(BadField("page_size", "is 0: give 1 or more"))) as (url, _):
         status, body = await get(f"{url}/v1/fail")
     assert status == 400
-    assert json.loads(body) == {"error": {"message": "page_size: is 0: give 1 or more", "field": "page_size"}}
+    told = {"message": "page_size: is 0: give 1 or more", "field": "page_size", "fix": "give 1 or more"}
+    assert json.loads(body) == {"error": told}
 
 
 @pytest.mark.filterwarnings("default")
