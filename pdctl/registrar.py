@@ -148,6 +148,17 @@ class Registrar:
         decide: Decide[Life] = lambda registry, now: registry.claim(claim, now)  # noqa: E731
         return await self._command(decide)
 
+    def heard(self, claim: Claim) -> bool:
+        """Whether its life has said this before, word for word, so that nothing is left to do: it has been heard.
+
+        `register` in a word, for the many repetitions of those who cannot know that they are known.
+        """
+        known = self._registry.repeats(claim)
+        if known is None or known.is_draining or known.pulse.suspected:
+            return False
+        self._registry.hear(claim.instance, claim.seat, known.epoch, claim.owner, self._clock())
+        return True
+
     async def renew(self, instance: str, seat: Seat, epoch: int, owner: Owner | None, rooms: int | None = None) -> Life:
         """The life goes on, whatever the disk does. `rooms` as in the registry.
 

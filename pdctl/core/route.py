@@ -161,7 +161,8 @@ class Announcement:
     def from_body(cls, body: object) -> Announcement:
         """From what a rank PUTs. Raises BadField naming the field."""
         row = as_object(body)
-        tp, cp, dp, pp = (_rank(row, name) for name in ("attn_tp", "attn_cp", "attn_dp", "pp"))
+        tp, cp = _rank(row, "attn_tp"), _rank(row, "attn_cp")
+        dp, pp = _rank(row, "attn_dp"), _rank(row, "pp")
         replica = _rank(row, "system_dp")
         # One replica: the DP groups are those of attention. Several: each replica is a DP rank of its own.
         dp = dp if replica.size == 1 else replica

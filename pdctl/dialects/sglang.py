@@ -129,9 +129,12 @@ class Plain:
         api.routes.append(Route("/route", _MethodNotAllowed(), include_in_schema=False))
         return api
 
-    async def _put_route(self, scope: Scope, body: bytes) -> Answer:
-        announcement = Announcement.from_body(parsed(body))
-        await self._registrar.register(Claim(self._instance_of(scope), announcement, owner_of(scope)))
+    def _put_route(self, scope: Scope, body: bytes) -> Answer | Awaitable[Answer]:
+        claim = Claim(self._instance_of(scope), Announcement.from_body(parsed(body)), owner_of(scope))
+        return _OK if self._registrar.heard(claim) else self._register(claim)
+
+    async def _register(self, claim: Claim) -> Answer:
+        await self._registrar.register(claim)
         return _OK
 
     def _get_route(self, scope: Scope, body: bytes) -> Answer:  # noqa: ARG002

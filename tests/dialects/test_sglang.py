@@ -10,6 +10,7 @@ import http.client
 import io
 import json
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import aiohttp
@@ -18,8 +19,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from starlette.types import ASGIApp
 
+from pdctl.core.lives import Claim, Owner
 from pdctl.core.registry import Registry
 from pdctl.core.rooms import RoomBook
+from pdctl.core.route import Announcement
 from pdctl.dialects import sglang, sglang_openapi
 from pdctl.metrics import Metrics
 from pdctl.persistence.memory import MemoryJournal
@@ -169,6 +172,18 @@ async def test_a_malformed_claim_leaves_nothing_behind(client: Client, field: st
     await client.put(0)
     await client.put(1)
     assert (await client.ask("GET", TOPOLOGY))[0] == 200
+
+
+async def test_only_what_a_life_repeats_word_for_word_is_heard_without_being_written(registrar: Registrar) -> None:
+    said = Claim("default", Announcement.from_body(rank(0)), Owner("10.0.0.1"))
+    assert not registrar.heard(said)
+    await registrar.register(said)
+    assert registrar.heard(said)
+    assert not registrar.heard(replace(said, owner=Owner("10.0.0.2")))
+    assert not registrar.heard(replace(said, announcement=Announcement.from_body(rank(0, prefill_http_port=30001))))
+    assert not registrar.heard(replace(said, announcement=Announcement.from_body(rank(1))))
+    await registrar.drain("default", said.seat, grace_s=60.0)
+    assert not registrar.heard(said)
 
 
 async def test_texts_and_json_are_labelled_as_stock_labels_them(client: Client) -> None:
