@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 import socket
 import urllib.request
 from pathlib import Path
+
+import aiohttp
 
 from pdctl.client import RegistryClient
 from pdctl.core.address import Endpoint
 from pdctl.core.route import Announcement, Seat, Shape
 from tests.e2e.kv import MHA
 from tests.e2e.test_rooms import digest, rank, why
-from tests.service import service
+from tests.service import Service, service, until
 from tests.test_cli import ended
 from tests.test_server import needs_ipv6
 
@@ -60,3 +64,29 @@ def test_every_address_means_both_families_and_the_caller_is_known_by_his_own(tm
                 sock.sendall(b"PUT /route HTTP/1.1\r\nHost: r\r\nContent-Length: 1\r\nConnection: close\r\n\r\n{")
                 assert sock.makefile("rb").readline().split()[1] == b"400"
             assert f" peer={known_as} " in registry.log()
+
+
+async def test_every_wire_and_a_lease_are_spoken_over_ipv6(tmp_path: Path) -> None:
+    with service(tmp_path / "log", "--host", "::1", "--listen", "prefill-a=[::1]:0") as registry:
+        await_line(registry, "serving prefill-a at ")
+        found = re.search(r"serving prefill-a at (http://\[::1\]:\d+)", registry.log())
+        assert found, registry.log()
+        async with aiohttp.ClientSession() as http:
+            lease = {"host": "::1", "port": 40123, "shape": dataclasses.asdict(SHAPE), "ttl_s": 5.0}
+            worker = {"engine_id": "e", "dp_rank": 0, "tp_rank": 0, "pp_rank": 0, "addr": "tcp://[::1]:40125"}
+            handshake = {"ip_or_host_name": "::1", "rpc_port": 40126}
+            for method, path, body in (
+                ("PUT", "/v1/instances/prefill-a/ranks/tp0", lease),
+                ("POST", "/register", worker),
+                ("PUT", "/metadata?key=mooncake%2Frpc_meta%2Fn", handshake),
+            ):
+                async with http.request(method, registry.url + path, json=body) as answer:
+                    assert answer.status == 200, await answer.text()
+            assert got(found[1] + WHERE) == {"rank_ip": "::1", "rank_port": 40123}
+            assert got(registry.url + "/metadata?key=mooncake%2Frpc_meta%2Fn") == handshake
+            async with http.get(f"{registry.url}/v1/instances/prefill-a") as answer:
+                assert (await answer.json())["alive_seats"][0]["address"] == "[::1]:40123"
+
+
+def await_line(registry: Service, words: str) -> None:
+    until(lambda: words in registry.log())
