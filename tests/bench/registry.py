@@ -36,7 +36,8 @@ SEATS = 64
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("registry.lua")
 WORDS = re.compile(
-    r"^\s+(\d+) requests in .*$|^Requests/sec:\s+([\d.]+)$|^\s+99%\s+([\d.]+)(us|ms|s)$|^\s+(Non-2xx.*)$", re.MULTILINE
+    r"^\s+(\d+) requests in .*$|^Requests/sec:\s+([\d.]+)$|^\s+99%\s+([\d.]+)(us|ms|s)\s*$|^\s+(Non-2xx.*)$",
+    re.MULTILINE,
 )
 UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 
@@ -118,12 +119,17 @@ def rows_of(question: Question, shots: dict[tuple[str, str], list[Shot]]) -> Ite
         if theirs is None:
             continue
         yield Row(question.what, "pdctl", rival_name, seconds_each(mine), seconds_each(theirs))
+        yield Row(f"{question.what}: the server's own time", "pdctl", rival_name, cpu_each(mine), cpu_each(theirs))
         if rival_name == "stock":
             yield Row(f"{question.what}: p99", "pdctl", rival_name, p99s(mine), p99s(theirs))
 
 
 def seconds_each(shots: Sequence[Shot]) -> tuple[float, ...]:
     return tuple(1 / shot.rate for shot in shots)
+
+
+def cpu_each(shots: Sequence[Shot]) -> tuple[float, ...]:
+    return tuple(shot.cpu_s for shot in shots)
 
 
 def p99s(shots: Sequence[Shot]) -> tuple[float, ...]:
@@ -199,11 +205,15 @@ def pinned(core: int) -> tuple[str, ...]:
 
 def prepare(server: Server) -> None:
     """A complete instance of 64 ranks, and the hundred rooms that are asked for."""
-    for seat in range(SEATS):
-        send(server, "PUT", "/route", rank(seat))
+    seat_all(server)
     for number in range(1, 101):
         room = 4611686018 * 10**9 + number
         send(server, "POST", "/register_dp_rank", {"bootstrap_room": room, "dp_rank": number % 8})
+
+
+def seat_all(server: Server) -> None:
+    for seat in range(SEATS):
+        send(server, "PUT", "/route", rank(seat))
 
 
 def rank(seat: int) -> dict[str, object]:
@@ -226,6 +236,8 @@ def shoot(server: Server, question: Question, seconds: float = ROUND_S) -> Shot:
     script = () if question.kind is None else ("-s", str(SCRIPT))
     arguments = () if question.kind is None else ("--", question.kind)
     load = ("wrk", "-t1", f"-c{CONNECTIONS}", f"-d{seconds:g}s", "--latency", *script, server.url + question.path)
+    if question.kind == "repeats":  # the restarts have moved every rank
+        seat_all(server)
     spent_s = cpu_s(server.pid)
     done = subprocess.run(
         (*pinned(1), *load, *arguments), capture_output=True, text=True, check=True, timeout=seconds + 60
