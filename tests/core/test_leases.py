@@ -294,3 +294,23 @@ def test_a_registry_that_heard_nobody_gives_every_lease_again() -> None:
     case.registry.forgive(3600.0)
     assert [change.kind for change in case.registry.tick(3600.0)] == []
     assert [change.kind for change in case.registry.tick(3600.0 + TTL_S)] == [K.EXPIRED]
+
+
+def test_a_restored_life_that_has_spoken_is_suspected_after_half_a_lease_like_any_other() -> None:
+    """It was to be looked at when its whole lease is over; now that is too late."""
+    case = restored()
+    renew(case)
+    assert [change.kind for change in case.registry.tick(case.now + TTL_S / 2)] == [K.SUSPECTED]
+
+
+def test_a_draft_that_is_dropped_leaves_a_suspect_one() -> None:
+    """A SUSPECT life amends itself, and the journal refuses: nobody was told that it has recovered."""
+    case = suspect()
+    draft = case.registry.draft()
+    kinds = [change.kind for change in draft.claim(replace(case.mine, labels={"zone": "b"}), case.now).changes]
+    assert kinds == [K.RECOVERED, K.AMENDED]
+    before, revision = case.registry.view(NAME), draft.revision
+    case.registry.skip(draft)
+    assert case.registry.view(NAME) == before
+    assert case.registry.revision == revision  # its numbers are not given again
+    assert [change.kind for change in renew(case)] == [K.RECOVERED]
