@@ -262,6 +262,14 @@ def scribble(path: Path, at: int, nbytes: int) -> None:
         file.write(b"\xa5" * nbytes)
 
 
+def spoil_what_nobody_reads(path: Path) -> None:
+    """An index, which the next write would follow astray."""
+    db = sqlite3.connect(path)
+    ((page,),) = db.execute("SELECT rootpage FROM sqlite_master WHERE name = 'sqlite_autoindex_notes_1'").fetchall()
+    db.close()
+    scribble(path, (page - 1) * 4096, 100)
+
+
 def flip_a_bit_in_a_row(path: Path) -> None:
     raw = path.read_bytes()
     path.write_bytes(raw.replace(b'"rank_ip":"10.0.0.1"', b'"rank_ip":"10.0.0.3"', 1))
@@ -274,9 +282,10 @@ def flip_a_bit_in_a_row(path: Path) -> None:
         lambda path: scribble(path, 0, 64),
         lambda path: scribble(path, 4096, 2048),
         lambda path: os.truncate(path, path.stat().st_size // 2),
+        spoil_what_nobody_reads,
         flip_a_bit_in_a_row,
     ],
-    ids=["other text", "header", "pages", "cut short", "one bit"],
+    ids=["other text", "header", "pages", "cut short", "an index", "one bit"],
 )
 async def test_a_corrupt_journal_is_set_aside_loudly_and_the_next_one_works(
     path: Path, spoil: Callable[[Path], object], lines: list
@@ -339,6 +348,21 @@ async def test_a_full_disk_refuses_with_the_cause_and_recovers_by_itself(path: P
         await journal.append([change(life(2, wide), 2)])
         assert [record.epoch for record in await records(journal)] == [1, 2]
     assert [line["event"] for line in lines] == ["the journal takes no rows", "the journal takes rows again"]
+
+
+async def test_what_was_written_of_a_refused_append_is_taken_back(path: Path) -> None:
+    """The life would have fitted, the rooms do not."""
+    async with opened(path) as journal:
+        assert journal._db is not None
+        await journal._db.execute("PRAGMA max_page_count = 20")
+        with pytest.raises(JournalUnavailable):
+            await journal.append([change(life(1), 1)], [(room, 0) for room in range(50_000)])
+        await journal._db.execute("PRAGMA max_page_count = 100000")
+        await until(lambda: journal.trouble is None)
+        await journal.append([change(life(2), 2)])
+        kept = await journal.load()
+        assert [record.epoch for record in kept.records] == [2]
+        assert not kept.rooms
 
 
 @needs_mount
