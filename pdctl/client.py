@@ -152,8 +152,6 @@ class RegistryClient:
             timeout=aiohttp.ClientTimeout(total=self._attempt_timeout_s),
             headers={"Accept-Encoding": "identity"},  # so that MAX_ANSWER_BYTES means bytes on the wire
         )
-        if self._token.value is not None and self._tls is None and not is_loopback(urlsplit(self._url).hostname or ""):
-            log.warning("token goes over plain HTTP, anyone on the way can read it", registry=self._url)
         # aiohttp sends a PUT or GET a second time, unseen, when a connection ends without an answer: attempts that no
         # warning tells of. It has no public switch for it; test_a_lost_connection_is_one_attempt notices when it goes
         self._session._retry_connection = False
@@ -199,6 +197,8 @@ class RegistryClient:
         exhaustion: Exhaustion = Exhaustion.RAISE,
     ) -> None:
         """`attempt` to register until it succeeds or is refused; `registered` says how it stands. As `register`."""
+        if self._present is None:
+            self._warn_of_eavesdroppers()
         self._present = announcement
 
         async def confirmed() -> None:
@@ -405,6 +405,11 @@ class RegistryClient:
         """The headers of every question; a file is looked at again for each."""
         token = self._token.refresh()
         return {} if token is None else {"Authorization": f"Bearer {token}"}
+
+    def _warn_of_eavesdroppers(self) -> None:
+        """Once, by who registers: a decode opens a client for every room."""
+        if self._token.value is not None and self._tls is None and not is_loopback(urlsplit(self._url).hostname or ""):
+            log.warning("token goes over plain HTTP, anyone on the way can read it", registry=self._url)
 
     def _hung_up(self, error: Exception) -> Exception:
         """What a TLS server does to a client that it does not believe: asyncio closes before the alert is out."""

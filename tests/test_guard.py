@@ -470,6 +470,21 @@ async def test_a_rank_whose_token_file_lags_behind_waits_for_it(token_file: Path
     assert len(refused) == 1
 
 
+@needs_ipv6
+@pytest.mark.parametrize(("host", "times"), [("127.0.0.1", 0), ("[::ffff:127.0.0.1]", 0), ("0.0.0.0", 1)])
+async def test_a_token_in_the_clear_is_warned_of_once_unless_it_stays_on_this_host(
+    host: str, times: int, token_file: Path, lines: list[Any]
+) -> None:
+    async with (
+        door("::", token_file=token_file) as service,
+        RegistryClient(service.at(host), credentials=Credentials(token=TOKEN)) as client,
+    ):
+        for _ in range(3):
+            await client.register(ROW)
+    assert [line["event"] for line in lines].count("token goes over plain HTTP, anyone on the way can read it") == times
+    assert TOKEN not in str(lines)
+
+
 async def test_a_client_without_credentials_shows_nothing() -> None:
     async with scripted() as server, RegistryClient(server.url) as client:
         await client.register(ROW)
