@@ -180,5 +180,14 @@ QUERY_DP_RANKS = _operation(
 )
 
 HEALTH = _operation(
-    "The instance's sign of life, as decodes read it", "200 while the instance lives or is starting.", {200: _OK}
+    "The instance's sign of life, as decodes read it",
+    "200 while the instance lives or is starting. /livez is the service's own.",
+    {
+        200: _OK,
+        503: _text(
+            "Known to be dead: its leases are over, or its witness says so.",
+            "instance default is known to be dead: the rank in dp0/cp0/tp0/pp0 at 10.0.0.1:40123 shows no sign of life "
+            "(connecting to 10.0.0.1:40123: connection refused, 3 times in a row), 4 s ago: start it again",
+        ),
+    },
 )
