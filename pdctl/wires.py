@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -21,6 +21,7 @@ from pdctl.core.naming import Names
 from pdctl.dialects import mooncake, vllm
 from pdctl.dialects.instances import instance_of
 from pdctl.dialects.vllm import InstanceOf
+from pdctl.errors import BadField, JournalUnusable
 from pdctl.keyring import Keyring
 from pdctl.metrics import Metrics
 from pdctl.persistence.base import Note, Notebook
@@ -62,7 +63,7 @@ class OtherWires:
 
     @classmethod
     def open(cls, settings: Settings, journal: Notebook, notes: Sequence[Note], metrics: Metrics) -> OtherWires:
-        """Both books as the journal has kept them: `notes` are all of its."""
+        """Both books as the journal has kept them: `notes` are all of its. Raises JournalUnusable."""
 
         async def keep_keys(rows: Sequence[metadata.Row]) -> None:
             await journal.note([(_KEYS, *row.to_note()) for row in rows])
@@ -74,8 +75,14 @@ class OtherWires:
         book = metadata.KeyBook(limits)
         keyring = Keyring(book, keep_keys, mooncake.engine_answers, metrics, settings.metadata.witness())
         roster = Roster(fleet.Fleet(settings.vllm), keep_fleet, vllm.look, metrics, time.monotonic)
-        keyring.restore([metadata.Row.from_note(key, value) for book, key, value in notes if book == _KEYS and value])
-        roster.restore([fleet.Row.from_note(value) for book, _, value in notes if book == _FLEET and value])
+        try:
+            keyring.restore([metadata.Row.from_note(key, value) for key, value in _of(notes, _KEYS)])
+            roster.restore([fleet.Row.from_note(value) for _, value in _of(notes, _FLEET)])
+        except (BadField, KeyError, TypeError, ValueError) as error:
+            raise JournalUnusable(
+                f"the journal's rows of {_KEYS} or {_FLEET} were written by another version of pdctl ({error!r}): "
+                "start that version, or give another path; nothing was changed in it"
+            ) from error
         return cls(roster, keyring, limits.max_value_nbytes)
 
     def routers(self, registrar: Registrar, instance: InstanceOf) -> list[APIRouter]:
@@ -88,3 +95,8 @@ class OtherWires:
     async def watch(self) -> NoReturn:
         """Stand it beside the server."""
         await self.keyring.watch()
+
+
+def _of(notes: Sequence[Note], name: str) -> Iterator[tuple[str, bytes]]:
+    """Keys and values of one book."""
+    return ((key, value) for book, key, value in notes if book == name and value is not None)

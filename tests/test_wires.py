@@ -12,8 +12,11 @@ import aiohttp
 import pytest
 
 from pdctl import config, node
-from pdctl.errors import AddressTaken
+from pdctl.errors import AddressTaken, JournalUnusable
+from pdctl.metrics import Metrics
+from pdctl.persistence.memory import MemoryJournal
 from pdctl.server import bind, bound
+from pdctl.wires import OtherWires
 
 TOPOLOGY = "/route?prefill_dp_rank=-1&prefill_cp_rank=-1&target_tp_rank=-1&target_pp_rank=-1"
 RANK = "/route?prefill_dp_rank=0&prefill_cp_rank=0&target_tp_rank=0&target_pp_rank=0"
@@ -147,3 +150,9 @@ async def test_what_vllm_and_mooncake_were_promised_outlives_the_service(tmp_pat
     async with service(serve=journal) as it:
         assert await it.ask("GET", f"{it.url}/query") == (200, {})
         assert (await it.ask("GET", f"{it.url}/metadata", params=key))[0] == 404
+
+
+async def test_rows_of_another_version_are_said_and_left_alone(metrics: Metrics) -> None:
+    notes = [("vllm", "dp0/tp0/pp0/p", json.dumps({"engine_id": "p", "novelty": 1}).encode())]
+    with pytest.raises(JournalUnusable, match="another version"):
+        OtherWires.open(config.load(), MemoryJournal(), notes, metrics)
