@@ -64,7 +64,8 @@ class Turns:
 
 def lease(client: RegistryClient, exhaustion: Exhaustion = Exhaustion.RAISE, **more: Any) -> Lease:
     terms = LeaseTerms("default", ROW, TTL_S, rooms=more.pop("rooms", None))
-    return Lease(client.tell, partial(client.insist, ROW, exhaustion=exhaustion), terms, QUICK, **more)
+    policy = more.pop("policy", QUICK)
+    return Lease(client.tell, partial(client.insist, ROW, exhaustion=exhaustion), terms, policy, **more)
 
 
 @asynccontextmanager
@@ -230,7 +231,7 @@ async def test_who_lost_the_registry_returns_within_a_third_of_the_lease() -> No
         scripted(granted(ttl_s=60.0), *[busy] * 30, otherwise=granted(ttl_s=60.0)) as registry,
         RegistryClient(registry.url, policy=RetryPolicy(), sleep=turns) as client,
     ):
-        holding = asyncio.create_task(lease(client, sleep=Turns()).hold())
+        holding = asyncio.create_task(lease(client, sleep=Turns(), policy=RetryPolicy()).hold())
         await until_asked(registry, 32)
         holding.cancel()
         await asyncio.wait({holding})

@@ -139,6 +139,23 @@ async def test_a_prefill_holds_a_lease_and_gives_it_back_when_it_closes() -> Non
         assert not view.alive
 
 
+async def test_a_prefill_that_drains_is_gone_as_soon_as_it_has_no_rooms() -> None:
+    memory, quick = Memory(), settings()
+    async with sidecar(quick) as registry:
+        quick = quick.model_copy(update={"node": NodeSettings(registry=registry.url, ttl_s=0.5)})
+        async with prefill_node(quick, **memory.pools, seat=FIRST, shape=SHAPE) as prefill:
+            await until_registered(prefill)
+            await registry.registrar.drain("default", None, grace_s=300.0)
+            async with asyncio.timeout(SOON_S):
+                while prefill.registered:  # noqa: ASYNC110  as in `until_registered`
+                    await asyncio.sleep(0.01)
+            view = registry.registrar.view("default")
+            assert view
+            assert not view.alive
+            status, reasons = await readiness(prefill.metrics_url)
+            assert (status, len(reasons)) == (503, 1)
+
+
 async def test_a_prefill_that_is_replaced_ends_loudly() -> None:
     memory, quick = Memory(), settings()
     async with sidecar(quick) as registry:

@@ -387,6 +387,14 @@ async def test_a_watcher_hears_what_each_command_changed(wire: Wire) -> None:
         assert (left["kind"], left["gone"], left["rank"]) == ("left", [2], None)
 
 
+async def test_a_watcher_is_told_of_a_silent_lease_when_it_is_noticed_and_not_before(wire: Wire, clock: Clock) -> None:
+    """Otherwise it would never hear that the lease was renewed in time after all: nothing has changed by that."""
+    await wire.register()
+    clock.forward(6.0)
+    async with wire.watch() as watcher:
+        assert (await watcher.next("instance"))["alive_seats"][0]["standing"] == "alive"
+
+
 async def test_a_list_gives_the_cursor_from_which_a_watch_goes_on(wire: Wire) -> None:
     await wire.register(0)
     cursor = (await wire.get("/instances"))["cursor"]

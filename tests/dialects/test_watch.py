@@ -145,6 +145,23 @@ async def test_a_new_reader_is_told_everything_and_then_what_changes(house: Hous
         assert (change.cursor, change.data) == ("here-2", {"name": "i0", "value": 1, "padding": ""})
 
 
+async def test_what_changes_while_it_is_listed_is_told_before_it_is_called_whole(metrics: Metrics) -> None:
+    class Busy(House):
+        def detail(self, name: str) -> bytes | None:
+            if name == "i1" and not self.revision:
+                self.change("i0")  # which has been told already
+            return super().detail(name)
+
+    async with served(Busy(metrics), metrics) as house, watching(house) as events:
+        told = await until(events, "synced")
+    assert [(each.kind, each.data) for each in told[2:]] == [
+        ("instance", {"name": "i0", "value": 0}),
+        ("instance", {"name": "i1", "value": 0}),
+        ("change", {"name": "i0", "value": 1, "padding": ""}),
+        ("synced", {"revision": 1}),
+    ]
+
+
 @pytest.mark.parametrize("since", ["here-1", "1"])
 async def test_a_reader_who_comes_back_gets_what_it_missed_and_nothing_else(house: House, since: str) -> None:
     for _ in range(3):
