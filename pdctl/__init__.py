@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pdctl.core.route import Announcement, Seat, Shape
     from pdctl.core.sessions import ProbePolicy
     from pdctl.core.transfer import RoomTimeouts
+    from pdctl.credentials import Credentials
     from pdctl.engine.base import Engine
     from pdctl.engine.mooncake import MooncakeSettings, open_mooncake
     from pdctl.errors import Cause, PdctlError, RoomFailed, SessionBlocked, TransferFailed
@@ -34,6 +35,7 @@ __all__ = [
     "Arena",
     "Cause",
     "CopyPlan",
+    "Credentials",
     "DecodeNode",
     "Endpoint",
     "Engine",
@@ -73,6 +75,7 @@ _ROOMS = {
     "core.route": ("Announcement", "Seat", "Shape"),
     "core.sessions": ("ProbePolicy",),
     "core.transfer": ("RoomTimeouts",),
+    "credentials": ("Credentials",),
     "engine.base": ("Engine",),
     "engine.mooncake": ("MooncakeSettings", "open_mooncake"),
     "errors": ("Cause", "PdctlError", "RoomFailed", "SessionBlocked", "TransferFailed"),
