@@ -42,6 +42,11 @@ class Service:
     def log(self) -> str:
         return self._log.read_text(errors="replace")
 
+    def kill(self) -> None:
+        """SIGKILL, and wait until it is gone."""
+        self._child.kill()
+        self._child.wait(DEADLINE_S)
+
     def lives(self) -> bool:
         return self._child.poll() is None
 
