@@ -24,8 +24,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pdctl.core.instances import Incarnation, InstanceView
-from pdctl.core.lives import Claim, Life, Owner
-from pdctl.errors import Occupied, Refused
+from pdctl.core.lives import ChangeKind, Claim, Life, Owner
+from pdctl.core.route import Seat
+from pdctl.errors import Occupied, Refused, Superseded, UnknownLease
 
 STALLED_AFTER_S = 60.0
 """The ranks of an instance come within seconds of each other. One that is half there for longer has been given up."""
@@ -58,6 +59,35 @@ def occupied(life: Life, claimant: Owner) -> Occupied:
         holder=life.owner.host,
         claimant=claimant.host,
     )
+
+
+def not_held(view: InstanceView, seat: Seat, epoch: int | None) -> UnknownLease | Superseded:
+    """What to tell one who speaks for a life that does not hold the seat, or not any more."""
+    if epoch is None:
+        return UnknownLease(f"seat {seat} of {view.name} is held by nobody: nothing is there to leave")
+    loss, held = view.loss(seat, epoch), view.alive.get(seat)
+    if loss is not None and loss.kind is ChangeKind.DRAINED:
+        return Superseded(
+            f"epoch {epoch} in seat {seat} of {view.name} was drained: exit, or start anew to serve again",
+            held=0,
+            got=epoch,
+        )
+    if held is not None and held.epoch > epoch:
+        return Superseded(
+            f"seat {seat} is held by epoch {held.epoch}, got {epoch}: this process was replaced; exit and let the new "
+            "one serve",
+            held=held.epoch,
+            got=epoch,
+        )
+    if view.served.number > epoch:
+        number = view.served.number
+        return Superseded(
+            f"{view.name} was restarted with epoch {number}, got {epoch}: this process was replaced; exit and let the "
+            "new one serve",
+            held=number,
+            got=epoch,
+        )
+    return UnknownLease(f"epoch {epoch} in seat {seat} of {view.name} is not known here any more: register again")
 
 
 def _check_may_take(view: InstanceView, incarnation: Incarnation, claim: Claim) -> None:

@@ -24,11 +24,11 @@ from typing import NamedTuple
 
 from pdctl.core.address import Endpoint
 from pdctl.core.agenda import Agenda
-from pdctl.core.claims import check_may_change, place
+from pdctl.core.claims import check_may_change, not_held, place
 from pdctl.core.instances import Incarnation, InstanceView, Loss
 from pdctl.core.lives import Change, ChangeKind, Claim, Life, Owner, Record
 from pdctl.core.route import Seat
-from pdctl.errors import ConfigError, LimitReached, Superseded, TooLarge, UnknownLease
+from pdctl.errors import ConfigError, LimitReached, TooLarge, UnknownLease
 
 REMEMBER_S = 600.0
 """For how long an instance is remembered that nobody is left of, so that it can be said why."""
@@ -362,7 +362,7 @@ class Registry:
         held = view.alive.get(seat)
         life = held if epoch is None else view.holder(seat, epoch)
         if life is None:
-            raise _not_held(view, seat, epoch, held)
+            raise not_held(view, seat, epoch)
         check_may_change(life, owner)
         return view, life
 
@@ -443,31 +443,3 @@ def _restored(number: int, records: list[Record], now: float) -> Incarnation:
     alive = [lives[record.epoch] for record in records if record.lost is None]
     complete = len(records) == shape.n_seats
     return Incarnation(number, shape, role, was_complete=complete).losing(lost).seating(*alive)
-
-
-def _not_held(view: InstanceView, seat: Seat, epoch: int | None, held: Life | None) -> UnknownLease | Superseded:
-    if epoch is None:
-        return UnknownLease(f"seat {seat} of {view.name} is held by nobody: nothing is there to leave")
-    loss = view.loss(seat, epoch)
-    if loss is not None and loss.kind is ChangeKind.DRAINED:
-        return Superseded(
-            f"epoch {epoch} in seat {seat} of {view.name} was drained: exit, or start anew to serve again",
-            held=0,
-            got=epoch,
-        )
-    if held is not None and held.epoch > epoch:
-        return Superseded(
-            f"seat {seat} is held by epoch {held.epoch}, got {epoch}: this process was replaced; exit and let the new "
-            "one serve",
-            held=held.epoch,
-            got=epoch,
-        )
-    if view.served.number > epoch:
-        number = view.served.number
-        return Superseded(
-            f"{view.name} was restarted with epoch {number}, got {epoch}: this process was replaced; exit and let the "
-            "new one serve",
-            held=number,
-            got=epoch,
-        )
-    return UnknownLease(f"epoch {epoch} in seat {seat} of {view.name} is not known here any more: register again")
