@@ -218,6 +218,20 @@ async def test_health_answers_get_and_head(client: Client) -> None:
     assert await client.ask("HEAD", "/health") == (200, "")
 
 
+async def test_health_tells_of_an_instance_that_is_known_to_be_dead(client: Client, registrar: Registrar) -> None:
+    await client.ask("PUT", "/route", rank(size=1))
+    view = registrar.view("default")
+    assert view is not None
+    (life,) = view.lives
+    await registrar.witnessed("default", life.seat, life.epoch, False, "shows no sign of life")
+    status, cause = await client.ask("GET", "/health")
+    assert (status, "10.0.0.1:40000 shows no sign of life" in cause) == (503, True)
+    assert (await client.ask("HEAD", "/health"))[0] == 503
+    assert (await client.ask("GET", "/livez"))[0] == 200
+    await registrar.witnessed("default", life.seat, life.epoch, True)
+    assert await client.ask("GET", "/health") == (200, "OK")
+
+
 async def test_rooms_beyond_64_bits_come_back_in_decimal(client: Client) -> None:
     huge = 2**64 + 3
     await client.ask("POST", "/register_dp_rank", {"bootstrap_room": huge, "dp_rank": "3"})
