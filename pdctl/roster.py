@@ -17,7 +17,8 @@ import structlog
 
 from pdctl.core.address import Endpoint
 from pdctl.core.fleet import Fleet, Place, Prefill, Row, Worker, shown
-from pdctl.errors import NotReady
+from pdctl.core.lives import Owner
+from pdctl.errors import NotReady, Occupied
 from pdctl.metrics import FleetChange, Metrics
 
 AT_ONCE = 64
@@ -72,12 +73,20 @@ class Roster:
             await self._perform(rows)
         await self._bury(strangers)
 
-    async def remove(self, engine: str) -> bool:
-        """Forget a prefill, by an operator's word; False when there is none."""
+    async def remove(self, engine: str, by: Owner) -> bool:
+        """Forget a prefill; False when there is none.
+
+        Its own hosts and holders of a token may do so; others only when nobody is there any more. Raises Occupied.
+        """
         prefill = self._fleet.find(engine)
         if prefill is None:
             return False
         async with self._turn(prefill.name):
+            foreign = [held for held in prefill.workers.values() if by.principal is None and held.host != by.host]
+            found = await self._ask(foreign)
+            for worker, presence in zip(foreign, found, strict=True):
+                if presence is Presence.THERE:
+                    raise _not_theirs(worker, by)
             rows = self._fleet.drop(prefill)
             await self._perform(rows)
             return bool(rows)
@@ -149,3 +158,12 @@ class Roster:
     def _turn(self, prefill: str) -> asyncio.Lock:
         """One for each prefill, for as long as somebody holds it or waits for it."""
         return self._turns.setdefault(prefill, asyncio.Lock())
+
+
+def _not_theirs(worker: Worker, by: Owner) -> Occupied:
+    return Occupied(
+        f"engine {worker.engine_id!r} was registered from {worker.host} and still answers at {worker.addr}, and {by} "
+        "wants it forgotten: ask from that host or with a token, or stop the engine first",
+        holder=worker.host,
+        claimant=by.host,
+    )

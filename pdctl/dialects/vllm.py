@@ -30,7 +30,7 @@ from pdctl.core.address import Endpoint, is_loopback
 from pdctl.core.fleet import Place, Prefill, Sizes, Worker
 from pdctl.core.naming import DEFAULT
 from pdctl.core.route import as_integer, as_object, needed
-from pdctl.dialects.edge import MIB, peer_of, read_json, status_of
+from pdctl.dialects.edge import MIB, owner_of, peer_of, read_json, status_of
 from pdctl.errors import BadField, LimitReached, NotReady, PdctlError
 from pdctl.roster import Presence, Roster
 
@@ -121,9 +121,9 @@ def operators_router(roster: Roster) -> APIRouter:
     async def engines() -> dict[str, Any]:
         return {"prefills": [_shown(prefill, roster) for prefill in roster]}
 
-    @api.delete("/{engine}", summary="Forget a prefill that is gone", responses={404: {"description": _TEXTS[404]}})
-    async def forget(engine: str) -> Response:
-        if await roster.remove(engine):
+    @api.delete("/{engine}", summary="Forget a prefill that is gone", responses=_said(404, 409, 503))
+    async def forget(request: Request, engine: str) -> Response:
+        if await roster.remove(engine, owner_of(request.scope)):
             return JSONResponse({"status": "ok"})
         return JSONResponse({"error": {"message": f"no worker of engine {engine!r} is registered"}}, 404)
 

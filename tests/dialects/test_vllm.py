@@ -242,6 +242,17 @@ async def test_an_operator_sees_who_is_missing_and_can_say_goodbye_for_a_prefill
     assert await stage.get() == (200, {})
 
 
+async def test_nobody_else_says_goodbye_for_an_engine_that_lives(stage: Stage) -> None:
+    theirs = Worker("p", Place(0, 0, 0), "tcp://10.0.0.9:4000", "10.0.0.9")
+    stage.roster.restore([Row("p", theirs.place, theirs)])
+    async with stage.session.delete(f"{stage.url}/v1/engines/p") as answer:
+        assert answer.status == 409
+        assert "10.0.0.9" in await answer.text()
+    stage.presence[4000] = Presence.SILENT
+    async with stage.session.delete(f"{stage.url}/v1/engines/p") as answer:
+        assert answer.status == 200
+
+
 async def test_what_is_held_is_counted(stage: Stage, metrics: Metrics) -> None:
     await stage.register(0)
     lines = metrics.exposition()[0].decode().splitlines()
