@@ -186,7 +186,11 @@ class Plain:
             raise BadField("bootstrap_rooms", "is no array: send an array of rooms")
         if not set(map(type, rooms)) <= _PLAIN:
             rooms = [as_integer(room, f"bootstrap_rooms[{place}]") for place, room in enumerate(rooms)]
-        return _json(self._registrar.rooms(rooms))
+        found = self._registrar.rooms(rooms)
+        pairs = ", ".join(
+            [f'"{room}": {dp_rank}' for room, dp_rank in found.items()]
+        )  # as json.dumps, in 3/4 of its time
+        return _answer(200, _JSON, f"{{{pairs}}}".encode())
 
     def _health(self, scope: Scope, body: bytes) -> Answer:  # noqa: ARG002
         """A decode gives a prefill up after two of these that are not 200: 503 for one that is known to be dead."""
