@@ -2,7 +2,7 @@
 10,000 leased ranks of 500 instances at one `pdctl serve`, its journal on disk, 100 watchers listening.
 
 `python -m tests.bench.fleet [WATCHERS]` says how long all of them take to register, how soon every watcher has heard of
-the last one, and how long a restart takes, from the start of the process to a list of all ranks. No admission: this is
+the last one, and how long a restart takes, from the start of the process to /readyz. No admission: this is
 about what it can do. It has no rival and so no row in `./dev bench`.
 """
 
@@ -23,6 +23,7 @@ import aiohttp
 
 from pdctl.core.native import Registration
 from pdctl.core.route import Shape
+from tests.bench.registry import cpu_s, free_port
 
 N_INSTANCES, N_SEATS = 500, 20
 AT_ONCE = 64
@@ -33,14 +34,16 @@ SHAPE = Shape(attn_tp_size=N_SEATS, attn_cp_size=1, dp_size=1, pp_size=1, page_s
 
 async def main(n_watchers: int) -> None:
     with tempfile.TemporaryDirectory(prefix="pdctl-bench-") as folder:
-        with serving(Path(folder), 18998) as url:
+        port = free_port()
+        with serving(Path(folder), port) as (url, _):
             await until_there(url)
             await filled(url, n_watchers)
         began = time.perf_counter()
-        with serving(Path(folder), 18998) as url:
+        with serving(Path(folder), port) as (url, pid):
             await until_there(url)
+            took_s, own_s = time.perf_counter() - began, cpu_s(pid)
             n_there = await held(url)
-            print(f"restart: {n_there} ranks back and listed {time.perf_counter() - began:.2f} s after the start")
+            print(f"restart: ready with {n_there} ranks {took_s:.2f} s after the start, {own_s:.2f} s of its own time")
 
 
 async def filled(url: str, n_watchers: int) -> None:
@@ -99,13 +102,13 @@ async def until_there(url: str) -> None:
 
 
 @contextmanager
-def serving(folder: Path, port: int) -> Iterator[str]:
+def serving(folder: Path, port: int) -> Iterator[tuple[str, int]]:
     words = ("-m", "pdctl", "serve", "--port", str(port), "--log-level", "warning")
     journal = ("--journal", f"sqlite:{folder / 'journal.sqlite'}")
     environment = {**os.environ, "PDCTL_ADMISSION__PER_S": "0"}
     process = subprocess.Popen((sys.executable, *words, *journal), cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
     try:
-        yield f"http://127.0.0.1:{port}"
+        yield f"http://127.0.0.1:{port}", process.pid
     finally:
         process.kill()
         process.wait()
