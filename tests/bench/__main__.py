@@ -68,6 +68,8 @@ def table(rows: Sequence[Row]) -> Table:
 def readable(value: float, unit: str) -> str:
     if unit == "B":
         return f"{value / (1 << 20):.1f} MiB"
+    if unit != "s":
+        return f"{value:.2f} {unit}"
     return f"{value * 1e6:.1f} us" if value < 1e-3 else f"{value * 1e3:.2f} ms"
 
 
