@@ -79,12 +79,12 @@ def check_not_tried(gate: TextIO) -> None:
 
 @pytest.fixture(scope="session")
 def stock_folder() -> Path:
-    """A folder with the stock wheel. Without it these tests skip, or fail where PDCTL_REQUIRE_STOCK=1 asks for that."""
+    """A folder with the stock wheel. Without it these tests skip, or fail where REQUIRE_STOCK=1 asks for that."""
     try:
         return installed()
     except (OSError, RuntimeError, subprocess.TimeoutExpired) as error:
         said = f"stock SGLang cannot be installed from {LOCK.name}: {error}"
-        if os.environ.get("PDCTL_REQUIRE_STOCK") == "1":
+        if os.environ.get("REQUIRE_STOCK") == "1":
             pytest.fail(said)
         pytest.skip(said)
 
