@@ -39,7 +39,7 @@ _RANKS = ("prefill_dp_rank", "prefill_cp_rank", "target_tp_rank", "target_pp_ran
 _TOPOLOGY = Seat(-1, -1, -1, -1)
 _LIMITS = {"/route": ROUTE_LIMIT, "/register_dp_rank": ROOM_LIMIT, "/query_dp_ranks": QUERY_LIMIT}
 _PLAIN = {int}  # a bool is none
-_KEPT = 4096  # one question can be written in many ways, and strangers write them too
+_KEPT, _KEPT_NBYTES = 4096, 256  # one question can be written in many ways and at any length, by strangers too
 
 InstanceOf = Callable[[Scope], str]
 """For which instance a request speaks."""
@@ -165,7 +165,8 @@ class Plain:
                 return _answer(404, _TEXT, text.encode())
             what, found = Lookup.RANK, rank_body(address)
         answer = _json(found)
-        self._kept[instance, query] = what, answer
+        if len(query) <= _KEPT_NBYTES:
+            self._kept[instance, query] = what, answer
         return answer
 
     def _register_dp_rank(self, scope: Scope, body: bytes) -> Awaitable[Answer]:  # noqa: ARG002
