@@ -353,7 +353,6 @@ class ArrivingRoom:
         self._told: list[Endpoint] = []
         self._answers: set[int] = set()
         self._ended = asyncio.Event()
-        self._announcing: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
 
     async def __aenter__(self) -> Self:
