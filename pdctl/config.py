@@ -34,6 +34,7 @@ from pdctl.core.naming import DEFAULT, Hosts, Listener
 from pdctl.core.native import NAME
 from pdctl.core.registry import RegistryLimits
 from pdctl.core.route import Announcement, Seat, Shape
+from pdctl.core.seconds import check_seconds
 from pdctl.core.sessions import ProbePolicy
 from pdctl.core.transfer import RoomTimeouts
 from pdctl.core.witness import WitnessPolicy
@@ -103,8 +104,9 @@ class ServeSettings:
             path_in(self.journal)
         self.listeners()
         self.hosts()
-        if self.max_rooms < 1 or self.room_ttl_s <= 0 or self.grace_s < 0:
-            raise ValueError("max_rooms needs at least 1, room_ttl_s more than 0, grace_s at least 0")
+        if self.max_rooms < 1:
+            raise ValueError("max_rooms needs at least 1")
+        check_seconds(self, "serve", or_zero=("grace_s",))
 
     def listeners(self) -> list[Listener]:
         """Raises ConfigError."""
@@ -170,8 +172,9 @@ class NodeSettings:
             raise ValueError(f"registry is {self.registry!r}: give http://host:port")
         if not re.fullmatch(NAME, self.instance, re.ASCII):
             raise ValueError(f"instance is {self.instance!r}: give letters, digits and . _ -, at most 128")
-        if self.announce_every_s <= 0 or not SHORTEST_TTL_S <= self.ttl_s <= LONGEST_TTL_S:
-            raise ValueError(f"announce_every_s needs more than 0, ttl_s {SHORTEST_TTL_S} to {LONGEST_TTL_S:g}")
+        check_seconds(self, "node")
+        if not SHORTEST_TTL_S <= self.ttl_s <= LONGEST_TTL_S:
+            raise ValueError(f"ttl_s needs {SHORTEST_TTL_S} to {LONGEST_TTL_S:g}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ import zmq
 import zmq.asyncio
 
 from pdctl.core.address import Endpoint
+from pdctl.core.seconds import check_seconds
 from pdctl.errors import BadFrames, ConfigError, Unreachable
 from pdctl.metrics import LinkDrop, Metrics
 
@@ -48,9 +49,10 @@ class LinkSettings:
     flush_s: float = 0.1
 
     def __post_init__(self) -> None:
-        for name in ("send_deadline_s", "max_sockets", "max_frame_nbytes", "max_waiting", "flush_s"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"link {name} is {getattr(self, name)}: give a number above 0")
+        check_seconds(self, "link")
+        for name in ("max_sockets", "max_frame_nbytes", "max_waiting"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"link {name} is {getattr(self, name)}: give at least 1")
 
 
 @dataclass(slots=True)

@@ -17,7 +17,7 @@ import socket
 import ssl
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from datetime import UTC
 from email.utils import parsedate_to_datetime
 from random import Random, SystemRandom
@@ -25,6 +25,7 @@ from typing import Generic, NoReturn, TypeVar
 
 from tenacity import AsyncRetrying, RetryCallState
 
+from pdctl.core.seconds import check_seconds
 from pdctl.errors import ConfigError, PutOff, RegistryRefused
 
 T = TypeVar("T")
@@ -69,10 +70,7 @@ class RetryPolicy:
     after_hint_s: float | None = None
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name.endswith("_s") and value is not None and not (math.isfinite(value) and value > 0):
-                raise ConfigError(f"retry {field.name} is {value}: give a number of seconds above 0")
+        check_seconds(self, "retry")
         if not (math.isfinite(self.multiplier) and self.multiplier >= 1):
             raise ConfigError(f"retry multiplier is {self.multiplier}: give 1 (no growth) or more")
         if self.first_wait_s > self.max_wait_s:

@@ -13,15 +13,15 @@ changes nothing; a finished room stays as it is whatever comes late.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import IntEnum, StrEnum
 
 import numpy as np
 import numpy.typing as npt
 
-from pdctl.errors import ConfigError, IllegalEvent
+from pdctl.core.seconds import check_seconds
+from pdctl.errors import IllegalEvent
 
 
 class Phase(IntEnum):
@@ -150,11 +150,7 @@ class RoomTimeouts:
     drain_margin_s: float = 2.0
 
     def __post_init__(self) -> None:
-        for each in fields(self):
-            value = getattr(self, each.name)
-            least_is_fine = each.name == "drain_margin_s" and value == 0
-            if not (math.isfinite(value) and (value > 0 or least_is_fine)):
-                raise ConfigError(f"room {each.name} is {value}: give a number of seconds above 0")
+        check_seconds(self, "room", or_zero=("drain_margin_s",))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

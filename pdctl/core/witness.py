@@ -24,12 +24,13 @@ import heapq
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from enum import StrEnum
 from urllib.parse import urlsplit
 
 from pdctl.core.lives import Life
 from pdctl.core.route import Seat
+from pdctl.core.seconds import check_seconds
 from pdctl.errors import ConfigError
 
 HOSTS_TO_COMPARE = 3
@@ -84,10 +85,7 @@ class WitnessPolicy:
     max_lag_s: float = 0.5
 
     def __post_init__(self) -> None:
-        for knob in fields(self):
-            value = getattr(self, knob.name)
-            if knob.name.endswith("_s") and not (math.isfinite(value) and value > 0):
-                raise ConfigError(f"witness {knob.name} is {value}: give a number of seconds above 0")
+        check_seconds(self, "witness")
         if self.dead_after < 2:
             raise ConfigError(f"witness dead_after is {self.dead_after}: give at least 2, one lost packet is no death")
         if self.alive_after < 1 or self.max_concurrent < 1:

@@ -34,7 +34,8 @@ from fastapi.responses import Response, StreamingResponse
 from starlette.types import Message, Send
 
 from pdctl.core.feed import Feed
-from pdctl.errors import BadField, LimitReached
+from pdctl.core.seconds import check_seconds
+from pdctl.errors import BadField, ConfigError, LimitReached
 from pdctl.metrics import Metrics, WatchEnd
 
 BATCH = 256  # entries in one write: 64 KB or so, what uvicorn buffers before it asks us to wait
@@ -59,8 +60,9 @@ class WatchLimits:
     send_within_s: float = 10.0
 
     def __post_init__(self) -> None:
-        if self.max_watchers < 0 or self.heartbeat_s <= 0 or self.send_within_s <= 0:
-            raise ValueError("max_watchers needs at least 0, heartbeat_s and send_within_s more than 0")
+        check_seconds(self, "watch")
+        if self.max_watchers < 0:
+            raise ConfigError(f"watch max_watchers is {self.max_watchers}: give at least 0")
 
 
 class Broadcast:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import structlog
 
 from pdctl.core.address import check_host, is_wildcard
+from pdctl.core.seconds import check_seconds
 from pdctl.engine import handshake
 from pdctl.engine.promises import Patience
 from pdctl.errors import BadField, ConfigError
@@ -67,11 +68,9 @@ class MooncakeSettings:
             raise ConfigError(f"mooncake protocol is {self.protocol} but force_tcp is on: switch one of them")
         if not 1 <= self.window <= 1024:
             raise ConfigError(f"mooncake window is {self.window}: give 1 to 1024 blocks (past 2048 the engine wedges)")
-        for name in ("block_limit", "progress_timeout_s", "handshake_timeout_s"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"mooncake {name} is {getattr(self, name)}: give more than 0")
-        if self.recheck_s < 0:
-            raise ConfigError(f"mooncake recheck_s is {self.recheck_s}: give 0 or more")
+        if self.block_limit < 1:
+            raise ConfigError(f"mooncake block_limit is {self.block_limit}: give at least 1")
+        check_seconds(self, "mooncake", or_zero=("recheck_s",))
 
     @property
     def forces_tcp(self) -> bool:
