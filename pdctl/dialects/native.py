@@ -15,23 +15,23 @@ says what happened, in which field, and what to do.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Coroutine, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict
 from itertools import islice
 from math import inf
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Path, Query, Request
 from fastapi.responses import JSONResponse, Response
-from fastapi.routing import APIRoute
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from pdctl.core.feed import Feed
 from pdctl.core.instances import Incarnation, InstanceView
 from pdctl.core.lives import ENDINGS, Change, ChangeKind, Life
 from pdctl.core.native import NAME, SEAT, Drain, Grant, Registration, Renewal, check_name, in_our_words, read_seat
 from pdctl.core.route import Seat, as_integer
-from pdctl.dialects.edge import json_answer, owner_of, peer_of, received
+from pdctl.dialects.edge import owner_of, peer_of, received
+from pdctl.dialects.strict import Refused, as_body, fails, route_class, takes
 from pdctl.dialects.watch import Broadcast, WatchLimits
 from pdctl.errors import BadField, PdctlError
 from pdctl.metrics import Metrics
@@ -40,56 +40,11 @@ from pdctl.registrar import Registrar
 MISSING_SHOWN = 1000
 BODY_LIMIT = 1 << 18  # a layout of DeepSeek's is some KB, metadata are bounded by the registry's own limit
 
-T = TypeVar("T")
-Handler = Callable[[Request], Coroutine[Any, Any, Response]]
-
 _REGISTRATION, _RENEWAL, _DRAIN = TypeAdapter(Registration), TypeAdapter(Renewal), TypeAdapter(Drain)
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """`message`: what happened: what to do. `fix` is the second half, `field` what is wrong where one is."""
-
-    message: str
-    field: str | None = None
-    fix: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    error: Problem
 
 
 Instance = Annotated[str, Path(description="The instance's name.", json_schema_extra={"pattern": f"^{NAME}$"})]
 SeatName = Annotated[str, Path(description="dp0-cp0-tp1-pp0, or tp1.", json_schema_extra={"pattern": f"^{SEAT}$"})]
-
-_WORDS = {
-    400: "A field cannot be used, or contradicts what is registered.",
-    404: "Not known here: register again.",
-    408: "The body did not arrive in time.",
-    409: "A later epoch, or another host that lives, holds the seat.",
-    413: "Over a limit that the text names.",
-    429: "A table is at the limit that the text names; `Retry-After`.",
-    503: "The journal does not take rows now, and nothing was changed; `Retry-After`.",
-}
-
-
-def _fails(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    return {status: {"description": _WORDS[status], "model": Failed} for status in statuses}
-
-
-def _takes(adapter: TypeAdapter[Any], *, required: bool = True) -> dict[str, Any]:
-    """The body's schema: handlers read it themselves, bounded in size and time."""
-    return {"requestBody": {"required": required, "content": {"application/json": {"schema": _inlined(adapter)}}}}
-
-
-def _inlined(adapter: TypeAdapter[Any]) -> dict[str, Any]:
-    schema = adapter.json_schema()
-    defined = schema.pop("$defs", {})
-    for name, value in schema.get("properties", {}).items():
-        if "$ref" in value:
-            schema["properties"][name] = defined[value["$ref"].rpartition("/")[2]]
-    return schema
 
 
 def broadcast(registrar: Registrar, metrics: Metrics, limits: WatchLimits | None = None) -> Broadcast:
@@ -111,7 +66,7 @@ def broadcast(registrar: Registrar, metrics: Metrics, limits: WatchLimits | None
 
 def router(registrar: Registrar, news: Broadcast | None = None) -> APIRouter:
     """`news`: without it, nothing can be watched."""
-    api = APIRouter(prefix="/v1", tags=["pdctl"], route_class=_route_class(registrar))
+    api = APIRouter(prefix="/v1", tags=["pdctl"], route_class=route_class(_refusing(registrar)))
     _add_ranks(api, registrar)
     _add_drains(api, registrar)
     _add_lists(api, registrar, news)
@@ -127,12 +82,12 @@ def _add_ranks(api: APIRouter, registrar: Registrar) -> None:
         path,
         summary="Register: take a seat, or say again that it is held",
         response_model=Grant,
-        responses=_fails(400, 408, 409, 413, 429, 503),
-        openapi_extra=_takes(_REGISTRATION),
+        responses=fails(400, 408, 409, 413, 429, 503),
+        openapi_extra=takes(_REGISTRATION),
     )
     async def register(request: Request, instance: Instance, seat: SeatName) -> Response:
         place = check_name(instance, "instance"), read_seat(seat)
-        said = _read(_REGISTRATION, await received(request.receive, BODY_LIMIT))
+        said = as_body(_REGISTRATION, await received(request.receive, BODY_LIMIT))
         life = await registrar.register(said.claim(*place, owner_of(request.scope)))
         return _granted(life, registrar)
 
@@ -140,19 +95,19 @@ def _add_ranks(api: APIRouter, registrar: Registrar) -> None:
         f"{path}/renew",
         summary="Renew a lease: this rank still serves",
         response_model=Grant,
-        responses=_fails(400, 404, 408, 409, 413, 503),
-        openapi_extra=_takes(_RENEWAL),
+        responses=fails(400, 404, 408, 409, 413, 503),
+        openapi_extra=takes(_RENEWAL),
     )
     async def renew(request: Request, instance: Instance, seat: SeatName) -> Response:
         place = check_name(instance, "instance"), read_seat(seat)
-        said = _read(_RENEWAL, await received(request.receive, BODY_LIMIT))
+        said = as_body(_RENEWAL, await received(request.receive, BODY_LIMIT))
         life = await registrar.renew(*place, said.epoch, owner_of(request.scope), said.rooms)
         return _granted(life, registrar)
 
     @api.delete(
         path,
         summary="Goodbye: the seat is free",
-        responses=_fails(400, 404, 409, 503),
+        responses=fails(400, 404, 409, 503),
     )
     async def leave(
         request: Request,
@@ -168,13 +123,13 @@ def _add_ranks(api: APIRouter, registrar: Registrar) -> None:
 
 def _add_drains(api: APIRouter, registrar: Registrar) -> None:
     how: dict[str, Any] = {
-        "responses": _fails(400, 404, 408, 413, 503),
-        "openapi_extra": _takes(_DRAIN, required=False),
+        "responses": fails(400, 404, 408, 413, 503),
+        "openapi_extra": takes(_DRAIN, required=False),
     }
 
     async def drain(request: Request, instance: str, seat: Seat | None) -> Response:
         body = await received(request.receive, BODY_LIMIT)
-        said = _read(_DRAIN, body) if body else Drain()
+        said = as_body(_DRAIN, body) if body else Drain()
         await registrar.drain(check_name(instance, "instance"), seat, said.grace_s)
         return JSONResponse({"revision": registrar.revision, "grace_s": said.grace_s})
 
@@ -199,7 +154,7 @@ def _add_lists(api: APIRouter, registrar: Registrar, news: Broadcast | None) -> 
     @api.get(
         "/instances/{instance}",
         summary="One instance: its shape, who sits where, and who is missing",
-        responses=_fails(400, 404),
+        responses=fails(400, 404),
     )
     async def one(instance: Instance) -> Response:
         view = registrar.view(check_name(instance, "instance"))
@@ -216,7 +171,7 @@ def _add_watch(api: APIRouter, news: Broadcast) -> None:
         summary="Every change from now on, or from `since` on, as server-sent events",
         description="Events: reset, instance, synced, change, bye. Come back with the id of the last one.",
         response_class=Response,
-        responses={200: {"content": {"text/event-stream": {}}}, **_fails(400, 429)},
+        responses={200: {"content": {"text/event-stream": {}}}, **fails(400, 429)},
     )
     async def watch(
         request: Request,
@@ -227,34 +182,15 @@ def _add_watch(api: APIRouter, news: Broadcast) -> None:
         return news.response(-1 if cursor is None else news.read_cursor(cursor), peer_of(request))
 
 
-def _route_class(registrar: Registrar) -> type[APIRoute]:
-    """Routes that count what they refuse, and answer our errors as JSON."""
+def _refusing(registrar: Registrar) -> Refused:
+    """Counts what is refused, and names fields as these bodies do."""
 
-    class NativeRoute(APIRoute):
-        def get_route_handler(self) -> Handler:
-            handle = super().get_route_handler()
+    def refused(error: PdctlError, path: str, peer: str) -> PdctlError:
+        told = in_our_words(error) if isinstance(error, BadField) else error
+        registrar.refused(told, path, peer)
+        return told
 
-            async def answering(request: Request) -> Response:
-                try:
-                    return await handle(request)
-                except PdctlError as error:
-                    told = in_our_words(error) if isinstance(error, BadField) else error
-                    registrar.refused(told, request.url.path, peer_of(request))
-                    return json_answer(told)
-
-            return answering
-
-    return NativeRoute
-
-
-def _read(adapter: TypeAdapter[T], body: bytes) -> T:
-    """Strictly: no text for numbers, no field that nobody knows. Raises BadField for the first that is wrong."""
-    try:
-        return adapter.validate_json(body, strict=True)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    name = ".".join(str(part) for part in first["loc"]) or "body"
-    raise BadField(name[:200], f"{first['msg'][:1].lower()}{first['msg'][1:200]}: see the schema in /docs")
+    return refused
 
 
 def _granted(life: Life, registrar: Registrar) -> Response:
