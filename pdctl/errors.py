@@ -45,6 +45,7 @@ class Cause(StrEnum):
     TIMED_OUT = "timed_out"  # no answer in time: unknown, not dead
     PEER_GONE = "peer_gone"  # the connection broke, or blocks ended FAILED
     PEER_CHANGED = "peer_changed"  # another process, or another life, answers at that address
+    NO_DATA = "no_data"  # it answers as the life that is meant, but its memory cannot be reached
     NOT_AN_ENGINE = "not_an_engine"  # something answers that is no Mooncake engine
     REJECTED_ADDRESS = "rejected_address"  # outside what the peer has announced
     LAYOUT = "layout"  # the two sides do not fit each other

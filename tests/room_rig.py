@@ -12,7 +12,8 @@ import numpy as np
 from pdctl.core.address import Endpoint
 from pdctl.core.layout import Pool, Region
 from pdctl.core.plan import CopyPlan
-from pdctl.engine.base import Capabilities, PeerCard
+from pdctl.core.sessions import Depth
+from pdctl.engine.base import Capabilities, PeerCard, Proof
 from pdctl.errors import Cause, TransferFailed, Unreachable
 
 N_PAGES, N_ROWS = 16, 4
@@ -108,6 +109,9 @@ class RigEngine:
 
     async def probe(self, session: str, *, deadline_s: float) -> PeerCard:
         return PeerCard(session, 1, ())
+
+    async def prove(self, session: str, *, deadline_s: float) -> Proof:
+        return Proof(await self.probe(session, deadline_s=deadline_s), Depth.IDENTITY, "descriptor compared")
 
 
 @dataclass

@@ -21,7 +21,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 from typing import Generic, Protocol, Self, TypeVar
 
 from pdctl.errors import Cause, ConfigError
@@ -79,6 +79,18 @@ class ProbePolicy:
                 raise ConfigError(f"probe {field.name} is {value}: give at least 1")
         if not 0 <= self.jitter < 1:
             raise ConfigError(f"probe jitter is {self.jitter}: give a share from 0 up to, not including, 1")
+
+
+class Depth(IntEnum):
+    """What an answer proves, from least to most.
+
+    HANDSHAKE: somebody answers; an echo server would. It never lifts anything. IDENTITY: what answers shows the life
+    that is known. DATA: bytes reached that life's memory.
+    """
+
+    HANDSHAKE = 1
+    IDENTITY = 2
+    DATA = 3
 
 
 class Life(Protocol):

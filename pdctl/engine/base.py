@@ -19,29 +19,65 @@ from typing import Protocol
 
 from pdctl.core.layout import Region
 from pdctl.core.plan import CopyPlan
+from pdctl.core.sessions import Depth
 
 
 @dataclass(frozen=True, slots=True)
 class PeerCard:
-    """What a peer's handshake shows of its process: enough to tell one life from the next."""
+    """What a peer shows of its process: enough to tell one life from the next.
+
+    `boot` is the id that the process drew when it opened its engine; empty where it was not read, or a stock engine has
+    none.
+    """
 
     session: str
     data_port: int
     regions: tuple[Region, ...] = field(repr=False)
+    boot: bytes = b""
 
     def same_life(self, later: PeerCard) -> bool:
         """Whether `later` can be the same process: same data port, and at least one region that stood before.
 
+        Two boot ids decide; one alone says nothing.
+
         Processes register and unregister as they live, so regions may come and go; a process that shares no region
         with its past, while it had some, is another one.
         """
-        if self.data_port != later.data_port:
+        if self.data_port != later.data_port or (self.boot and later.boot and self.boot != later.boot):
             return False
         return not self.regions or bool(set(self.regions) & set(later.regions))
 
     def covers(self, pointer: int, nbytes: int) -> bool:
         """Whether the bytes lie inside ONE announced region (the engine refuses a span over two)."""
         return any(Region(pointer, nbytes) in region for region in self.regions)
+
+
+@dataclass(frozen=True, slots=True)
+class Announced:
+    """What a peer has said of itself elsewhere, before its handshake was ever asked: where its memory begins.
+
+    Less than a card, but enough to refuse another process: `pointers` are base addresses that the life registered.
+    """
+
+    session: str
+    pointers: tuple[int, ...]
+
+    def same_life(self, later: PeerCard) -> bool:
+        """Whether the life that announced these can be the one that shows `later`: it holds every one of them."""
+        return all(later.covers(pointer, 1) for pointer in self.pointers)
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """How well a peer has been proven: by what, how deep, and what had to be mended on this side for it.
+
+    `how` and `cured` are constant phrases, fit for a log's key or a metric's label.
+    """
+
+    card: PeerCard
+    depth: Depth
+    how: str
+    cured: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +115,13 @@ class Engine(Protocol):
         """Ask the peer's handshake who it is. Raises TransferFailed (REFUSED, TIMED_OUT, NOT_AN_ENGINE, ...).
 
         Cancellable at any moment; a hung peer costs nothing but its own deadline.
+        """
+
+    async def prove(self, session: str, *, deadline_s: float) -> Proof:
+        """Prove the peer as deep as can be: it answers, it is the life that is pinned, its memory can be reached.
+
+        Pins nothing: where no life is pinned yet, whoever asks compares the card. Raises TransferFailed (as `probe`
+        does, and PEER_CHANGED for another life, NO_DATA where only the memory cannot be reached).
         """
 
     def card(self, session: str) -> PeerCard | None:

@@ -15,7 +15,7 @@ import structlog
 from pdctl.core.address import check_host, is_wildcard
 from pdctl.core.seconds import check_seconds
 from pdctl.engine import handshake
-from pdctl.engine.promises import Patience
+from pdctl.engine.carrier import Patience
 from pdctl.errors import BadField, ConfigError
 
 log = structlog.get_logger(__name__)

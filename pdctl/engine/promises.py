@@ -2,84 +2,30 @@
 The engine port's promises, kept once for every adapter: who is written to, what is waited for, when it is over.
 
 An adapter is a `Carrier`: it asks peers, holds registrations, moves blocks. Everything that must not differ between
-adapters is here: the pinned life of a peer, the address check, deadlines, cancellation, rest. All of it on one loop.
+adapters is here and in pins.py: the pinned life of a peer, the address check, deadlines, cancellation, rest. All of it
+on one loop.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import structlog
 
 from pdctl.core.layout import Region
 from pdctl.core.plan import CopyPlan
-from pdctl.engine.base import Capabilities, PeerCard
-from pdctl.engine.blocks import Direction, Lane, Transfer, blocks, split
+from pdctl.engine.base import Capabilities, PeerCard, Proof
+from pdctl.engine.blocks import Direction, Transfer, blocks, split
+from pdctl.engine.carrier import Carrier, Patience
 from pdctl.engine.checks import check_plan, check_region, first_outside
-from pdctl.engine.handshake import Descriptor
+from pdctl.engine.pins import Pins
 from pdctl.errors import BadField, Cause, TransferFailed
 
 log = structlog.get_logger(__name__)
 
 _ATTEMPTS = 1 + 4  # the engine has four connections to a peer, and each can be stale; every attempt meets one at least
-
-
-class Carrier(Protocol):
-    """What an adapter adds. Codes of the registrations: 0 is done, everything else is a refusal."""
-
-    @property
-    def session(self) -> str: ...
-
-    @property
-    def capabilities(self) -> Capabilities: ...
-
-    @property
-    def is_open(self) -> bool: ...
-
-    async def register(self, region: Region) -> int: ...
-
-    async def unregister(self, region: Region) -> int: ...
-
-    async def describe(self, session: str, deadline_s: float) -> Descriptor:
-        """Who is there? Raises TransferFailed."""
-
-    async def lane(self, session: str, found: Descriptor) -> Lane:
-        """A way to this life of the peer, not shared with any other life."""
-
-    def add(self, transfer: Transfer) -> None:
-        """Carry it, and call its `settle` on the loop when it is at rest."""
-
-    def nudge(self) -> None:
-        """A transfer was stopped: look at once."""
-
-
-@dataclass(frozen=True, slots=True)
-class Patience:
-    """`ask_s` bounds one question to a peer; after `recheck_s` without one, it is asked again before a transfer;
-    `rest_s` bounds what closing waits for blocks in flight; `block_limit` bytes is the longest block."""
-
-    ask_s: float
-    recheck_s: float
-    rest_s: float
-    block_limit: int
-
-
-@dataclass(slots=True)
-class _Pin:
-    """The life of a peer that is meant. `faith`: what `lane.failures` was at its last good answer."""
-
-    card: PeerCard
-    lane: Lane
-    asked_at: float
-    faith: int = 0
-
-    @property
-    def doubted(self) -> bool:
-        return self.faith != self.lane.failures
 
 
 class PromisedEngine:
@@ -88,7 +34,7 @@ class PromisedEngine:
     def __init__(self, carrier: Carrier, patience: Patience) -> None:
         self._carrier = carrier
         self._loop = asyncio.get_running_loop()
-        self._pins = _Pins(carrier, patience, self._loop.time)
+        self._pins = Pins(carrier, patience, self._loop.time)
         self._patience = patience
         self._regions: set[Region] = set()
         self._moving: dict[str, set[Transfer]] = {}
@@ -130,6 +76,10 @@ class PromisedEngine:
 
     async def probe(self, session: str, *, deadline_s: float) -> PeerCard:
         return (await self._carrier.describe(session, deadline_s)).card
+
+    async def prove(self, session: str, *, deadline_s: float) -> Proof:
+        self._check_open(session)
+        return await self._pins.prove(session, deadline_s)
 
     def card(self, session: str) -> PeerCard | None:
         return self._pins.card(session)
@@ -245,86 +195,6 @@ class PromisedEngine:
         if bad is not None:
             where = f"{int(plan.src[bad]):#x} + {int(plan.nbytes[bad])}"
             raise TransferFailed(Cause.LOCAL, session, f"{where} lies in no region registered here: register it first")
-
-
-class _Pins:
-    """Which life of each peer is meant, and whether it has been proven well since its last failure."""
-
-    def __init__(self, carrier: Carrier, patience: Patience, clock: Callable[[], float]) -> None:
-        self._carrier = carrier
-        self._patience = patience
-        self._clock = clock
-        self._pins: dict[str, _Pin] = {}
-        self._asking: dict[str, asyncio.Lock] = {}
-
-    async def meet(self, session: str, plan: CopyPlan, until: float) -> _Pin:
-        """The pinned life, proven well where that is due, whose regions hold all of `plan.dst`."""
-        async with self._asking.setdefault(session, asyncio.Lock()):
-            pin, fresh = self._pins.get(session), False
-            if pin is None or pin.doubted or self._clock() - pin.asked_at >= self._patience.recheck_s:
-                pin, fresh = await self._ask(session, pin, until), True
-            bad = first_outside(pin.card.regions, plan.dst, plan.nbytes)
-            if bad is not None and not fresh:  # it may have registered more since
-                pin = await self._ask(session, pin, until)
-                bad = first_outside(pin.card.regions, plan.dst, plan.nbytes)
-        if bad is not None:
-            raise _rejected(session, plan, bad, pin.card)
-        return pin
-
-    def card(self, session: str) -> PeerCard | None:
-        pin = self._pins.get(session)
-        return pin.card if pin else None
-
-    def doubt(self, session: str) -> None:
-        if session in self._pins:
-            self._pins[session].faith = -1
-
-    def forget(self, session: str) -> None:
-        pin = self._pins.pop(session, None)
-        self._asking.pop(session, None)
-        if pin is not None:
-            pin.lane.close()
-
-    def close(self) -> None:
-        for session in list(self._pins):
-            self.forget(session)
-
-    async def _ask(self, session: str, pin: _Pin | None, until: float) -> _Pin:
-        deadline_s = min(self._patience.ask_s, max(0.0, until - self._clock()))
-        if pin is None:
-            found = await self._carrier.describe(session, deadline_s)
-            pin = _Pin(found.card, await self._carrier.lane(session, found), self._clock())
-            self._pins[session] = pin
-            return pin
-        failures = pin.lane.failures  # before the question: a failure meanwhile is one more doubt
-        found_now = await _unless_silent(self._carrier.describe(session, deadline_s), may_be_silent=not pin.doubted)
-        if found_now is None:
-            return pin
-        if not pin.card.same_life(found_now.card):
-            raise TransferFailed(Cause.PEER_CHANGED, session, "another process answers there now: let it register anew")
-        pin.card, pin.asked_at, pin.faith = found_now.card, self._clock(), failures
-        return pin
-
-
-async def _unless_silent(asking: Awaitable[Descriptor], *, may_be_silent: bool) -> Descriptor | None:
-    """Of a peer that did nothing wrong so far, silence is no news: its listener is one thread, and each idle connection
-    to it costs 5 s. What is in flight to it is bounded by the carrier's own stall limit."""
-    try:
-        return await asking
-    except TransferFailed as failure:
-        if failure.cause is Cause.TIMED_OUT and may_be_silent:
-            return None
-        raise
-
-
-def _rejected(session: str, plan: CopyPlan, bad: int, card: PeerCard) -> TransferFailed:
-    where = f"{int(plan.dst[bad]):#x} + {int(plan.nbytes[bad])}"
-    return TransferFailed(
-        Cause.REJECTED_ADDRESS,
-        session,
-        f"{where} lies in none of the {len(card.regions)} regions that the peer announces: "
-        "let the peer register it, or ask it for its addresses again",
-    )
 
 
 async def outlast(rest: asyncio.Future[Any]) -> None:

@@ -1,0 +1,55 @@
+"""
+The inner port of an engine: what an adapter adds to the promises, and how patient it is asked to be.
+
+Everything that must not differ between adapters is in promises.py and pins.py, which see nothing else of an adapter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from pdctl.core.layout import Region
+from pdctl.engine.base import Capabilities
+from pdctl.engine.blocks import Lane, Transfer
+from pdctl.engine.handshake import Descriptor
+
+
+class Carrier(Protocol):
+    """What an adapter adds. Codes of the registrations: 0 is done, everything else is a refusal."""
+
+    @property
+    def session(self) -> str: ...
+
+    @property
+    def capabilities(self) -> Capabilities: ...
+
+    @property
+    def is_open(self) -> bool: ...
+
+    async def register(self, region: Region) -> int: ...
+
+    async def unregister(self, region: Region) -> int: ...
+
+    async def describe(self, session: str, deadline_s: float) -> Descriptor:
+        """Who is there? Raises TransferFailed."""
+
+    async def lane(self, session: str, found: Descriptor) -> Lane:
+        """A way to this life of the peer, not shared with any other life."""
+
+    def add(self, transfer: Transfer) -> None:
+        """Carry it, and call its `settle` on the loop when it is at rest."""
+
+    def nudge(self) -> None:
+        """A transfer was stopped: look at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """`ask_s` bounds one question to a peer; after `recheck_s` without one, it is asked again before a transfer;
+    `rest_s` bounds what closing waits for blocks in flight; `block_limit` bytes is the longest block."""
+
+    ask_s: float
+    recheck_s: float
+    rest_s: float
+    block_limit: int
