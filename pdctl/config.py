@@ -150,7 +150,8 @@ class NodeSettings:
 
     registry          the bootstrap registry's URL
     instance          which instance this rank belongs to; a stock registry knows only one, and no names
-    ttl_s             the lease that a prefill holds, renewed every third of it: a rank that has died is gone after it.
+    decode_instance   the same for a decode that is listed in the registry: a name has one role
+    ttl_s             the lease that a rank holds, renewed every third of it: a rank that has died is gone after it.
                       15 s: an engine that stands still for 10 (a graph is captured, weights are loaded) is not lost,
                       and a decode's own pings need about as long (5 s, two in a row)
     host              the address that this rank announces and listens at; peers must be able to reach it
@@ -161,6 +162,7 @@ class NodeSettings:
 
     registry: str = "http://127.0.0.1:8998"
     instance: str = DEFAULT
+    decode_instance: str = "decode"
     ttl_s: float = 15.0
     host: str = "127.0.0.1"
     http_port: int = 0
@@ -170,8 +172,9 @@ class NodeSettings:
     def __post_init__(self) -> None:
         if urlsplit(self.registry).scheme not in ("http", "https"):
             raise ValueError(f"registry is {self.registry!r}: give http://host:port")
-        if not re.fullmatch(NAME, self.instance, re.ASCII):
-            raise ValueError(f"instance is {self.instance!r}: give letters, digits and . _ -, at most 128")
+        for name in ("instance", "decode_instance"):
+            if not re.fullmatch(NAME, getattr(self, name), re.ASCII):
+                raise ValueError(f"{name} is {getattr(self, name)!r}: give letters, digits and . _ -, at most 128")
         check_seconds(self, "node")
         if not SHORTEST_TTL_S <= self.ttl_s <= LONGEST_TTL_S:
             raise ValueError(f"ttl_s needs {SHORTEST_TTL_S} to {LONGEST_TTL_S:g}")

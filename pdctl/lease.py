@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from http import HTTPStatus
 from random import Random, SystemRandom
 from typing import Any, NoReturn, Protocol, TypeVar
@@ -70,8 +70,9 @@ Insist = Callable[[Callable[[], Awaitable[None]], RetryPolicy], Awaitable[None]]
 class LeaseTerms:
     """What is leased: a seat of `instance`, for `ttl_s` seconds from each renewal on.
 
-    ttl_s   None: for good, or until somebody says otherwise; for `take`, when nobody stays to renew
-    rooms   how many rooms are under way at the rank, so that a drain knows when it is done; None: nobody knows
+    ttl_s     None: for good, or until somebody says otherwise; for `take`, when nobody stays to renew
+    rooms     how many rooms are under way at the rank, so that a drain knows when it is done; None: nobody knows
+    metadata  what stands beside the rank for whoever lists or watches
     """
 
     instance: str
@@ -79,6 +80,7 @@ class LeaseTerms:
     ttl_s: float | None
     role: str = "prefill"
     rooms: Callable[[], int] | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         if self.ttl_s is not None and not self.ttl_s > 0:
@@ -89,7 +91,7 @@ class LeaseTerms:
         return rank_path(self.instance, self.announcement.seat)
 
     def body(self) -> dict[str, Any]:
-        return Registration.of(self.announcement, self.ttl_s, role=self.role).to_body()
+        return Registration.of(self.announcement, self.ttl_s, role=self.role, metadata=self.metadata).to_body()
 
 
 class Lease:

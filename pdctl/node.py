@@ -13,7 +13,7 @@ import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from random import SystemRandom
 from typing import Any
@@ -30,6 +30,7 @@ from pdctl.core.address import Endpoint
 from pdctl.core.admission import Admission
 from pdctl.core.layout import Pool, Region
 from pdctl.core.lives import Life
+from pdctl.core.naming import SESSION_KEY
 from pdctl.core.registry import Registry
 from pdctl.core.rooms import EXTENSIONS, RoomBook
 from pdctl.core.route import Announcement, Seat, Shape
@@ -222,24 +223,46 @@ async def register(settings: Settings) -> None:
     announcement = given.announcement()
     async with RegistryClient(how.registry, policy=settings.retry, credentials=settings.client) as client:
         if given.hold:
-            await _hold(client, announcement, settings)
+            await _hold_prefill(client, LeaseTerms(how.instance, announcement, how.ttl_s), settings)
         try:
             await _lease(client, LeaseTerms(how.instance, announcement, None), settings).take()
         except NoLeases:
             await client.register(announcement, how.exhaustion)
 
 
-async def _hold(
-    client: RegistryClient, announcement: Announcement, settings: Settings, rooms: Callable[[], int] | None = None
-) -> None:
+async def _hold_prefill(client: RegistryClient, terms: LeaseTerms, settings: Settings) -> None:
     """Hold a lease until cancelled; at a registry that has none, announce on SGLang's wire again and again."""
-    how = settings.node
-    terms = LeaseTerms(how.instance, announcement, how.ttl_s, rooms=rooms)
     try:
         await _lease(client, terms, settings).hold()
     except NoLeases as told:
         log.info("registry has no leases, announcing on the plain paths", registry=client.url, answered=str(told))
-    await client.hold(announcement, how.announce_every_s, how.exhaustion)
+    await client.hold(terms.announcement, settings.node.announce_every_s, settings.node.exhaustion)
+
+
+@dataclass(frozen=True, slots=True)
+class _Listed:
+    """A decode's place in a registry. `alone` is set where it holds no leases, which keeps no decode from serving."""
+
+    client: RegistryClient
+    settings: Settings
+    alone: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def unready(self) -> list[str]:
+        done = self.client.registered or self.alone.is_set()
+        return [] if done else [f"not registered at {self.client.url}"]
+
+    async def hold(self, terms: LeaseTerms) -> None:
+        """Hold a lease until cancelled.
+
+        Never on SGLang's wire: it knows no roles, and other decodes would take this one for a prefill.
+        """
+        try:
+            await _lease(self.client, terms, self.settings).hold()
+        except NoLeases as told:
+            registry = self.client.url
+            log.warning("registry has no leases, this decode is not listed", registry=registry, answered=str(told))
+        self.alone.set()
+        await asyncio.Event().wait()
 
 
 def _lease(client: RegistryClient, terms: LeaseTerms, settings: Settings) -> Lease:
@@ -290,8 +313,14 @@ async def prefill_node(
                 http=rank.http(unready),
             ):
                 # within the others: withdrawn before the link stops listening
-                holding = _hold(client, announcement, settings, lambda: len(sender.rooms) + len(sender.early))
-                async with beside(registration=holding):
+                terms = LeaseTerms(
+                    settings.node.instance,
+                    announcement,
+                    settings.node.ttl_s,
+                    rooms=lambda: len(sender.rooms) + len(sender.early),
+                    metadata={SESSION_KEY: rank.engine.session},
+                )
+                async with beside(registration=_hold_prefill(client, terms, settings)):
                     yield PrefillNode(sender, rank.engine, prober, client, rank.metrics_url)
 
 
@@ -305,6 +334,12 @@ class DecodeNode:
     shape: Shape
     tp_rank: int
     _settings: Settings
+    _listed: _Listed | None = None
+
+    @property
+    def registered(self) -> bool:
+        """Whether the registry that was given has this rank, by its last answer."""
+        return self._listed is not None and self._listed.client.registered
 
     async def pair(self, registry: str, room: int) -> Endpoint:
         """The control link of the prefill rank that will send `room` to this one.
@@ -320,9 +355,21 @@ class DecodeNode:
 
 @asynccontextmanager
 async def decode_node(
-    settings: Settings, *, kv: Pool, aux: Pool, arena: Region, shape: Shape, tp_rank: int = 0
+    settings: Settings,
+    *,
+    kv: Pool,
+    aux: Pool,
+    arena: Region,
+    shape: Shape,
+    tp_rank: int = 0,
+    registry: str | None = None,
 ) -> AsyncIterator[DecodeNode]:
-    """A decode rank; `shape` is its own, with which a prefill's must agree. `arena` holds both pools."""
+    """A decode rank; `shape` is its own, with which a prefill's must agree. `arena` holds both pools.
+
+    With the URL of a `registry` it holds a lease there, as role decode of `node.decode_instance`, so that it is seen,
+    watched and drained as prefills are; its engine's session stands in the metadata. Without one it only asks. Raises
+    as `prefill_node`.
+    """
     async with _rank(settings, arena, f"tp{tp_rank}", "decode") as rank:
         receiver = Receiver(
             rank.engine.session,
@@ -337,8 +384,25 @@ async def decode_node(
             rank.metrics,
             rank.link.is_gone,
         )
-        async with receiver, beside(link=rank.link.serve(receiver.handle), http=rank.http(list)):
-            yield DecodeNode(receiver, rank.engine, rank.metrics_url, shape, tp_rank, settings)
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(receiver)
+            listed = None
+            if registry is not None:
+                client = RegistryClient(registry, policy=settings.retry, credentials=settings.client)
+                listed = _Listed(await stack.enter_async_context(client), settings)
+            http = rank.http(list if listed is None else listed.unready)
+            await stack.enter_async_context(beside(link=rank.link.serve(receiver.handle), http=http))
+            if listed is not None:
+                terms = LeaseTerms(
+                    settings.node.decode_instance,
+                    Announcement(Seat(0, 0, tp_rank, 0), shape, rank.link.endpoint),
+                    settings.node.ttl_s,
+                    role="decode",
+                    rooms=lambda: len(receiver.rooms),
+                    metadata={SESSION_KEY: rank.engine.session},
+                )
+                await stack.enter_async_context(beside(registration=listed.hold(terms)))
+            yield DecodeNode(receiver, rank.engine, rank.metrics_url, shape, tp_rank, settings, listed)
 
 
 def check_plain_pair(prefill: Shape, decode: Shape) -> None:

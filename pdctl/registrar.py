@@ -23,7 +23,7 @@ import structlog
 from pdctl.core.access import check_advertised
 from pdctl.core.address import Endpoint
 from pdctl.core.instances import InstanceView
-from pdctl.core.lives import Change, ChangeKind, Claim, Life, Owner
+from pdctl.core.lives import PREFILL, Change, ChangeKind, Claim, Life, Owner
 from pdctl.core.registry import Registry
 from pdctl.core.rooms import RoomBook
 from pdctl.core.route import Seat
@@ -359,6 +359,9 @@ class Registrar:
             self._counts.looked_up(what, Found.NOT_READY)
             held = len(view.alive) if view else 0
             raise NotReady(f"Prefill server not fully registered yet ({held} workers registered).")
+        if view.role != PREFILL:
+            self._counts.looked_up(what, Found.NOT_READY)
+            raise NotReady(f"instance {instance} serves as {view.role} and prefills nothing: ask for another")
         if view.draining:
             self._counts.looked_up(what, Found.NOT_READY)
             raise NotReady(f"instance {instance} is draining and takes no new pairs: ask for another")

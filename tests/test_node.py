@@ -17,6 +17,7 @@ from pdctl.config import NodeSettings, ServeSettings, Settings
 from pdctl.core.address import Endpoint
 from pdctl.core.layout import Pool
 from pdctl.core.lives import Claim, Owner
+from pdctl.core.naming import SESSION_KEY
 from pdctl.core.route import Announcement, Seat, Shape
 from pdctl.errors import ConfigError, LayoutMismatch, NotReady, Superseded
 from pdctl.memory import Arena
@@ -59,7 +60,7 @@ def settings(registry: str = "http://127.0.0.1:1") -> Settings:
     return Settings(node=NodeSettings(registry=registry), serve=ServeSettings(port=0, grace_s=0.5), retry=policy)
 
 
-async def until_registered(node: PrefillNode) -> None:
+async def until_registered(node: PrefillNode | DecodeNode) -> None:
     async with asyncio.timeout(SOON_S):
         while not node.registered:  # noqa: ASYNC110  a property of another task's making: there is nothing to wait on
             await asyncio.sleep(0.01)
@@ -183,6 +184,62 @@ async def test_a_registry_without_leases_is_told_on_its_own_wire() -> None:
     assert first == "/v1/instances/default/ranks/dp0-cp0-tp0-pp0"
     assert (method, second, body["attn_tp_size"]) == ("PUT", "/route", 1)
     assert all(path == "/route" for _, path, _ in stock.asked[1:])
+
+
+async def test_a_decode_that_is_given_a_registry_is_listed_with_its_session_and_leaves_it_when_it_closes() -> None:
+    async with sidecar(settings()) as registry:
+        async with (
+            prefill_node(settings(registry.url), **Memory().pools, seat=FIRST, shape=SHAPE) as prefill,
+            decode_node(settings(), **Memory().pools, shape=SHAPE, registry=registry.url) as decode,
+        ):
+            for node in (prefill, decode):
+                await until_registered(node)
+            assert await readiness(decode.metrics_url) == (200, [])
+            for name, role, node in (("default", "prefill", prefill), ("decode", "decode", decode)):
+                view = registry.registrar.view(name)
+                assert view
+                assert (view.role, view.ready, view.alive[FIRST].ttl_s) == (role, True, NodeSettings().ttl_s)
+                assert view.alive[FIRST].claim.metadata == {SESSION_KEY: node.engine.session}
+        view = registry.registrar.view("decode")
+        assert view
+        assert not view.alive
+
+
+async def test_a_decode_is_not_ready_until_the_registry_that_it_was_given_has_said_yes() -> None:
+    async with decode_node(settings(), **Memory().pools, shape=SHAPE, registry="http://127.0.0.1:1") as decode:
+        status, reasons = await readiness(decode.metrics_url)
+        assert (status, reasons, decode.registered) == (503, ["not registered at http://127.0.0.1:1"], False)
+
+
+async def test_a_decode_says_nothing_on_the_wire_that_knows_no_roles() -> None:
+    async with (
+        scripted(answers(404, "404: Not Found")) as stock,  # then 200 to everything
+        decode_node(settings(), **Memory().pools, shape=SHAPE, registry=stock.url) as decode,
+    ):
+        async with asyncio.timeout(SOON_S):
+            while (await readiness(decode.metrics_url))[0] != 200:  # noqa: ASYNC110  as in `until_registered`
+                await asyncio.sleep(0.01)
+        assert not decode.registered
+    assert [path for _, path, _ in stock.asked] == ["/v1/instances/decode/ranks/dp0-cp0-tp0-pp0"]
+
+
+async def test_a_decode_that_drains_is_gone_when_its_rooms_are_over() -> None:
+    quick = settings()
+    async with fleet() as (url, _, _, _, _), AsyncExitStack() as stack:
+        node = NodeSettings(registry=url, decode_instance="decode-b", ttl_s=0.5)
+        quick = quick.model_copy(update={"node": node})
+        decode = await stack.enter_async_context(decode_node(quick, **Memory().pools, shape=SHAPE, registry=url))
+        await until_registered(decode)
+        at = await decode.pair(url, room=7)
+        async with aiohttp.ClientSession() as http:
+            async with decode.receiver.open(7, at, [5], 1):
+                async with http.post(f"{url}/v1/instances/decode-b/drain") as answer:
+                    assert answer.status == 200
+                await asyncio.sleep(1.0)  # several renewals
+                assert decode.registered
+            async with asyncio.timeout(SOON_S):
+                while decode.registered:  # noqa: ASYNC110  as in `until_registered`
+                    await asyncio.sleep(0.01)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ Who may take what is held:
     from elsewhere: not while the holder's lease or witness says that it lives, nor while the row is another token's.
         A stock rank without a witness is vouched for by nobody: whoever comes later wins, as with the stock server,
         since in a cluster a restarted rank has a new address each time and must not be locked out by its own ghost.
-    A new incarnation would take all seats: it is for who holds one of them, or when nobody is vouched for.
+    A new incarnation would take all seats: it is for who holds one of them, or when nobody is vouched for. One in
+        another role waits until nobody is left of the old, or the rest drains.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ def place(view: InstanceView, claim: Claim, now: float) -> Incarnation | None:
         _check_may_take(view, own, claim)
     else:
         _check_is_restart(view.forming or view.served, claim, now)
+        _check_role(view, claim)
         _check_may_replace(view, claim)
     return own
 
@@ -112,6 +114,21 @@ def _check_way_is_free(lives: Iterable[Life], claim: Claim) -> None:
 
 def _is_same(holder: Owner, claimant: Owner) -> bool:
     return holder.host == claimant.host and (holder.principal is None or holder.principal == claimant.principal)
+
+
+def _check_role(view: InstanceView, claim: Claim) -> None:
+    """Raise Occupied where the instance lives in another role: a decode of that name would end a prefill that serves.
+
+    From the holder's own host as well: a restart has the role that it had.
+    """
+    for life in view.lives:
+        if life.claim.role != claim.role and not life.is_draining:
+            raise Occupied(
+                f"{claim.instance} serves as {life.claim.role} from {life.owner.host}, and {claim.owner.host} wants it "
+                f"as {claim.role}: give this rank an instance name of its own, or drain the other one first",
+                holder=life.owner.host,
+                claimant=claim.owner.host,
+            )
 
 
 def _check_is_restart(newest: Incarnation, claim: Claim, now: float) -> None:

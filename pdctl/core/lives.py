@@ -29,6 +29,9 @@ SUSPECT_AFTER = 0.5
 SHORTEST_TTL_S = 0.1
 LONGEST_TTL_S = 86_400.0
 
+PREFILL = "prefill"
+"""The role of those who are asked for on the plain paths, and of stock ranks, which name none."""
+
 _LONGEST_NAME = 253
 
 
@@ -65,7 +68,7 @@ class Claim:
     instance: str
     announcement: Announcement
     owner: Owner
-    role: str = "prefill"
+    role: str = PREFILL
     labels: Mapping[str, str] = field(default_factory=dict, hash=False)
     metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
     ttl_s: float | None = None

@@ -139,6 +139,22 @@ def test_roles_do_not_mix_in_one_instance() -> None:
         registry.claim(claim(1, TP4, role="decode"), now=1.0)
 
 
+def test_a_name_changes_its_role_when_nobody_is_left_of_the_old_one_or_it_drains() -> None:
+    """A decode under its prefill's name, on one host, would else be taken for the prefill's restart."""
+    registry = complete(TP2)
+    taken = [claim(tp, TP2, port=50000 + tp, role="decode") for tp in (0, 1)]
+    with pytest.raises(Occupied, match=r"serves as prefill from 10\.0\.0\.1, and 10\.0\.0\.1 wants it as decode"):
+        registry.claim(taken[0], now=1.0)
+    registry.drain("a", None, grace_s=300.0, now=2.0)
+    for each in taken:
+        registry.claim(each, now=3.0)
+    assert (seen(registry).role, seen(registry).ready) == ("decode", True)
+    for seat in list(seen(registry).alive):
+        registry.leave("a", seat, None, None, now=4.0)
+    registry.claim(claim(0, TP2), now=5.0)
+    assert seen(registry).role == "prefill"
+
+
 OWNERS = {
     # (holder's ttl, holder's witness, holder's principal), (claimant's host, principal) -> taken?
     "stock, own host": ((None, False, None), (HOME, None), True),

@@ -11,11 +11,14 @@ from typing import Any
 import aiohttp
 import pytest
 
+from pdctl.client import RegistryClient
 from pdctl.core.address import Endpoint
 from pdctl.core.lives import Claim, Owner
+from pdctl.core.naming import SESSION_KEY
 from pdctl.core.native import Registration
 from pdctl.core.route import Announcement, Seat, Shape
 from pdctl.dialects.native import MISSING_SHOWN
+from pdctl.errors import NotReady
 from pdctl.registrar import Registrar
 from tests.conftest import Clock
 
@@ -154,6 +157,33 @@ async def test_instances_are_told_apart_by_role(wire: Wire) -> None:
         assert (await wire.ask("PUT", f"/instances/{name}/ranks/tp0", body(role=role)))[0] == 200
     names = [each["name"] for each in (await wire.get("/instances?role=decode"))["instances"]]
     assert names == ["d"]
+
+
+async def test_a_leases_metadata_come_back_in_the_list_and_in_the_watch(wire: Wire) -> None:
+    said = {SESSION_KEY: "[fd00::7]:12345", "nested": {"n": [1.5, None, "\u00e9"]}}
+    async with wire.watch() as watcher:
+        await watcher.next("synced")
+        registered = body(size=1, role="decode", metadata=said)
+        assert (await wire.ask("PUT", "/instances/d/ranks/tp0", registered))[0] == 200
+        told = await watcher.next("change")
+        assert (told["summary"]["role"], told["rank"]["metadata"]) == ("decode", said)
+    assert [each["role"] for each in (await wire.get("/instances"))["instances"]] == ["decode"]
+    assert (await wire.get("/instances/d"))["alive_seats"][0]["metadata"] == said
+    async with wire.watch() as watcher:
+        assert (await watcher.next("instance"))["alive_seats"][0]["metadata"] == said
+
+
+async def test_a_decode_is_never_shown_as_a_prefill(wire: Wire, registry_url: str) -> None:
+    """Under a name that plain requests stand for."""
+    registered = body(size=1, role="decode")
+    assert (await wire.ask("PUT", "/instances/default/ranks/tp0", registered))[0] == 200
+    ranks = ("prefill_dp_rank", "prefill_cp_rank", "target_tp_rank", "target_pp_rank")
+    async with RegistryClient(registry_url) as client:
+        with pytest.raises(NotReady, match="serves as decode and prefills nothing"):
+            await client.topology()
+    rank = "&".join(f"{name}=0" for name in ranks)
+    async with aiohttp.ClientSession() as http, http.get(f"{registry_url}/route?{rank}") as answer:
+        assert answer.status == 503
 
 
 async def test_the_incarnation_that_is_forming_is_shown_beside_the_served_one(wire: Wire) -> None:
