@@ -29,9 +29,10 @@ import numpy.typing as npt
 import structlog
 
 from pdctl.core.address import Endpoint
+from pdctl.core.destination import Destination
 from pdctl.core.early import EarlyBook, EarlyLimits
-from pdctl.core.layout import Pool, check_pair
-from pdctl.core.plan import CopyPlan, Ints, item_plan
+from pdctl.core.layout import Pool
+from pdctl.core.plan import CopyPlan, Ints
 from pdctl.core.sessions import Gate
 from pdctl.core.transfer import OVERDUE, SENDER, Event, Phase, Quarantined, RoomTimeouts, Side, step
 from pdctl.core.wire import (
@@ -76,19 +77,6 @@ class SenderLimits:
 
     max_peers: int = 4096
     early: EarlyLimits = field(default_factory=EarlyLimits)
-
-
-@dataclass(frozen=True, slots=True)
-class _Destination:
-    """Where one decode rank wants one room."""
-
-    kv: Pool
-    aux: Pool
-    named: Metadata
-
-    @property
-    def session(self) -> str:
-        return self.named.session
 
 
 class Sender:
@@ -214,7 +202,7 @@ class Sender:
         self._unsettled.remove(room)
         self.metrics.quarantined(Side.SENDER, -n_pages)
 
-    def pair(self, named: Metadata) -> _Destination:
+    def pair(self, named: Metadata) -> Destination:
         """Raises a PdctlError, with its reason, when this decode rank cannot be served."""
         said = self._peers.get(named.session)
         if said is None:
@@ -223,10 +211,7 @@ class Sender:
         blocked = self.gate.reason_blocked(named.session)
         if blocked is not None:
             raise SessionBlocked(named.session, blocked)
-        _check_supported(said, named)
-        destination = _Destination(said.kv_pool(), said.aux_pool(self.aux.item_lens), named)
-        check_pair(self.kv, destination.kv, "KV")
-        return destination
+        return Destination.of(said, named, self.kv, self.aux)
 
     def report(self, to: Endpoint, room: int, phase: Phase, reason: str | None = None) -> None:
         self._post(to, Status(room, phase, self._rank, reason).to_frames(), "status")
@@ -256,7 +241,7 @@ class SendingRoom:
         self._required = required
         self._release = release
         self._named: dict[str, Metadata] = {}
-        self._destinations: dict[str, _Destination] = {}
+        self._destinations: dict[str, Destination] = {}
         self._acks: dict[Endpoint, int] = {}
         self._writes: set[asyncio.Task[None]] = set()
         self._unsettled: set[str] = set()
@@ -303,12 +288,12 @@ class SendingRoom:
     async def send(self, pages: npt.ArrayLike) -> None:
         """Copy `pages`, shape (n,), to the next n of the pages that decode named; returns when they have landed."""
         source = np.asarray(pages, dtype=np.int64).ravel()
-        start, end = self._n_sent, self._n_sent + len(source)
+        start = self._n_sent
         self._check()
         self._step(Event.CHUNK_QUEUED)
-        self._n_sent = end
+        self._n_sent += len(source)
         self._sources.append(source)
-        await self._write(lambda d: self._chunk(d, source, start, end))
+        await self._write(lambda d: d.chunk(self._of.kv, source, start))
         self._step(Event.CHUNK_LANDED)
 
     async def finish(self, aux_row: int | None = None) -> None:
@@ -317,7 +302,7 @@ class SendingRoom:
             await asyncio.wait(self._writes)
         self._check()
         self._step(Event.CHUNK_QUEUED)
-        await self._write(lambda d: self._last(d, aux_row))
+        await self._write(lambda d: d.last(self._of.aux, self._n_sent, aux_row))
         self._step(Event.LAST_CHUNK_LANDED)
         for destination in self._destinations.values():
             self._of.report(destination.named.reply, self.room, Phase.SUCCESS)
@@ -361,26 +346,7 @@ class SendingRoom:
 
     # --- planning and writing
 
-    def _chunk(self, to: _Destination, source: Ints, start: int, end: int) -> CopyPlan:
-        named = to.named.pages
-        if end > len(named):
-            raise LayoutMismatch(
-                f"KV: decode session {to.session} named {len(named)} pages and page {end} is being sent: "
-                "start both with the same page size, and count from the same prefix"
-            )
-        return item_plan(self._of.kv, to.kv, source, named[start:end], "KV")
-
-    def _last(self, to: _Destination, aux_row: int | None) -> CopyPlan:
-        if self._n_sent != len(to.named.pages):
-            raise LayoutMismatch(
-                f"KV: decode session {to.session} named {len(to.named.pages)} pages and {self._n_sent} were sent: "
-                "start both with the same page size, and count from the same prefix"
-            )
-        if aux_row is None or to.named.aux_row is None:
-            return CopyPlan.of()
-        return item_plan(self._of.aux, to.aux, [aux_row], [to.named.aux_row], "aux")
-
-    async def _write(self, plan: Callable[[_Destination], CopyPlan]) -> None:
+    async def _write(self, plan: Callable[[Destination], CopyPlan]) -> None:
         """Perform one plan for each destination, at once; return when all have landed, or raise RoomFailed."""
         try:
             plans = [(each, plan(each)) for each in self._destinations.values()]
@@ -404,7 +370,7 @@ class SendingRoom:
         task.add_done_callback(self._write_ended)
         return task
 
-    async def _write_one(self, to: _Destination, plan: CopyPlan) -> None:
+    async def _write_one(self, to: Destination, plan: CopyPlan) -> None:
         blocked = self._of.gate.reason_blocked(to.session)
         if blocked is not None:
             self._fail(Event.TRANSFER_FAILED, str(SessionBlocked(to.session, blocked)))
@@ -508,16 +474,3 @@ class SendingRoom:
 
 def _never_opened(room: int) -> None:
     log.warning("room was never opened", room=room)
-
-
-def _check_supported(said: RegisterBuffers, named: Metadata) -> None:
-    wanted = {
-        f"a DCP size of {said.dcp_size}": said.dcp_size != 1,
-        "state beside KV": any(named.state_rows),
-        "device pages beside host pages": named.device_pages is not None,
-    }
-    for what, is_wanted in wanted.items():
-        if is_wanted:
-            raise LayoutMismatch(
-                f"decode session {named.session} wants {what}, this prefill moves KV and aux rows: start decode without"
-            )
