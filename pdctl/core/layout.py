@@ -1,17 +1,26 @@
 """
-Where a page lies, in bytes.
+Where a head of a layer of a page lies, in bytes, and which entries and heads of two ranks are the same.
 
-A rank's KV memory is a list of *entries* (SGLANG_WIRE: MHA has K of every layer, then V of every layer; MLA has one
-entry a layer). Page `p` of entry `e` starts at `pointers[e] + p * item_lens[e]` and is `item_lens[e]` bytes long.
-Aux rows (first token, log-probs, ...) have the same shape: one entry a buffer, one item a slot.
+A rank's KV memory is a list of *entries* (SGLANG_WIRE 7: MHA has K of every layer, then V of every layer; MLA has one
+entry a layer). Page `p` of entry `e` starts at `pointers[e] + p * item_lens[e]` and is `item_lens[e]` bytes long:
+`page_size` tokens one after another, in each token the heads that this rank holds, one after another.
+Aux rows (first token, log-probs, ...) and state have the same shape: one entry a buffer, one item a slot.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+import numpy.typing as npt
 
 from pdctl.errors import LayoutMismatch
+
+Pairs = npt.NDArray[np.int64]
+"""Shape (k, 2): entry of the sender, entry of the receiver."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +72,95 @@ class Pool:
         )
 
 
+class Kind(StrEnum):
+    """What the entries of a KV pool are."""
+
+    MHA = "mha"  # K of every layer, then V of every layer; heads are split over the TP ranks. GQA and MQA too
+    MLA = "mla"  # one entry a layer, the same on every TP rank
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """Which of a model's `total` KV heads the rank `tp_rank` of `tp_size` holds.
+
+    With more ranks than heads, neighbouring ranks hold the same one. Raises LayoutMismatch where neither number divides
+    the other: no engine splits heads so.
+    """
+
+    total: int
+    tp_size: int
+    tp_rank: int
+
+    def __post_init__(self) -> None:
+        if self.total < 1 or not 0 <= self.tp_rank < self.tp_size:
+            raise LayoutMismatch(
+                f"{self.total} KV heads on TP rank {self.tp_rank} of {self.tp_size}: ranks count from 0 to size - 1"
+            )
+        if self.total % self.tp_size and self.tp_size % self.total:
+            raise LayoutMismatch(
+                f"{self.total} KV heads do not divide over {self.tp_size} TP ranks: "
+                "choose a TP size that divides them, or a multiple of them"
+            )
+
+    @property
+    def replicas(self) -> int:
+        """How many neighbouring ranks hold the same heads."""
+        return max(1, self.tp_size // self.total)
+
+    @property
+    def held(self) -> range:
+        """Numbers of the heads here, in the order in which they lie in a token."""
+        n = max(1, self.total // self.tp_size)
+        first = self.tp_rank // self.replicas * n
+        return range(first, first + n)
+
+    def to_send(self, to: Heads) -> range:
+        """The heads that this rank writes into the receiver `to`; empty where a neighbour that holds the same does.
+
+        A receiver of a smaller TP hears `tp_size / to.tp_size` neighbours; of those with the same heads the first one
+        writes. Raises LayoutMismatch, with both values, for models and sizes that do not fit each other.
+        """
+        if self.total != to.total:
+            raise LayoutMismatch(
+                f"the sender has {self.total} KV heads in all and the receiver {to.total}: start both with one model"
+            )
+        if self.tp_size % to.tp_size and to.tp_size % self.tp_size:
+            raise LayoutMismatch(
+                f"attn_tp_size is {self.tp_size} at the sender and {to.tp_size} at the receiver: "
+                "choose two of which one divides the other"
+            )
+        neighbours = max(1, self.tp_size // to.tp_size)
+        if self.tp_rank % neighbours % self.replicas:
+            return range(0)
+        first, end = max(self.held.start, to.held.start), min(self.held.stop, to.held.stop)
+        return range(first, max(first, end))
+
+
+@dataclass(frozen=True, slots=True)
+class KvLayout:
+    """What the entries of a rank's KV pool stand for.
+
+    page_size    tokens a page
+    heads        which heads this rank holds; None where heads are not split (MLA), or not known: then only ranks of the
+                 same TP size pair
+    first_layer  of the layers of this pipeline stage, for pairs that announce no layer ids
+    layer_ids    the model's layer of each entry, if the engine announces them; an id may repeat (K and V)
+    """
+
+    kind: Kind = Kind.MHA
+    page_size: int = 1
+    heads: Heads | None = None
+    first_layer: int = 0
+    layer_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.page_size < 1 or self.first_layer < 0:
+            raise LayoutMismatch(
+                f"page_size {self.page_size} from layer {self.first_layer} on: "
+                "give at least 1 token, and a layer from 0"
+            )
+
+
 def check_pair(source: Pool, destination: Pool, what: str) -> None:
     """Raise LayoutMismatch, with both values, if items of `source` cannot be copied one to one into `destination`."""
     if len(source) != len(destination):
@@ -70,9 +168,83 @@ def check_pair(source: Pool, destination: Pool, what: str) -> None:
             f"{what}: the sender has {len(source)} entries and the receiver {len(destination)}: "
             "start both with the same model and the same pipeline split"
         )
-    for entry, (ours, theirs) in enumerate(zip(source.item_lens, destination.item_lens, strict=True)):
-        if ours != theirs:
+    check_items(source, destination, same_entries(len(source)), what)
+
+
+def check_items(source: Pool, destination: Pool, pairs: Pairs, what: str) -> None:
+    """Raise LayoutMismatch, with entry and both values, unless the items of all `pairs` have the same length."""
+    ours, theirs = lengths(source)[pairs[:, 0]], lengths(destination)[pairs[:, 1]]
+    if (ours == theirs).all():
+        return
+    at = int(np.argmax(ours != theirs))
+    raise LayoutMismatch(
+        f"{what} entry {pairs[at, 0]}: the sender has {ours[at]} bytes an item and the receiver {theirs[at]}: "
+        "start both with the same page size, dtype and head split"
+    )
+
+
+def lengths(pool: Pool) -> npt.NDArray[np.int64]:
+    """Bytes an item, shape (E,)."""
+    return np.asarray(pool.item_lens, dtype=np.int64)
+
+
+def same_entries(n: int) -> Pairs:
+    """Entry i to entry i."""
+    return np.repeat(np.arange(n, dtype=np.int64), 2).reshape(-1, 2)
+
+
+def pair_entries(ours: KvLayout, n_ours: int, their_ids: tuple[int, ...], n_theirs: int, what: str) -> Pairs:
+    """Which entry of the receiver each of the sender's goes to. Raises LayoutMismatch where that cannot be known.
+
+    By layer ids where both sides give them. Else by position: the receiver has the layers of all pipeline stages, or
+    the same as the sender.
+    """
+    if ours.layer_ids and their_ids:
+        return pair_by_id(ours.layer_ids, n_ours, their_ids, n_theirs, what)
+    if n_ours == n_theirs:
+        return same_entries(n_ours)
+    if ours.layer_ids or their_ids:
+        who = "receiver" if ours.layer_ids else "sender"
+        raise LayoutMismatch(
+            f"{what}: {n_ours} entries at the sender, {n_theirs} at the receiver, and the {who} gives no layer ids: "
+            "start both with the same version, or with the same pipeline split"
+        )
+    parts = 2 if ours.kind is Kind.MHA else 1
+    if n_ours % parts or n_theirs % parts or n_theirs < n_ours:
+        raise _no_stage(ours, n_ours, n_theirs, what)
+    layers, all_layers = n_ours // parts, n_theirs // parts
+    if parts == 2 and all_layers % layers:  # a draft model's layers come after all of the model's own (stock's order)
+        all_layers -= all_layers % layers
+    if ours.first_layer + layers > all_layers:
+        raise _no_stage(ours, n_ours, n_theirs, what)
+    at = np.arange(layers, dtype=np.int64)
+    return np.concatenate(
+        [np.stack([part * layers + at, part * all_layers + ours.first_layer + at], axis=1) for part in range(parts)]
+    )
+
+
+def pair_by_id(our_ids: tuple[int, ...], n_ours: int, their_ids: tuple[int, ...], n_theirs: int, what: str) -> Pairs:
+    """Each entry of the sender to the receiver's of the same layer; the k-th of an id to the k-th. Raises
+    LayoutMismatch for a layer that the receiver has not, and for ids that are not as many as entries."""
+    for ids, n, who in ((our_ids, n_ours, "sender"), (their_ids, n_theirs, "receiver")):
+        if len(ids) != n:
+            raise LayoutMismatch(f"{what}: the {who} has {n} entries and {len(ids)} layer ids: give each entry one")
+    places: defaultdict[int, deque[int]] = defaultdict(deque)
+    for place, layer in enumerate(their_ids):
+        places[layer].append(place)
+    pairs = []
+    for entry, layer in enumerate(our_ids):
+        if not places[layer]:
             raise LayoutMismatch(
-                f"{what} entry {entry}: the sender has {ours} bytes an item and the receiver {theirs}: "
-                "start both with the same page size, dtype and head split"
+                f"{what}: the receiver has no entry for layer {layer}: start both with the same model, and decode "
+                "with the prefill's pipeline split or without one"
             )
+        pairs.append((entry, places[layer].popleft()))
+    return np.asarray(pairs, dtype=np.int64).reshape(-1, 2)
+
+
+def _no_stage(ours: KvLayout, n_ours: int, n_theirs: int, what: str) -> LayoutMismatch:
+    return LayoutMismatch(
+        f"{what}: {n_ours} entries of {ours.kind} from layer {ours.first_layer} on do not fit into the receiver's "
+        f"{n_theirs}: start decode with the prefill's pipeline split or without one"
+    )

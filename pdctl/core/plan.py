@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from pdctl.core.layout import Pool, check_pair
+from pdctl.core.layout import Heads, Pairs, Pool, check_items, check_pair, lengths, same_entries
 from pdctl.errors import LayoutMismatch
 
 Ints = npt.NDArray[np.int64]
@@ -56,31 +56,116 @@ class CopyPlan:
 def item_plan(
     source: Pool, destination: Pool, src_items: npt.ArrayLike, dst_items: npt.ArrayLike, what: str
 ) -> CopyPlan:
-    """Copy item `src_items[i]` of every entry to item `dst_items[i]`; runs that go on at both sides become one copy.
-
-    Both index arrays have shape (k,). Raises LayoutMismatch when the pools do not pair, when the arrays differ in
-    length, or when an index is negative or past a pool whose size is known.
-    """
+    """Copy item `src_items[i]` of every entry to item `dst_items[i]` of the same entry. As `page_plan`."""
     check_pair(source, destination, what)
-    src, dst = np.asarray(src_items, dtype=np.int64).ravel(), np.asarray(dst_items, dtype=np.int64).ravel()
-    if len(src) != len(dst):
-        raise LayoutMismatch(f"{what}: {len(src)} items to send into {len(dst)} places: give one place for each")
-    for pool, items, side in ((source, src, "sender"), (destination, dst, "receiver")):
-        _check_items(pool, items, f"{what} of the {side}")
+    return page_plan(source, destination, same_entries(len(source)), src_items, dst_items, what)
+
+
+def page_plan(
+    source: Pool,
+    destination: Pool,
+    pairs: Pairs,
+    src_pages: npt.ArrayLike,
+    dst_pages: npt.ArrayLike,
+    what: str,
+) -> CopyPlan:
+    """Copy page `src_pages[i]` of entry `pairs[j, 0]` to page `dst_pages[i]` of entry `pairs[j, 1]`, whole.
+
+    Runs that go on at both sides become one copy. Both page arrays have shape (k,). Raises LayoutMismatch when items of
+    a pair differ in length, when the arrays do, or when an index is negative or past a pool whose size is known.
+    """
+    check_items(source, destination, pairs, what)
+    src, dst = _checked_pages(source, destination, src_pages, dst_pages, what)
     if not len(src):
         return CopyPlan.of()
     starts = np.flatnonzero(np.r_[True, (np.diff(src) != 1) | (np.diff(dst) != 1)])
     counts = np.diff(np.r_[starts, len(src)])
-    lens = np.asarray(source.item_lens, dtype=np.int64)[:, None]
+    lens = lengths(source)[pairs[:, :1]]
     return CopyPlan(
-        (_column(source) + src[starts] * lens).ravel(),
-        (_column(destination) + dst[starts] * lens).ravel(),
+        (_pointers(source)[pairs[:, :1]] + src[starts] * lens).ravel(),
+        (_pointers(destination)[pairs[:, 1:]] + dst[starts] * lens).ravel(),
         (counts * lens).ravel(),
     )
 
 
-def _column(pool: Pool) -> Ints:
-    return np.asarray(pool.pointers, dtype=np.uint64).astype(np.int64)[:, None]
+def head_plan(
+    source: Pool,
+    destination: Pool,
+    pairs: Pairs,
+    src_pages: npt.ArrayLike,
+    dst_pages: npt.ArrayLike,
+    *,
+    page_size: int,
+    ours: Heads,
+    theirs: Heads,
+    what: str,
+) -> CopyPlan:
+    """As `page_plan`, for ranks that hold different heads: of each token, the heads that `ours` has for `theirs`.
+
+    One copy a token and entry, since the heads of the other ranks lie between two tokens at one side at least
+    (SGLANG_WIRE 7). Where both sides hold the same heads it is `page_plan`. Raises LayoutMismatch, besides, when a page
+    is no whole number of heads, or a head has another size at the two sides.
+    """
+    sent = ours.to_send(theirs)
+    if ours.held == theirs.held == sent:
+        return page_plan(source, destination, pairs, src_pages, dst_pages, what)
+    src, dst = _checked_pages(source, destination, src_pages, dst_pages, what)
+    head = _head_nbytes(source, destination, pairs, page_size, ours, theirs, what)
+    if not len(src) or not len(sent):
+        return CopyPlan.of()
+    # Axes: entry pair, page, token
+    tokens = np.arange(page_size, dtype=np.int64)
+    addresses = [
+        (_pointers(pool)[entries] + (sent.start - heads.held.start) * head)[:, None, None]
+        + (pages[:, None] * page_size + tokens) * (len(heads.held) * head)[:, None, None]
+        for pool, entries, pages, heads in (
+            (source, pairs[:, 0], src, ours),
+            (destination, pairs[:, 1], dst, theirs),
+        )
+    ]
+    nbytes = np.broadcast_to((len(sent) * head)[:, None, None], addresses[0].shape)
+    return CopyPlan(addresses[0].ravel(), addresses[1].ravel(), nbytes.ravel())
+
+
+def _head_nbytes(
+    source: Pool, destination: Pool, pairs: Pairs, page_size: int, ours: Heads, theirs: Heads, what: str
+) -> Ints:
+    """Bytes of one head of one token, for each pair: shape (len(pairs),)."""
+    found = []
+    for pool, entries, heads, who in (
+        (source, pairs[:, 0], ours, "sender"),
+        (destination, pairs[:, 1], theirs, "receiver"),
+    ):
+        nbytes, parts = lengths(pool)[entries], page_size * len(heads.held)
+        if (nbytes % parts).any():
+            at = int(np.argmax(nbytes % parts != 0))
+            raise LayoutMismatch(
+                f"{what} entry {entries[at]} of the {who}: {nbytes[at]} bytes a page are no {page_size} tokens of "
+                f"{len(heads.held)} heads: check page_size and the number of KV heads"
+            )
+        found.append(nbytes // parts)
+    if (found[0] != found[1]).any():
+        at = int(np.argmax(found[0] != found[1]))
+        raise LayoutMismatch(
+            f"{what} entry {pairs[at, 0]}: a head of a token has {found[0][at]} bytes at the sender and "
+            f"{found[1][at]} at the receiver: start both with the same dtype and page size"
+        )
+    return found[0]
+
+
+def _checked_pages(
+    source: Pool, destination: Pool, src_pages: npt.ArrayLike, dst_pages: npt.ArrayLike, what: str
+) -> tuple[Ints, Ints]:
+    src, dst = np.asarray(src_pages, dtype=np.int64).ravel(), np.asarray(dst_pages, dtype=np.int64).ravel()
+    if len(src) != len(dst):
+        raise LayoutMismatch(f"{what}: {len(src)} items to send into {len(dst)} places: give one place for each")
+    for pool, items, side in ((source, src, "sender"), (destination, dst, "receiver")):
+        _check_items(pool, items, f"{what} of the {side}")
+    return src, dst
+
+
+def _pointers(pool: Pool) -> Ints:
+    return np.asarray(pool.pointers, dtype=np.uint64).astype(np.int64)
 
 
 def _check_items(pool: Pool, items: Ints, what: str) -> None:

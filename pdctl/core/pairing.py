@@ -1,0 +1,100 @@
+"""
+Which ranks of a prefill instance a decode rank hears, who of them writes, and how many answers make a room whole.
+
+Both sides compute it from the two shapes alone, as stock does (SGLANG_WIRE 7, `_resolve_rank_mapping`): nothing of it
+travels. What stock finds out in mid-transfer, or never, is refused here, before a byte moves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pdctl.core.layout import Kind
+from pdctl.core.route import Seat, Shape
+from pdctl.errors import LayoutMismatch
+
+_SAME = ("page_size", "kv_cache_dtype", "kv_layout", "dsv41_spec_layout")
+
+
+@dataclass(frozen=True, slots=True)
+class Pairing:
+    """What one decode rank needs of one prefill instance; the seats are those of DP rank 0.
+
+    senders    the prefill ranks that write into this decode rank
+    dummies    those that write nothing and must hear of the room all the same, or it never ends there
+    required   of how many decode ranks each of them must hear, this one included
+    responses  how many of the senders must report success: all of them
+    """
+
+    senders: tuple[Seat, ...]
+    dummies: tuple[Seat, ...]
+    required: int
+
+    @property
+    def responses(self) -> int:
+        return len(self.senders)
+
+    def at(self, dp: int) -> Pairing:
+        """The same in another DP group."""
+        senders, dummies = (tuple(Seat(dp, s.cp, s.tp, s.pp) for s in seats) for seats in (self.senders, self.dummies))
+        return Pairing(senders, dummies, self.required)
+
+
+def pair(prefill: Shape, decode: Shape, tp_rank: int, pp_rank: int, kind: Kind) -> Pairing:
+    """Raises LayoutMismatch, with both values, for instances that cannot be paired."""
+    check_shapes(prefill, decode, kind)
+    tps, silent = _tp_ranks(prefill.attn_tp_size, decode.attn_tp_size, tp_rank, kind)
+    stages = range(prefill.pp_size) if decode.pp_size == 1 else (pp_rank,)
+    return Pairing(
+        senders=tuple(Seat(0, 0, tp, pp) for pp in stages for tp in tps),  # of CP ranks, the first has and sends all
+        dummies=tuple(Seat(0, 0, tp, pp) for pp in stages for tp in silent),
+        required=max(1, decode.attn_tp_size // prefill.attn_tp_size),
+    )
+
+
+def check_shapes(prefill: Shape, decode: Shape, kind: Kind) -> None:
+    """Raises LayoutMismatch for the first field that keeps the two apart."""
+    for name, theirs, ours, fix in _obstacles(prefill, decode, kind):
+        raise LayoutMismatch(f"{name} is {theirs!r} at the prefill and {ours!r} at this decode: {fix}")
+
+
+def rank_id(seat: Seat, shape: Shape) -> int:
+    """By which decode ranks tell the answers of an instance's ranks apart: SGLANG_WIRE 2."""
+    return (seat.tp * shape.pp_size + seat.pp) * shape.attn_cp_size + seat.cp
+
+
+def dp_rank_of(shape: Shape, room: int) -> int | None:
+    """Which DP group prefills `room`; None where only the registry knows (SGLANG_WIRE 1.4)."""
+    if shape.dp_size == 1:
+        return 0
+    return room % shape.dp_size if shape.follow_bootstrap_room else None
+
+
+def _obstacles(prefill: Shape, decode: Shape, kind: Kind) -> Iterator[tuple[str, object, object, str]]:
+    for name in _SAME:
+        theirs, ours = getattr(prefill, name), getattr(decode, name)
+        if theirs != ours:
+            yield name, theirs, ours, f"start both with the same {name}"
+    larger, smaller = sorted((prefill.attn_tp_size, decode.attn_tp_size), reverse=True)
+    if larger % smaller:
+        yield "attn_tp_size", prefill.attn_tp_size, decode.attn_tp_size, "choose two of which one divides the other"
+    if decode.attn_cp_size != 1:
+        yield "attn_cp_size", prefill.attn_cp_size, decode.attn_cp_size, "start decode with 1: only prefill has CP"
+    if decode.pp_size not in (1, prefill.pp_size):
+        yield "pp_size", prefill.pp_size, decode.pp_size, "start decode with the prefill's, or with 1"
+    for name in ("enable_kv_cache_sharding", "enable_dsa_cache_layer_split"):
+        if getattr(prefill, name) and (kind is Kind.MLA or prefill.attn_cp_size > 1):
+            yield name, True, getattr(decode, name), "start prefill without it: every rank must have its whole KV"
+
+
+def _tp_ranks(prefill: int, decode: int, rank: int, kind: Kind) -> tuple[range, range]:
+    """(those that write, those that only must hear)."""
+    if decode >= prefill:
+        mine = rank // (decode // prefill)
+        return range(mine, mine + 1), range(0)
+    ratio = prefill // decode
+    first, end = rank * ratio, (rank + 1) * ratio
+    if kind is Kind.MLA:  # every rank has all of it
+        return range(first, first + 1), range(first + 1, end)
+    return range(first, end), range(0)
