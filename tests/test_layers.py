@@ -26,9 +26,11 @@ FLOORS = {
         [f"pdctl.{room}" for room in ("engine", "persistence", "registrar", "keyring", "roster", "device", "memory")], 3
     ),
     **dict.fromkeys(
-        [f"pdctl.{room}" for room in ("engine.base", "persistence.base", "retry", "metrics", "logs", "errands")], 2
+        [f"pdctl.{room}" for room in ("engine.base", "persistence.base", "retry", "metrics", "logs", "errands")],
+        2,
     ),
     "pdctl.credentials": 2,
+    "pdctl.lag": 2,
     "pdctl.shortcut": 2,
     "pdctl.core": 1,
     "pdctl.errors": 0,

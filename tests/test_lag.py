@@ -1,0 +1,55 @@
+"""How late a loop is, measured on one that is truly held."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from pdctl.lag import LoopLag
+
+
+@asynccontextmanager
+async def ticking(lag: LoopLag, heard: list[float]) -> AsyncIterator[asyncio.Task[Any]]:
+    task = asyncio.create_task(lag.run(heard.append))
+    await asyncio.sleep(0)
+    yield task
+    task.cancel()
+    await asyncio.wait([task])
+
+
+def hold_the_loop(seconds: float) -> None:
+    time.sleep(seconds)
+
+
+async def test_a_loop_that_was_held_is_late_before_and_at_its_next_tick() -> None:
+    heard: list[float] = []
+    lag = LoopLag(time.monotonic, 0.01)
+    async with ticking(lag, heard):
+        hold_the_loop(0.2)
+        assert lag.late_s >= 0.18
+        async with asyncio.timeout(5):
+            while not heard:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+        assert heard[0] >= 0.18
+        assert lag.late_s < 0.1
+
+
+async def test_a_loop_that_keeps_up_is_not_late() -> None:
+    heard: list[float] = []
+    async with ticking(LoopLag(time.monotonic, 0.005), heard):
+        async with asyncio.timeout(5):
+            while len(heard) < 10:  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+    assert sorted(heard)[5] < 0.05
+
+
+async def test_nothing_is_late_before_it_runs_or_after_it_was_cancelled() -> None:
+    lag = LoopLag(time.monotonic, 0.001)
+    assert lag.late_s == 0
+    async with ticking(lag, []):
+        pass
+    hold_the_loop(0.01)
+    assert lag.late_s == 0
