@@ -74,6 +74,8 @@ def is_loopback(host: str) -> bool:
 
 def check_host(host: str, field: str = "host") -> None:
     """Raise BadField(field) for a host that no address can be made of."""
+    if _is_host(host):
+        return
     if not host:
         raise BadField(field, "is empty: give the address that peers can reach")
     if len(host) > _LONGEST_NAME:
@@ -88,6 +90,13 @@ def check_port(port: int, field: str = "port") -> None:
     """Raise BadField(field) for a port that nobody can listen at."""
     if not 1 <= port <= MAX_PORT:
         raise BadField(field, f"is {port}: give the port that is listened at, 1 to {MAX_PORT}")
+
+
+@lru_cache(maxsize=4096)
+def _is_host(host: str) -> bool:
+    """What `check_host` says in sentences."""
+    is_name = 0 < len(host) <= _LONGEST_NAME and host.isprintable() and _SEPARATORS.isdisjoint(host)
+    return is_name and (":" not in host or _ip(host) is not None)
 
 
 @lru_cache(maxsize=4096)  # the same few hosts come again and again, and reading one takes 5 us

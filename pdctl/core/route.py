@@ -13,7 +13,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from itertools import product
-from typing import Any
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 from pdctl.core.address import Endpoint, check_host, check_port, is_wildcard
 from pdctl.errors import BadField
@@ -39,9 +40,8 @@ _UNUSED_KEYS = (  # the client fills these in for itself, but stock's reply has 
 Body = Mapping[str, Any]
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Seat:
-    """One rank's place in its instance."""
+class Seat(NamedTuple):
+    """One rank's place in its instance. A tuple, for it is a key in all that the registry does."""
 
     dp: int
     cp: int
@@ -161,31 +161,10 @@ class Announcement:
     def from_body(cls, body: object) -> Announcement:
         """From what a rank PUTs. Raises BadField naming the field."""
         row = as_object(body)
-        tp, cp = _rank(row, "attn_tp"), _rank(row, "attn_cp")
-        dp, pp = _rank(row, "attn_dp"), _rank(row, "pp")
-        replica = _rank(row, "system_dp")
-        # One replica: the DP groups are those of attention. Several: each replica is a DP rank of its own.
-        dp = dp if replica.size == 1 else replica
-        said = (
-            needed(row, "page_size"),
-            needed(row, "kv_cache_dtype"),
-            row.get("kv_layout"),
-            row.get("load_balance_method", _FOLLOW),
-            row.get("enable_dsa_cache_layer_split", False),
-            row.get("enable_kv_cache_sharding", False),
-            row.get("decode_allocation_policy", "early"),
-        )
-        layout = _layout(row.get("dsv41_spec_layout"))
-        make = _shape if layout is None and _ATOMS.issuperset(map(type, said)) else _shape.__wrapped__
-        shape = make(tp.size, cp.size, dp.size, pp.size, *said)
-        if layout is not None:
-            shape = replace(shape, dsv41_spec_layout=layout)
+        seat, shape = _placed(row)
         http_port = row.get("prefill_http_port")
         return cls(
-            seat=Seat(dp.rank, cp.rank, tp.rank, pp.rank),
-            shape=shape,
-            address=_address(row),
-            prefill_http_port=None if http_port is None else as_integer(http_port, "prefill_http_port"),
+            seat, shape, _address(row), None if http_port is None else as_integer(http_port, "prefill_http_port")
         )
 
 
@@ -253,6 +232,8 @@ def needed(row: Body, name: str) -> Any:
 
 def as_integer(value: object, name: str) -> int:
     """An integer, a whole float or numeric text: what stock's `int()` would take, less booleans and fractions."""
+    if type(value) is int and value.bit_length() <= _MAX_BITS:
+        return value
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise BadField(name, f"is {_kind(value)}: send an integer")
     if isinstance(value, float) and not value.is_integer():
@@ -266,10 +247,44 @@ def as_integer(value: object, name: str) -> int:
     return number
 
 
-@dataclass(frozen=True, slots=True)
-class _Rank:
+class _Rank(NamedTuple):
     rank: int
     size: int
+
+
+_PLACING = (
+    *("attn_tp_size", "attn_tp_rank", "attn_cp_size", "attn_cp_rank", "attn_dp_size", "attn_dp_rank"),
+    *("pp_size", "pp_rank", "system_dp_size", "system_dp_rank", "page_size", "kv_cache_dtype", "kv_layout"),
+    *("dsv41_spec_layout", "load_balance_method", "enable_dsa_cache_layer_split", "enable_kv_cache_sharding"),
+    "decode_allocation_policy",
+)
+_all_placing = itemgetter(*_PLACING)
+_ABSENT = object()
+
+
+def _placed(row: Body) -> tuple[Seat, Shape]:
+    """Where in which shape. Ranks that come back say the same but for their port, and all of it is read once."""
+    try:
+        said = _all_placing(row)  # stock ranks leave none of them out
+    except KeyError:
+        said = tuple(row.get(name, _ABSENT) for name in _PLACING)
+    place = _placed_by if type(row.get("page_size")) is int else _placed_by.__wrapped__  # a text may be of any length
+    try:
+        return place(*said)
+    except TypeError:  # an array, or an object: no key for a cache
+        return _placed_by.__wrapped__(*said)
+
+
+@lru_cache(maxsize=4096, typed=True)  # typed, for True is 1 otherwise; who is refused is not kept
+def _placed_by(*said: object) -> tuple[Seat, Shape]:
+    row = {name: value for name, value in zip(_PLACING, said, strict=True) if value is not _ABSENT}
+    tp, cp = _rank(row, "attn_tp"), _rank(row, "attn_cp")
+    dp, pp = _rank(row, "attn_dp"), _rank(row, "pp")
+    replica = _rank(row, "system_dp")
+    # One replica: the DP groups are those of attention. Several: each replica is a DP rank of its own.
+    dp = dp if replica.size == 1 else replica
+    sizes = (tp.size, cp.size, dp.size, pp.size)
+    return Seat(dp.rank, cp.rank, tp.rank, pp.rank), _shape(sizes, row)
 
 
 def _rank(row: Body, name: str) -> _Rank:
@@ -286,37 +301,24 @@ def _rank(row: Body, name: str) -> _Rank:
     return _Rank(rank, size)
 
 
-_ATOMS = {int, str, bool, float, type(None)}
-
-
-@lru_cache(maxsize=1024, typed=True)  # all ranks of an instance say the same; typed, for True is 1 otherwise
-def _shape(
-    tp_size: int,
-    cp_size: int,
-    dp_size: int,
-    pp_size: int,
-    page_size: object,
-    kv_cache_dtype: object,
-    kv_layout: object,
-    load_balance_method: object,
-    enable_dsa_cache_layer_split: object,
-    enable_kv_cache_sharding: object,
-    decode_allocation_policy: object,
-) -> Shape:
-    """From the values as they were sent. Raises BadField."""
-    return Shape(
-        attn_tp_size=tp_size,
-        attn_cp_size=cp_size,
-        dp_size=dp_size,
-        pp_size=pp_size,
+def _shape(sizes: tuple[int, int, int, int], row: Body) -> Shape:
+    """Raises BadField."""
+    page_size, kv_cache_dtype = needed(row, "page_size"), needed(row, "kv_cache_dtype")
+    layout = _layout(row.get("dsv41_spec_layout"))
+    shape = _shape_of(
+        *sizes,
         page_size=as_integer(page_size, "page_size"),
         kv_cache_dtype=_text(kv_cache_dtype, "kv_cache_dtype"),
-        kv_layout=_text(kv_layout, "kv_layout"),
-        follow_bootstrap_room=_word(load_balance_method, "load_balance_method") == _FOLLOW,
-        enable_dsa_cache_layer_split=_as_switch(enable_dsa_cache_layer_split, "enable_dsa_cache_layer_split"),
-        enable_kv_cache_sharding=_as_switch(enable_kv_cache_sharding, "enable_kv_cache_sharding"),
-        decode_allocation_policy=_word(decode_allocation_policy, "decode_allocation_policy"),
+        kv_layout=_text(row.get("kv_layout"), "kv_layout"),
+        follow_bootstrap_room=_word(row.get("load_balance_method", _FOLLOW), "load_balance_method") == _FOLLOW,
+        enable_dsa_cache_layer_split=_switch(row, "enable_dsa_cache_layer_split"),
+        enable_kv_cache_sharding=_switch(row, "enable_kv_cache_sharding"),
+        decode_allocation_policy=_word(row.get("decode_allocation_policy", "early"), "decode_allocation_policy"),
     )
+    return shape if layout is None else replace(shape, dsv41_spec_layout=layout)
+
+
+_shape_of = lru_cache(maxsize=1024)(Shape)  # one object for all ranks of an instance: to compare it is to look at it
 
 
 def _plain_integer(value: object, name: str) -> int:

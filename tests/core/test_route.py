@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from typing import Any
 
 import pytest
@@ -143,6 +144,34 @@ def test_what_no_rank_can_mean_is_refused_naming_the_field(field: str, value: ob
     assert refusal.value.field == field
     str(refusal.value).encode()  # can be sent
     assert len(str(refusal.value)) < 300
+
+
+@pytest.mark.parametrize(
+    "said",
+    [{"page_size": "0" * 4000 + "16"}, {"page_size": 16.0}, {"kv_cache_dtype": "e5m2" * 60}],
+    ids=lambda said: next(iter(said)),
+)
+def test_what_was_read_before_is_read_the_same_again(said: JSON) -> None:
+    once, again = Announcement.from_body(body(**said)), Announcement.from_body(body(rank_port=5, **said))
+    assert (once.seat, once.shape) == (again.seat, again.shape)
+    assert type(again.shape.page_size) is int
+
+
+def test_a_switch_that_is_no_switch_is_refused_though_it_equals_one_that_was_taken() -> None:
+    Announcement.from_body(body(enable_kv_cache_sharding=True, attn_tp_size=1, attn_tp_rank=0))
+    for said in (
+        {"enable_kv_cache_sharding": 1, "attn_tp_size": 1},
+        {"enable_kv_cache_sharding": True, "attn_tp_size": True},
+    ):
+        with pytest.raises(BadField):
+            Announcement.from_body(body(attn_tp_rank=0, **said))
+
+
+def test_a_page_size_of_any_length_is_remembered_nowhere() -> None:
+    text = " " * 100_000 + "16"
+    held = sys.getrefcount(text)
+    assert Announcement.from_body(body(page_size=text)).shape.page_size == 16
+    assert sys.getrefcount(text) == held
 
 
 @pytest.mark.parametrize("sent", [None, 7, "text", [], [{}]], ids=repr)
