@@ -99,12 +99,15 @@ class Incarnation:
         return max(loss.at for loss in self.lost.values())
 
     def fits(self, claim: Claim) -> bool:
-        return self.shape == claim.shape and self.role == claim.role
+        shape = claim.announcement.shape
+        return (self.shape is shape or self.shape == shape) and self.role == claim.role
 
     def seating(self, *lives: Life) -> Incarnation:
-        alive = {**self.alive, **{life.seat: life for life in lives}}
-        lost = {seat: loss for seat, loss in self.lost.items() if seat not in alive}
-        return replace(self, alive=alive, lost=lost, was_complete=self.was_complete or len(alive) == self.shape.n_seats)
+        alive = dict(self.alive)
+        alive.update([(life.seat, life) for life in lives])
+        lost = {seat: loss for seat, loss in self.lost.items() if seat not in alive} if self.lost else self.lost
+        complete = self.was_complete or len(alive) == self.shape.n_seats
+        return Incarnation(self.number, self.shape, self.role, alive, lost, complete)
 
     def losing(self, losses: Iterable[Loss]) -> Incarnation:
         gone = {loss.life.seat: loss for loss in losses}
@@ -185,7 +188,14 @@ class InstanceView:
     @property
     def n_remembered(self) -> int:
         """Lives held in memory: alive, or lost."""
-        return sum(len(incarnation.alive) + len(incarnation.lost) for incarnation in self.incarnations)
+        served, forming = self.served, self.forming
+        n_served = len(served.alive) + len(served.lost)
+        return n_served if forming is None else n_served + len(forming.alive) + len(forming.lost)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nobody is alive, in either incarnation."""
+        return not self.served.alive and (self.forming is None or not self.forming.alive)
 
     def holder(self, seat: Seat, epoch: int) -> Life | None:
         """The life of that epoch in that seat, in either incarnation."""
@@ -197,8 +207,13 @@ class InstanceView:
         lost = (incarnation.lost.get(seat) for incarnation in self.incarnations)
         return next((loss for loss in lost if loss is not None and loss.life.epoch == epoch), None)
 
-    def having(self, changed: Incarnation) -> InstanceView:
+    def having(self, changed: Incarnation, last_epoch: int = 0) -> InstanceView:
         """With an incarnation in another state; a number that is neither's is a new one, which is forming."""
-        if changed.number == self.served.number:
-            return replace(self, served=changed)
-        return replace(self, forming=changed)
+        is_served = changed.number == self.served.number
+        served, forming = (changed, self.forming) if is_served else (self.served, changed)
+        last_epoch = max(last_epoch, self.last_epoch)
+        return InstanceView(self.name, served, forming, last_epoch, self.revision, self.empty_since)
+
+    def written(self, revision: int, empty_since: float | None) -> InstanceView:
+        """As it is kept, at `revision`."""
+        return InstanceView(self.name, self.served, self.forming, self.last_epoch, revision, empty_since)

@@ -17,10 +17,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections import ChainMap, deque
-from collections.abc import Iterable, Iterator, MutableMapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pdctl.core.address import Endpoint
 from pdctl.core.agenda import Agenda
@@ -76,6 +76,37 @@ class Outcome(NamedTuple):
 
     life: Life
     changes: list[Change]
+
+
+class _Overlay(MutableMapping[str, InstanceView]):
+    """Views that are written here, over those below. Nothing is ever deleted in a draft."""
+
+    __slots__ = ("_below", "own")
+
+    def __init__(self, below: Mapping[str, InstanceView]) -> None:
+        self._below = below
+        self.own: dict[str, InstanceView] = {}
+
+    def get(self, name: str, default: Any = None) -> Any:
+        found = self.own.get(name)
+        return self._below.get(name, default) if found is None else found
+
+    def __getitem__(self, name: str) -> InstanceView:
+        found = self.own.get(name)
+        return self._below[name] if found is None else found
+
+    def __setitem__(self, name: str, view: InstanceView) -> None:
+        self.own[name] = view
+
+    def __delitem__(self, name: str) -> None:
+        raise TypeError(f"{name} is not this draft's to forget")
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._below
+        yield from (name for name in self.own if name not in self._below)
+
+    def __len__(self) -> int:
+        return len(self._below) + sum(name not in self._below for name in self.own)
 
 
 class Registry:
@@ -142,8 +173,11 @@ class Registry:
     def repeats(self, claim: Claim) -> Life | None:
         """The life that has said this already, word for word: to claim it again is to renew it."""
         view = self._views.get(claim.instance)
-        lives = (incarnation.alive.get(claim.seat) for incarnation in (view.incarnations if view else ()))
-        return next((life for life in lives if life is not None and life.claim == claim), None)
+        for incarnation in view.incarnations if view else ():
+            life = incarnation.alive.get(claim.seat)
+            if life is not None and life.claim == claim:
+                return life
+        return None
 
     def hear(self, instance: str, seat: Seat, epoch: int, owner: Owner | None, now: float) -> Life:
         """`renew`, where it changes nothing but the pulse: of a life that is not SUSPECT. Raises as `renew`."""
@@ -257,15 +291,15 @@ class Registry:
         """
         draft = Registry(self.limits)
         draft.revision, draft.last_epoch = self.revision, self.last_epoch
-        draft._views = ChainMap({}, self._views)
+        draft._views = _Overlay(self._views)
         draft._n_remembered = self._n_remembered
         draft._made = []
         return draft
 
     def adopt(self, draft: Registry) -> None:
-        assert isinstance(draft._views, ChainMap) and draft._made is not None  # noqa: S101, PT018
+        assert isinstance(draft._views, _Overlay) and draft._made is not None  # noqa: S101, PT018
         self.revision, self.last_epoch = draft.revision, draft.last_epoch
-        self._views.update(draft._views.maps[0])
+        self._views.update(draft._views.own)
         self._n_remembered = draft._n_remembered
         self._agenda.take(draft._agenda)
         self._emptied.extend(draft._emptied)
@@ -305,9 +339,9 @@ class Registry:
         before = held or (loss.life if loss and loss.may_return else None)
         life = Life.begin(claim, self.last_epoch, incarnation.number, now)
         changes = [self._change(ChangeKind.REPLACED if before else ChangeKind.SEATED, life, before)]
-        is_new = all(incarnation.number != each.number for each in view.incarnations)
-        stale = view.forming if is_new else None
-        changes += [self._change(ChangeKind.SUPERSEDED, gone) for gone in (stale.kept if stale else ())]
+        stale = view.forming
+        if stale is not None and incarnation.number not in (stale.number, view.served.number):
+            changes += [self._change(ChangeKind.SUPERSEDED, gone) for gone in stale.kept]
         grown = incarnation.seating(life)
         view = self._put(view, grown, life)
         return Outcome(life, changes + self._settle(view, life, was_ready=incarnation.is_complete, now=now))
@@ -371,7 +405,7 @@ class Registry:
 
     def _put(self, view: InstanceView, incarnation: Incarnation, life: Life) -> InstanceView:
         self._agenda.put(life.next_event, view.name, life.seat, life.epoch)
-        return replace(view.having(incarnation), last_epoch=max(view.last_epoch, life.epoch))
+        return view.having(incarnation, life.epoch)
 
     def _change(self, kind: ChangeKind, life: Life, before: Life | None = None, why: str | None = None) -> Change:
         self.revision += 1
@@ -395,11 +429,12 @@ class Registry:
     def _write(self, view: InstanceView, now: float = 0.0) -> None:
         before = self._views.get(view.name)
         self._n_remembered += view.n_remembered - (before.n_remembered if before else 0)
-        empty = next(view.lives, None) is None
-        since = None if not empty else now if view.empty_since is None else view.empty_since
-        if empty and view.empty_since is None:
-            self._emptied.append((now + REMEMBER_S, view.name))
-        self._views[view.name] = replace(view, revision=self.revision, empty_since=since)
+        since = None
+        if view.is_empty:
+            since = now if view.empty_since is None else view.empty_since
+            if view.empty_since is None:
+                self._emptied.append((now + REMEMBER_S, view.name))
+        self._views[view.name] = view.written(self.revision, since)
 
     def _check_place(self, name: str, n_held: int) -> None:
         limit = getattr(self.limits, name)
