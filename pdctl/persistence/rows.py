@@ -10,9 +10,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
+from json.encoder import encode_basestring_ascii as _text
 from zlib import crc32
 
+from pdctl.core.address import Endpoint
 from pdctl.core.lives import Change, Record
+from pdctl.core.route import Announcement, Seat, Shape
 from pdctl.errors import BadField, JournalUnusable
 from pdctl.persistence.base import Note
 
@@ -54,8 +58,43 @@ class Rows:
 
 
 def encoded(record: Record) -> Row:
-    text = _IN_JSON(record.to_row())
+    text = _IN_JSON(record.to_row()) if record.claim.shape.dsv41_spec_layout else _written(record)
     return record.epoch, crc32(text.encode()), text
+
+
+def _written(record: Record) -> str:
+    """`to_row` in JSON, to the letter, for a quarter of what that takes: ranks of a shape differ in seat and port."""
+    claim, announced = record.claim, record.claim.announcement
+    seat, address, http_port = announced.seat, announced.address, announced.prefill_http_port
+    ranks = (seat.tp, seat.cp, seat.dp, seat.pp, _text(address.host), address.port)
+    announcement = _frame(announced.shape) % (*ranks, "null" if http_port is None else http_port)
+    return (
+        f'{{"instance":{_text(claim.instance)},"announcement":{announcement},"host":{_text(claim.owner.host)},'
+        f'"principal":{_or_null(claim.owner.principal)},"role":{_text(claim.role)},'
+        f'"labels":{_IN_JSON(dict(claim.labels)) if claim.labels else "{}"},'
+        f'"metadata":{_IN_JSON(dict(claim.metadata)) if claim.metadata else "{}"},'
+        f'"ttl_s":{_or_null(claim.ttl_s)},"epoch":{record.epoch},"incarnation":{record.incarnation},'
+        f'"grace_s":{_or_null(record.grace_s)},"lost":{_or_null(record.lost)}'
+        f"{'' if announced.shape.page_size is not None else _NO_PAGE_SIZE}}}"
+    )
+
+
+def _or_null(value: str | float | None) -> str:
+    return "null" if value is None else _IN_JSON(value)
+
+
+@lru_cache(maxsize=256)
+def _frame(shape: Shape) -> str:
+    """An announcement in JSON, with holes for `_VARIES` in the order in which they come."""
+    body = Announcement(_ANY_SEAT, shape, _ANYWHERE).to_body()
+    pairs = (f'"{name}":{_VARIES.get(name) or _IN_JSON(value).replace("%", "%%")}' for name, value in body.items())
+    return f"{{{','.join(pairs)}}}"
+
+
+_VARIES = dict.fromkeys(("attn_tp_rank", "attn_cp_rank", "attn_dp_rank", "pp_rank"), "%d")
+_VARIES |= {"rank_ip": "%s", "rank_port": "%d", "prefill_http_port": "%s"}
+_ANY_SEAT, _ANYWHERE = Seat(0, 0, 0, 0), Endpoint("0", 1)
+_NO_PAGE_SIZE = ',"no_page_size":true'
 
 
 def decoded(rows: Sequence[Row], where: object) -> list[Record]:
