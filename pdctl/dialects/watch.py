@@ -69,7 +69,9 @@ class Broadcast:
     """One feed and its readers. `publish` and `forget` never wait; `run` stands beside the server and says goodbye.
 
     names   which instances there are
-    detail  one of them as JSON, None when it is gone meanwhile
+    detail  one of them as JSON, None when it is gone meanwhile; kept until it changes, unless `kept` is off, because
+            what it says of the clock is stale at once
+    row     what one of them is called in the stream
     """
 
     def __init__(
@@ -82,7 +84,10 @@ class Broadcast:
         limits: WatchLimits | None = None,
         random: Random | None = None,
         lineage: str | None = None,
+        row: str = "instance",
+        kept: bool = True,
     ) -> None:
+        self._row, self._kept = row, kept
         self._names = names
         self._detail = detail
         self._counts = metrics.watch
@@ -156,12 +161,15 @@ class Broadcast:
             yield b"".join(map(self._instance, some))
 
     def _instance(self, name: str) -> bytes:
-        if name not in self._details:
-            detail = self._detail(name)
-            if detail is None:
-                return b""
-            self._details[name] = _event("instance", detail)
-        return self._details[name]
+        if name in self._details:
+            return self._details[name]
+        detail = self._detail(name)
+        if detail is None:
+            return b""
+        row = _event(self._row, detail)
+        if self._kept:
+            self._details[name] = row
+        return row
 
     async def news_within(self, seconds: float) -> bool:
         try:
