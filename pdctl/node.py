@@ -29,7 +29,7 @@ from pdctl.core.access import Rules
 from pdctl.core.address import Endpoint
 from pdctl.core.admission import Admission
 from pdctl.core.layout import Pool, Region
-from pdctl.core.lives import Life
+from pdctl.core.lives import ERA, Life
 from pdctl.core.naming import SESSION_KEY
 from pdctl.core.registry import Registry
 from pdctl.core.rooms import EXTENSIONS, RoomBook
@@ -120,7 +120,9 @@ async def sidecar(settings: Settings) -> AsyncIterator[Sidecar]:
         opening = open_journal(journal_url(settings.serve), rooms_kept_s=longest_s, metrics=metrics.journal)
         journal = await stack.enter_async_context(opening)
         rooms = RoomBook(settings.serve.max_rooms, settings.serve.room_ttl_s)
-        registrar = Registrar(Registry(settings.limits), rooms, journal, metrics, time.monotonic)
+        registrar = Registrar(
+            Registry(settings.limits), rooms, journal, metrics, time.monotonic, first_epoch=_new_era()
+        )
         kept = await registrar.restore()
         instance = instance_at(socks, settings.serve)
         plain = sglang.Plain(registrar, instance)
@@ -138,6 +140,11 @@ async def sidecar(settings: Settings) -> AsyncIterator[Sidecar]:
             urls = [f"http://{server.bound(sock)}" for sock in socks[1:]]
             names = (each.name for each in settings.serve.listeners())
             yield Sidecar(f"{door.scheme}://{server.bound(socks[0])}", registrar, tuple(zip(names, urls, strict=True)))
+
+
+def _new_era() -> int:
+    """Its first epoch; what comes of it stays below 2 ** 53, where JSON's numbers are whole for everybody."""
+    return ERA * SystemRandom().randrange(1, 1 << 20)
 
 
 async def _witness(policy: WitnessPolicy, registrar: Registrar, metrics: Metrics) -> None:

@@ -105,9 +105,18 @@ class Registrar:
     """Dialects call it; `sweep` runs beside the server."""
 
     def __init__(
-        self, registry: Registry, rooms: RoomBook, journal: Journal, metrics: Metrics, clock: Callable[[], float]
+        self,
+        registry: Registry,
+        rooms: RoomBook,
+        journal: Journal,
+        metrics: Metrics,
+        clock: Callable[[], float],
+        *,
+        first_epoch: int = 0,
     ) -> None:
+        """`first_epoch`: where to begin when the journal has kept nothing; in an era of its own (core.lives)."""
         self._registry = registry
+        self._first_epoch = first_epoch
         self._rooms = rooms
         self._journal = journal
         self._counts = metrics.registry
@@ -123,7 +132,7 @@ class Registrar:
     async def restore(self) -> Kept:
         """Take back what the journal kept, before the first request; all that it kept: there are other books in it."""
         kept, now = await self._journal.load(), self._clock()
-        self._registry.restore(kept.records, kept.last_epoch, kept.revision, now)
+        self._registry.restore(kept.records, kept.last_epoch or self._first_epoch, kept.revision, now)
         try:
             for room, dp_rank in kept.rooms:
                 self._rooms.put(room, dp_rank, now)

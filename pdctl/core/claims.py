@@ -25,7 +25,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pdctl.core.instances import Incarnation, InstanceView
-from pdctl.core.lives import ChangeKind, Claim, Life, Owner
+from pdctl.core.lives import ERA, ChangeKind, Claim, Life, Owner
 from pdctl.core.route import Seat
 from pdctl.errors import Occupied, Refused, Superseded, UnknownLease
 
@@ -67,6 +67,8 @@ def not_held(view: InstanceView, seat: Seat, epoch: int | None) -> UnknownLease 
     """What to tell one who speaks for a life that does not hold the seat, or not any more."""
     if epoch is None:
         return UnknownLease(f"seat {seat} of {view.name} is held by nobody: nothing is there to leave")
+    if epoch // ERA != view.last_epoch // ERA:
+        return UnknownLease(f"epoch {epoch} is of a registry that has forgotten it: register again")
     loss, held = view.loss(seat, epoch), view.alive.get(seat)
     if loss is not None and loss.kind is ChangeKind.DRAINED:
         return Superseded(

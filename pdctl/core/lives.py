@@ -26,6 +26,10 @@ from pdctl.errors import BadField
 SUSPECT_AFTER = 0.5
 """Of the lease."""
 
+ERA = 1 << 32
+"""Epochs that are given out until a registry forgets everything; then it begins in another era, drawn by chance. So it
+can tell a rank of before, which has to register again, from one that was replaced, which has to exit."""
+
 SHORTEST_TTL_S = 0.1
 LONGEST_TTL_S = 86_400.0
 

@@ -11,7 +11,7 @@ import pytest
 from pdctl.core.address import Endpoint
 from pdctl.core.claims import STALLED_AFTER_S
 from pdctl.core.instances import InstanceView
-from pdctl.core.lives import ChangeKind, Claim, Life, Owner, Record
+from pdctl.core.lives import ERA, ChangeKind, Claim, Life, Owner, Record
 from pdctl.core.registry import REMEMBER_S, Registry, RegistryLimits
 from pdctl.core.route import Announcement, Seat, Shape
 from pdctl.errors import BadField, LimitReached, Occupied, Refused, Superseded, TooLarge, UnknownLease
@@ -76,6 +76,20 @@ def test_a_rank_of_the_old_incarnation_is_told_that_it_was_replaced() -> None:
     for tp in range(4):
         with pytest.raises(Superseded, match="this process was replaced; exit"):
             registry.renew(NAME, Seat(0, 0, tp, 0), tp + 1, Owner(HOME), now=2.0)
+
+
+def test_a_rank_of_a_registry_that_has_forgotten_it_is_to_register_again_and_not_to_exit() -> None:
+    registry = Registry()
+    registry.restore((), last_epoch=7 * ERA, revision=0, now=0.0)  # as one that starts with nothing
+    for tp in (1, 2):
+        assert registry.claim(claim(tp, TP4, ttl_s=10.0), now=0.0).life.epoch > 7 * ERA
+    for epoch in (1, 6 * ERA + 1, 9 * ERA):
+        for tp in (0, 1):
+            with pytest.raises(UnknownLease, match="register again"):
+                registry.renew(NAME, Seat(0, 0, tp, 0), epoch, Owner(HOME), now=1.0)
+    registry.claim(claim(1, TP4, port=50000, ttl_s=10.0), now=1.0)
+    with pytest.raises(Superseded):
+        registry.renew(NAME, Seat(0, 0, 1, 0), 7 * ERA + 1, Owner(HOME), now=1.0)
 
 
 def test_the_forming_incarnation_is_shown_at_once_when_nobody_is_left_of_the_old() -> None:

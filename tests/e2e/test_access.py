@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import re
 import socket
 import sys
@@ -134,12 +135,13 @@ async def test_a_row_is_changed_by_its_owner_only(files: Path) -> None:
             async with http.request(method, url, json=body, headers=headers) as answer:
                 return answer.status, await answer.text()
 
-        assert (await tell(TOKEN, "PUT", seat, row))[0] == 200
+        status, granted = await tell(TOKEN, "PUT", seat, row)
+        assert status == 200
         for method, path, body in (("PUT", seat, row | {"port": 40999}), ("DELETE", seat, None)):
             status, said = await tell(theirs, method, path, body)
             assert (status, "other at 127.0.0.1" in said) == (409, True), (method, said)
             assert TOKEN not in said
-        status, said = await tell(theirs, "POST", f"{seat}/renew", {"epoch": 1})
+        status, said = await tell(theirs, "POST", f"{seat}/renew", {"epoch": json.loads(granted)["epoch"]})
         assert status == 409, said
         assert (await tell(ours_too, "PUT", seat, row | {"port": 40999}))[0] == 200
         async with http.put(f"{url}/route", json=MOVED.to_body()) as stock:

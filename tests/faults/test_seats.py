@@ -93,7 +93,7 @@ def serving(place: Path, *args: str, **more: Any) -> AbstractContextManager[Serv
 
 @pytest.fixture
 def registry(tmp_path: Path) -> Iterator[Service]:
-    with serving(tmp_path) as running:
+    with serving(tmp_path, PDCTL_ADMISSION__PER_S="0") as running:  # one client here is quicker than 400 a second
         yield running
         assert running.complaints() == []
 
@@ -365,3 +365,20 @@ async def test_a_restart_after_a_drain_serves_again(registry: Service) -> None:
 async def is_gone(who: Party) -> bool:
     status, body = await who._ask("GET", "/v1/instances/default")
     return status == 404 or body["alive"] == 0
+
+
+async def test_who_was_known_to_a_registry_that_forgets_is_told_to_register_again(tmp_path: Path) -> None:
+    """And not that it was replaced, whoever comes first afterwards: a client that hears 409 ends its rank."""
+    with reserve_port() as reserved:
+        forgetful = ("--journal", "memory:", "--port", str(reserved.getsockname()[1]))
+        with service(tmp_path / "log", *forgetful) as registry:
+            async with party(registry.url) as who:
+                before = [granted(await who.claim(40_000 + tp, tp=tp, size=2, ttl_s=30.0)) for tp in (0, 1)]
+        with service(tmp_path / "log", *forgetful) as registry:
+            async with party(registry.url) as who:
+                for n in range(3):
+                    granted(await who.claim(41_000 + n, instance=f"other-{n}", ttl_s=30.0))
+                granted(await who.claim(40_001, tp=1, size=2, ttl_s=30.0))
+                for tp, epoch in enumerate(before):
+                    answer = await who.renew(epoch, tp=tp)
+                    assert (answer[0], "register again" in message(answer)) == (404, True)
