@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pdctl.config import Settings, load
     from pdctl.core.address import Endpoint
     from pdctl.core.layout import Pool, Region
+    from pdctl.core.news import Changed, Listed, Picture
     from pdctl.core.plan import CopyPlan
     from pdctl.core.route import Announcement, Seat, Shape
     from pdctl.core.sessions import ProbePolicy
@@ -34,14 +35,17 @@ __all__ = [
     "Announcement",
     "Arena",
     "Cause",
+    "Changed",
     "CopyPlan",
     "Credentials",
     "DecodeNode",
     "Endpoint",
     "Engine",
     "Exhaustion",
+    "Listed",
     "MooncakeSettings",
     "PdctlError",
+    "Picture",
     "Pool",
     "PrefillNode",
     "ProbePolicy",
@@ -71,6 +75,7 @@ _ROOMS = {
     "config": ("Settings", "load"),
     "core.address": ("Endpoint",),
     "core.layout": ("Pool", "Region"),
+    "core.news": ("Changed", "Listed", "Picture"),
     "core.plan": ("CopyPlan",),
     "core.route": ("Announcement", "Seat", "Shape"),
     "core.sessions": ("ProbePolicy",),

@@ -1,5 +1,6 @@
 """
-What a rank says to the registry and asks it, over SGLang's HTTP wire; pdctl's registry or a stock one.
+What a rank says to the registry and asks it, over SGLang's HTTP wire; pdctl's registry or a stock one. Of pdctl's own
+wire: `tell`, by which a lease is held, and `watch`.
 
 `registered` is True only while the registry's last answer about the present announcement was 200. Nothing here carries
 on unregistered in silence: the end of all attempts is an exception, an exit, or further attempts with `registered`
@@ -13,7 +14,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from http import HTTPStatus
@@ -25,7 +27,9 @@ from urllib.parse import urlsplit
 import aiohttp
 import structlog
 
+from pdctl.answers import Answer
 from pdctl.core.address import Endpoint, is_loopback
+from pdctl.core.news import News
 from pdctl.core.route import Announcement, Seat, Shape, as_integer, as_object, rank_from_body, shape_from_topology
 from pdctl.credentials import Credentials, client_tls, own_token
 from pdctl.errors import (
@@ -39,6 +43,7 @@ from pdctl.errors import (
     Unreachable,
 )
 from pdctl.retry import Failure, RetryPolicy, Sleep, parse_retry_after, retrying, root_cause
+from pdctl.watching import SILENT_AFTER_S, WATCH, Read, follow
 
 log = structlog.get_logger(__name__)
 
@@ -57,9 +62,8 @@ MAX_ANSWER_BYTES = 1 << 20
 ROOMS_A_QUESTION = 10_000
 """Stock refuses bodies above 1 MiB (413): 10,000 rooms of 20 digits are 220 KB."""
 
-_LONGEST_TEXT = 500
-_MAY_PASS = frozenset({HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS})
 _TOPOLOGY = Seat(-1, -1, -1, -1)
+_ENDLESS = aiohttp.ClientTimeout(total=None)
 
 
 class Exhaustion(StrEnum):
@@ -68,27 +72,6 @@ class Exhaustion(StrEnum):
     RAISE = "raise"  # RegistrationGaveUp
     EXIT = "exit"  # the process ends with EX_UNAVAILABLE (69): for ranks under a supervisor that starts them again
     KEEP_TRYING = "keep-trying"  # at the policy's longest wait, with `registered` False
-
-
-@dataclass(frozen=True, slots=True)
-class _Answer:
-    status: int
-    body: bytes
-    retry_after_s: float | None
-    location: str | None
-
-    @property
-    def text(self) -> str:
-        """The server's own words on one line, from any of the registries' error bodies."""
-        if self.location is not None and 300 <= self.status < 400:
-            return f"it redirects to {self.location[:_LONGEST_TEXT]}: give that URL if it is the registry's"
-        words = " ".join(_message(self.body).split())[:_LONGEST_TEXT]
-        return "".join(c if c.isprintable() else "?" for c in words) or _phrase(self.status)
-
-    @property
-    def is_final(self) -> bool:
-        """Whether asking again would change nothing. Redirects are not followed: whoever sends one is no registry."""
-        return 300 <= self.status < 500 and self.status not in _MAY_PASS
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,6 +283,30 @@ class RegistryClient:
         except Unreachable:
             return False
 
+    def watch(
+        self, since: str | None = None, *, policy: RetryPolicy = WATCH, silent_after_s: float = SILENT_AFTER_S
+    ) -> AsyncGenerator[News, None]:
+        """What happens at the registry, from now on: `Listed` with all there is, then each `Changed`; for ever.
+
+        since           the cursor of the last news that was taken, to go on from there: no `Listed` then, unless the
+                        registry does not have what came after it. A `Listed` may come at any time, for that reason
+        policy          waits before a stream that broke is opened again
+        silent_after_s  a stream that says nothing for so long, not even that it lives, is dead
+
+        Raises RegistryRefused where the registry says no (one that has no watch says 404). Close it, with
+        `contextlib.aclosing`, when it is left early. Who takes no news for 10 s is cut off by the registry, and goes on
+        with what it missed.
+        """
+
+        def say(failure: Failure) -> None:
+            wait_s = None if failure.next_wait_s is None else round(failure.next_wait_s, 3)
+            log.warning("watch interrupted", cause=failure.cause, next_wait_s=wait_s, registry=self._url)
+
+        async def insist(attempt: Callable[[], Awaitable[Read]]) -> Read:
+            return await self._retrying(attempt, policy, on_failure=say)
+
+        return follow(lambda cursor: self._stream(cursor, silent_after_s), insist, since)
+
     async def _announce(self, announcement: Announcement) -> None:
         await self._question(_Question("registration", "PUT", "/route", _nothing, body=announcement.to_body()))
         if not self.registered:
@@ -350,54 +357,102 @@ class RegistryClient:
         answer = await self._ask(question)
         if answer.status == HTTPStatus.OK:
             return self._read(question, answer)
-        said = f"{question.what} with {answer.status}: {answer.text}"
-        if answer.is_final and answer.status != question.not_yet and not self._may_be_let_in(answer):
-            raise RegistryRefused(
+        raise self._no(answer, question.what, question.not_yet)
+
+    def _no(self, answer: Answer, what: str, not_yet: int | None = None) -> RegistryRefused | PutOff:
+        said = f"{what} with {answer.status}: {answer.text}"
+        if answer.is_final and answer.status != not_yet and not self._may_be_let_in(answer):
+            return RegistryRefused(
                 f"registry {self._url} refused {said}: trying again changes nothing, mend what it names",
                 status=answer.status,
                 text=answer.text,
             )
-        raise PutOff(
+        return PutOff(
             f"registry {self._url} put off {said}",
             status=answer.status,
             text=answer.text,
             retry_after_s=answer.retry_after_s,
         )
 
-    def _read(self, question: _Question[T], answer: _Answer) -> T:
+    def _read(self, question: _Question[T], answer: Answer) -> T:
         try:
             return question.read(answer.body)
         except (BadField, ValueError, RecursionError) as error:
             raise Unreachable(f"what answers at {self._url} is no registry: {question.what}: {error}") from None
 
-    async def _ask(self, question: _Question[T]) -> _Answer:
-        """One HTTP exchange: the bridge where aiohttp's errors become ours."""
+    async def _ask(self, question: _Question[T]) -> Answer:
+        """One HTTP exchange."""
+        with self._bridge(f"timed out after {self._attempt_timeout_s:g} s"):
+            async with self._request(question.method, question.path, question.params, question.body) as response:
+                return await self._received(response)
+
+    @asynccontextmanager
+    async def _stream(self, cursor: str | None, silent_after_s: float) -> AsyncIterator[Read]:
+        """A watch that the registry has agreed to, from `cursor` on."""
+        params = None if cursor is None else {"since": cursor}
+        late = f"timed out after {self._attempt_timeout_s:g} s"
+        with self._bridge(late):
+            async with asyncio.timeout(self._attempt_timeout_s):
+                response = await self._request("GET", "/v1/watch", params, timeout=_ENDLESS)
+
+        async def read() -> bytes:
+            with self._bridge(f"timed out: it has said nothing for {silent_after_s:g} s"):
+                async with asyncio.timeout(silent_after_s):
+                    piece = await response.content.readany()
+            if not piece:
+                raise Unreachable(f"registry {self._url} has ended the stream")
+            return piece
+
+        try:
+            if response.status != HTTPStatus.OK:
+                with self._bridge(late):
+                    async with asyncio.timeout(self._attempt_timeout_s):
+                        refused = await self._received(response)
+                raise self._no(refused, "a watch")
+            if response.content_type != "text/event-stream":
+                raise Unreachable(f"what answers at {self._url} is no registry: {response.content_type} for a watch")
+            yield read
+        finally:
+            response.close()
+
+    def _request(
+        self,
+        method: str,
+        path: str,
+        params: Mapping[str, str] | None,
+        body: object = None,
+        timeout: aiohttp.ClientTimeout | None = None,
+    ) -> aiohttp.client._RequestContextManager:
         if self._session is None:
             raise RuntimeError("RegistryClient is used outside of its `async with`: open it first")
-        url = self._url + question.path
+        return self._session.request(
+            method,
+            self._url + path,
+            params=params,
+            json=body,
+            headers=self._shown(),
+            ssl=True if self._tls is None else self._tls.refresh(),
+            allow_redirects=False,
+            timeout=timeout or self._session.timeout,
+        )
+
+    @contextmanager
+    def _bridge(self, late: str) -> Iterator[None]:
+        """Where aiohttp's errors become ours; `late` is what a deadline that has passed means."""
         try:
-            async with self._session.request(
-                question.method,
-                url,
-                params=question.params,
-                json=question.body,
-                headers=self._shown(),
-                ssl=True if self._tls is None else self._tls.refresh(),
-                allow_redirects=False,
-            ) as response:
-                return await self._received(response)
+            yield
         except aiohttp.InvalidURL as error:
             raise ConfigError(f"registry URL {self._url} cannot be used ({error}): write http://host:port") from None
         except TimeoutError:
-            late = TimeoutError(f"timed out after {self._attempt_timeout_s:g} s")
-            raise Unreachable(f"registry {self._url} does not answer: {late}") from late
+            timed_out = TimeoutError(late)
+            raise Unreachable(f"registry {self._url} does not answer: {timed_out}") from timed_out
         except aiohttp.ServerDisconnectedError as error:
             why = self._hung_up(error)
             raise Unreachable(f"registry {self._url} does not answer: {root_cause(why)}") from why
         except (aiohttp.ClientError, OSError) as error:
             raise Unreachable(f"registry {self._url} does not answer: {root_cause(error)}") from error
 
-    def _may_be_let_in(self, answer: _Answer) -> bool:
+    def _may_be_let_in(self, answer: Answer) -> bool:
         """While a token is changed over, the registry may know the new one before our file does: no rank dies of it."""
         return answer.status == HTTPStatus.UNAUTHORIZED and self._token_may_change
 
@@ -418,7 +473,7 @@ class RegistryClient:
         ours = "may not believe our certificate" if self._certified else "may want a certificate, and we have none"
         return ConnectionError(f"server disconnected: it {ours} (tls_cert)")
 
-    async def _received(self, response: aiohttp.ClientResponse) -> _Answer:
+    async def _received(self, response: aiohttp.ClientResponse) -> Answer:
         body = bytearray()
         async for chunk in response.content.iter_any():
             body += chunk
@@ -427,7 +482,7 @@ class RegistryClient:
         retry_after_s = parse_retry_after(
             response.headers.get("Retry-After"), now=self._wall_clock(), date=response.headers.get("Date")
         )
-        return _Answer(response.status, bytes(body), retry_after_s, response.headers.get("Location"))
+        return Answer(response.status, bytes(body), retry_after_s, response.headers.get("Location"))
 
 
 def _checked(base_url: str) -> str:
@@ -470,20 +525,3 @@ def _nothing(body: bytes) -> None:
 
 def _dp_ranks(body: object) -> dict[int, int]:
     return {as_integer(room, "room"): as_integer(rank, "dp_rank") for room, rank in as_object(body).items()}
-
-
-def _message(body: bytes) -> str:
-    """Plain text as it is; of a JSON error ({"error": {"message": ...}}), the message."""
-    text = body[: 8 * _LONGEST_TEXT].decode(errors="replace")
-    try:
-        message = json.loads(body)["error"]["message"]
-    except (ValueError, KeyError, TypeError, IndexError, RecursionError):
-        return text
-    return message if isinstance(message, str) else text
-
-
-def _phrase(status: int) -> str:
-    try:
-        return HTTPStatus(status).phrase
-    except ValueError:
-        return "no words"

@@ -125,3 +125,18 @@ def reserve_port() -> socket.socket:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     sock.bind(("127.0.0.1", 0))
     return sock
+
+
+def streams(*pieces: bytes, then: asyncio.Event | None = None, content_type: str = "text/event-stream") -> Act:
+    """A 200 that sends `pieces`, one write each; ends when `then` is set, or at once without it."""
+
+    async def act(request: web.BaseRequest) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": content_type})
+        await response.prepare(request)
+        for piece in pieces:
+            await response.write(piece)
+        if then is not None:
+            await then.wait()
+        return response
+
+    return act

@@ -23,12 +23,17 @@ FLOORS = {
     **dict.fromkeys([f"pdctl.{shell}" for shell in ("sender", "receiver", "agent", "kvstore", "lease")], 4),
     **dict.fromkeys([f"pdctl.{shell}" for shell in ("admission", "witness")], 4),
     **dict.fromkeys(
-        [f"pdctl.{room}" for room in ("engine", "persistence", "registrar", "keyring", "roster", "device", "memory")], 3
+        [
+            f"pdctl.{room}"
+            for room in ("engine", "persistence", "registrar", "keyring", "roster", "watching", "device", "memory")
+        ],
+        3,
     ),
     **dict.fromkeys(
         [f"pdctl.{room}" for room in ("engine.base", "persistence.base", "retry", "metrics", "logs", "errands")],
         2,
     ),
+    "pdctl.answers": 2,
     "pdctl.credentials": 2,
     "pdctl.lag": 2,
     "pdctl.shortcut": 2,
