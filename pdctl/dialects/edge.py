@@ -12,6 +12,7 @@ from typing import Any
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
+from pydantic_core import from_json
 from starlette.types import Receive, Scope
 
 from pdctl.core.access import plain_host
@@ -76,6 +77,14 @@ async def received(receive: Receive, limit: int, deadline_s: float = BODY_DEADLI
 
 def parsed(body: bytes) -> Any:
     """What the JSON says. Raises BadField("body")."""
+    try:
+        return from_json(body)  # what it reads it reads as json.loads does, in a third of the time
+    except ValueError:
+        return _parsed_or_why_not(body)
+
+
+def _parsed_or_why_not(body: bytes) -> Any:
+    """Lone surrogates and hundreds of levels are still JSON."""
     try:
         return json.loads(body.decode())
     except UnicodeDecodeError as error:

@@ -24,10 +24,11 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Header, Path, Query, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import TypeAdapter
+from pydantic_core import to_json
 
 from pdctl.core.feed import Feed
 from pdctl.core.instances import Incarnation, InstanceView
-from pdctl.core.lives import ENDINGS, Change, ChangeKind, Life
+from pdctl.core.lives import Change, ChangeKind, Life
 from pdctl.core.native import NAME, SEAT, Drain, Grant, Registration, Renewal, check_name, in_our_words, read_seat
 from pdctl.core.route import Seat, as_integer
 from pdctl.dialects.edge import owner_of, peer_of, received
@@ -55,8 +56,13 @@ def broadcast(registrar: Registrar, metrics: Metrics, limits: WatchLimits | None
         return None if view is None else _line(_detail(view))
 
     def tell(changes: Iterable[Change]) -> None:
+        stands: dict[str, dict[str, Any] | None] = {}
         for change in changes:
-            news.publish(change.revision, change.instance, _line(_told(change, registrar)))
+            name = change.instance
+            if name not in stands:  # after all of them: each tells of the instance as it is now
+                view = registrar.view(name)
+                stands[name] = None if view is None else _summary(view)
+            news.publish(change.revision, name, _line(_told(change, stands[name])))
 
     names = lambda: [view.name for view in registrar.views()]  # noqa: E731
     news = Broadcast(names, detail, metrics, feed=Feed(registrar.revision), limits=limits)
@@ -205,13 +211,13 @@ def _granted(life: Life, registrar: Registrar) -> Response:
     return JSONResponse(asdict(grant))
 
 
-def _told(change: Change, registrar: Registrar) -> dict[str, Any]:
+def _told(change: Change, summary: dict[str, Any] | None) -> dict[str, Any]:
     """One change, the row that it left behind, and how the instance stands now.
 
     `gone`: epochs whose rows are over. The shape stands only where an incarnation begins or is served from now on.
     """
-    life, view = change.life, registrar.view(change.instance)
-    over = [life] if change.kind in ENDINGS or change.kind is ChangeKind.LOST else []
+    life = change.life
+    over = [life] if change.is_end or change.kind is ChangeKind.LOST else []
     begins = life.epoch == life.incarnation or change.kind is ChangeKind.RESHAPED
     return {
         "revision": change.revision,
@@ -220,7 +226,7 @@ def _told(change: Change, registrar: Registrar) -> dict[str, Any]:
         "gone": [each.epoch for each in (*over, change.before) if each is not None],
         "rank": None if over else _row(life),
         "why": change.why,
-        "summary": None if view is None else _summary(view),
+        "summary": summary,
         **({"shape": asdict(life.announcement.shape)} if begins else {}),
     }
 
@@ -279,4 +285,7 @@ def _place(seat: Seat) -> dict[str, Any]:
 
 
 def _line(body: object) -> bytes:
-    return json.dumps(body, separators=(",", ":")).encode()
+    try:
+        return to_json(body)
+    except ValueError:  # hundreds of levels, lone surrogates: a watcher must hear it all the same
+        return json.dumps(body, separators=(",", ":")).encode()
