@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
+import json
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Sequence
@@ -23,9 +24,10 @@ from typing import TypeAlias
 
 import uvloop
 
-from pdctl import config, logs, node
+from pdctl import config, links, logs, node
 from pdctl.config import Settings
-from pdctl.errors import CallerError, ConfigError, OperatorError, PdctlError, Superseded
+from pdctl.core.sessions import Depth, State
+from pdctl.errors import CallerError, ConfigError, NotReady, OperatorError, PdctlError, Superseded, Unreachable
 
 USAGE, UNAVAILABLE = 2, 69
 
@@ -60,7 +62,7 @@ def _status(error: PdctlError) -> int:
         return 1
     if isinstance(error, ConfigError | CallerError):
         return USAGE
-    return UNAVAILABLE if isinstance(error, OperatorError) else 1
+    return UNAVAILABLE if isinstance(error, OperatorError | Unreachable | NotReady) else 1
 
 
 async def _until_told_to_stop(work: Awaitable[int], *, lasting: bool) -> int:
@@ -88,7 +90,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"pdctl {version('pdctl')}")
     commands = top.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_add_serve, _add_register, _add_demo):
+    for add in (_add_serve, _add_register, _add_sessions, _add_probe, _add_demo):
         add(commands)
     return top
 
@@ -138,10 +140,7 @@ def _add_register(commands: Commands) -> None:
     """`pdctl register`: for an engine that has no client of its own."""
     command = _command(commands, "register", _register, _if_held, "register one prefill rank for an engine that cannot")
     command.add_argument("--registry", dest="node.registry", help="the registry's URL (http://127.0.0.1:8998)")
-    command.add_argument("--token-file", dest="client.token_file", help="our token for the registry, alone in a file")
-    command.add_argument("--tls-ca", dest="client.tls_ca", help="whose certificate of the registry we believe, PEM")
-    command.add_argument("--tls-cert", dest="client.tls_cert", help="our certificate, for a registry that wants one")
-    command.add_argument("--tls-key", dest="client.tls_key", help="its key, where the certificate's file has none")
+    _add_credentials(command)
     command.add_argument("--rank-host", dest="rank.host", help="where decode reaches the rank's control port")
     command.add_argument("--rank-port", dest="rank.port", help="the rank's control port (ZMQ)")
     for axis in ("tp", "cp", "dp", "pp"):
@@ -161,6 +160,44 @@ def _add_register(commands: Commands) -> None:
     command.add_argument("--on-exhaustion", dest="node.exhaustion", help="raise (default), exit or keep-trying")
     command.add_argument("--max-attempts", dest="retry.max_attempts", help="give up after so many (never)")
     command.add_argument("--give-up-after", dest="retry.give_up_after_s", help="give up after so many seconds (never)")
+
+
+def _add_sessions(commands: Commands) -> None:
+    """`pdctl sessions`: which links are trusted, and why the others are not."""
+    command = _command(
+        commands, "sessions", _sessions, _never, "list transfer sessions: which are trusted, and why not"
+    )
+    _add_service(command, "the service that keeps the table (http://127.0.0.1:8998)")
+    command.add_argument("--state", choices=[state.value for state in State], help="only those that stand so")
+    command.add_argument("--lift", metavar="SESSION", help="trust this one again, by hand, whatever is held against it")
+    command.add_argument("--json", action="store_true", help="one JSON document")
+    command.set_defaults(state=None, lift=None, json=False)
+
+
+def _add_probe(commands: Commands) -> None:
+    """`pdctl probe SESSION`: does it work? 0: yes; 1: no, and why."""
+    command = _command(commands, "probe", _probe, _never, "ask whether a transfer session works; exit 0 yes, 1 no")
+    command.add_argument("session", help="ip:port of the peer's engine")
+    _add_service(command, "let this service ask, which has the link; else we ask ourselves")
+    command.add_argument("--depth", choices=[depth.name.lower() for depth in Depth], help="what must be proven (data)")
+    command.add_argument("--deadline", type=float, metavar="SECONDS", help="for the answer (3)")
+    command.add_argument(
+        "--host", dest="node.host", help="our own address, under which the peer reaches us (127.0.0.1)"
+    )
+    command.set_defaults(depth="data", deadline=3.0)
+
+
+def _add_service(command: argparse.ArgumentParser, what: str) -> None:
+    command.add_argument("--at", dest="node.registry", metavar="URL", help=what)
+    _add_credentials(command)
+
+
+def _add_credentials(command: argparse.ArgumentParser) -> None:
+    """What is shown to a service, and whose certificate is believed: docs/security.md."""
+    command.add_argument("--token-file", dest="client.token_file", help="our token for the registry, alone in a file")
+    command.add_argument("--tls-ca", dest="client.tls_ca", help="whose certificate of the registry we believe, PEM")
+    command.add_argument("--tls-cert", dest="client.tls_cert", help="our certificate, for a registry that wants one")
+    command.add_argument("--tls-key", dest="client.tls_key", help="its key, where the certificate's file has none")
 
 
 def _add_demo(commands: Commands) -> None:
@@ -207,6 +244,32 @@ async def _serve(settings: Settings, args: argparse.Namespace) -> int:  # noqa: 
 async def _register(settings: Settings, args: argparse.Namespace) -> int:  # noqa: ARG001
     await node.register(settings)
     return 0
+
+
+async def _sessions(settings: Settings, args: argparse.Namespace) -> int:
+    if args.lift is not None:
+        rows = [await links.lift(settings, args.lift)]
+    else:
+        rows = list(await links.standings(settings, args.state))
+    if args.json:
+        print(json.dumps({"sessions": rows}))
+        return 0
+    for row in rows:
+        print(f"{row['session']:<24} {row['state']:<8} {row['sentence']}")
+    if not rows:
+        print("no session is known there" if args.state is None else f"no session is {args.state} there")
+    return 0
+
+
+async def _probe(settings: Settings, args: argparse.Namespace) -> int:
+    wanted = Depth[args.depth.upper()]
+    if "node.registry" in vars(args):
+        verdict = await links.ask_service(settings, args.session)
+    else:
+        verdict = await links.ask(settings, args.session, args.deadline, wanted)
+    works = f"works: {verdict.depth}" if verdict.works else "does not work"
+    print(f"{verdict.session} {works} ({verdict.detail}), {verdict.seconds * 1e3:.1f} ms")
+    return 0 if verdict.works else 1
 
 
 async def _demo(settings: Settings, args: argparse.Namespace) -> int:  # noqa: ARG001
