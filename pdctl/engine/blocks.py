@@ -29,10 +29,12 @@ class Direction(Enum):
 class Lane:
     """One life of a peer, as the carrier knows it, and alone writes it.
 
-    `failures` counts failed blocks; `proven`: a block has landed since the last of them.
+    `failures` counts failed blocks; `proven`: a block has landed since the last of them. `engine`: by which of the
+    carrier's engine objects; 0 is the one that peers know.
     """
 
     name: str
+    engine: int = 0
     failures: int = 0
     proven: bool = False
     close: Callable[[], None] = field(default=lambda: None)

@@ -34,8 +34,16 @@ class Carrier(Protocol):
     async def describe(self, session: str, deadline_s: float) -> Descriptor:
         """Who is there? Raises TransferFailed."""
 
-    async def lane(self, session: str, found: Descriptor) -> Lane:
-        """A way to this life of the peer, not shared with any other life."""
+    @property
+    def engines(self) -> int:
+        """How many engine objects this carrier may have. All but the first only go out to peers, and are made when
+        they are wanted."""
+
+    async def lane(self, session: str, found: Descriptor, engine: int) -> Lane:
+        """A way to this life of the peer by that engine object, not shared with any other life."""
+
+    async def knock(self, session: str, found: Descriptor, deadline_s: float) -> None:
+        """Whether its data port takes connections at all. Raises NO_DATA. Costs no block and no lane."""
 
     def add(self, transfer: Transfer) -> None:
         """Carry it, and call its `settle` on the loop when it is at rest."""

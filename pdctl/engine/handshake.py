@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import errno
 import json
+import socket
 import struct
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -28,6 +29,7 @@ MAX_REPLY = 8 << 20
 _LENGTH = struct.Struct("<Q")
 _NOBODY = {errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}
 _INT64_END = 1 << 63
+_RESET = struct.pack("ii", 1, 0)
 
 
 class Kind(IntEnum):
@@ -49,10 +51,14 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Descriptor:
-    """A peer as its handshake describes it: the card that tells its life, and the text an engine can open it with."""
+    """A peer as its handshake describes it: the card that tells its life, and the text an engine can open it with.
+
+    `host` is the numeric address that answered; bytes go there, whatever the peer says of itself.
+    """
 
     card: PeerCard
     opening: bytes = field(repr=False)
+    host: str = ""
 
 
 async def ask(host: str, port: int, kind: Kind, body: dict[str, Any], *, deadline_s: float) -> Answer:
@@ -90,6 +96,30 @@ async def metadata(session: str, *, deadline_s: float) -> Descriptor:
         return _descriptor(session, answer)
     except (ValueError, RecursionError) as cause:
         raise _foreign(session, cause) from cause
+
+
+async def knock(session: str, found: Descriptor, *, deadline_s: float) -> None:
+    """Connect to the peer's data port and leave. Raises NO_DATA.
+
+    The engine has no time limit of its own there: a block to a port that swallows packets is in flight for the two
+    minutes that the kernel tries, and one that is refused makes the next wait for a second (measured).
+    """
+    port = found.card.data_port
+    try:
+        async with asyncio.timeout(deadline_s):
+            _, writer = await asyncio.open_connection(found.host, port)
+    except TimeoutError:
+        raise TransferFailed(
+            Cause.NO_DATA, session, f"its data port {port} does not answer within {deadline_s:g} s: is it firewalled?"
+        ) from None
+    except OSError as cause:
+        detail = f"its data port {port} cannot be reached: {cause.strerror or cause}"
+        raise TransferFailed(Cause.NO_DATA, session, detail) from cause
+    # Reset, not closed: no end of it may linger, a port in TIME_WAIT keeps its process's successor out for a minute.
+    writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+    writer.transport.abort()
+    with contextlib.suppress(OSError):
+        await writer.wait_closed()
 
 
 class Introduction(asyncio.Protocol):
@@ -188,7 +218,7 @@ def _descriptor(session: str, answer: Answer) -> Descriptor:
     card = PeerCard(session, _natural(body.get("tcp_data_port", 0), 65_536), tuple(sound))
     # The peer's own word on where to connect is not taken: whoever was asked is whom the bytes go to.
     opening = {**body, "tcp_data_host": answer.host, "buffers": list(sound.values())}
-    return Descriptor(card, json.dumps(opening).encode() + b"\n")
+    return Descriptor(card, json.dumps(opening).encode() + b"\n", answer.host)
 
 
 def _region(buffer: object) -> Region:

@@ -38,6 +38,7 @@ class _Life:
     session: str
     data_port: int
     regions: dict[int, Region] = field(default_factory=dict)
+    cut: bool = False
     running: asyncio.Event = field(default_factory=asyncio.Event)
     gone: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -76,6 +77,13 @@ class Directory:
         """As SIGKILL: its address is free for another life at once."""
         self._lives.pop(session).gone.set()
 
+    def cut(self, session: str) -> None:
+        """As a data port that nothing listens on any more: it says who it is, and its memory cannot be reached."""
+        self._lives[session].cut = True
+
+    def mend(self, session: str) -> None:
+        self._lives[session].cut = False
+
     def _join(self, port: int | None) -> _Life:
         self._born += 1
         session = str(Endpoint(_HOST, port or _FIRST_PORT + self._born))
@@ -110,6 +118,7 @@ async def open_loopback(
     carrier = _Carrier(directory, life, stall_s)
     engine = PromisedEngine(carrier, Patience(ask_s, recheck_s, stall_s + 1.0, block_limit))
     try:
+        await engine.show()
         yield engine
     finally:
         await engine.close()
@@ -159,7 +168,16 @@ class _Carrier:
             raise TransferFailed(Cause.TIMED_OUT, session, f"no answer within {deadline_s:g} s: it hangs") from None
         raise TransferFailed(Cause.PEER_GONE, session, "it was killed before it answered")
 
-    async def lane(self, session: str, found: Descriptor) -> Lane:
+    @property
+    def engines(self) -> int:
+        return 1
+
+    async def knock(self, session: str, found: Descriptor, deadline_s: float) -> None:  # noqa: ARG002  it never waits
+        life = self._directory._find(session)
+        if life is None or life.data_port != found.card.data_port or life.cut:
+            raise TransferFailed(Cause.NO_DATA, session, "its data port cannot be reached: Connection refused")
+
+    async def lane(self, session: str, found: Descriptor, engine: int) -> Lane:  # noqa: ARG002  there is one
         """To the life that answered, as a connection would be: who comes later to the address is not on it."""
         lane = Lane(session)
         life = self._directory._find(session)
@@ -220,6 +238,8 @@ class _Carrier:
             return Cause.TIMED_OUT, f"a block did not move for {self._stall_s:g} s: the peer hangs"
         if not alive:
             return Cause.PEER_GONE, "a block ended FAILED: the peer was killed"
+        if peer.cut:
+            return Cause.PEER_GONE, "a block ended FAILED: the peer's data port is cut"
         if not any(span in region for region in peer.regions.values()):
             return Cause.PEER_GONE, "a block ended FAILED: the peer has unregistered its place"
         return None

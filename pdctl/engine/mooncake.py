@@ -34,12 +34,13 @@ from pdctl.engine.handshake import Descriptor, Introduction
 from pdctl.engine.mover import Calls as MoverCalls
 from pdctl.engine.mover import Mover
 from pdctl.engine.promises import PromisedEngine, outlast
-from pdctl.errors import Cause, EngineUnavailable
+from pdctl.errors import Cause, EngineUnavailable, TransferFailed
 
 __all__ = ["MooncakeSettings", "environment", "open_mooncake"]
 
 log = structlog.get_logger(__name__)
 
+_MOST_ENGINES = 3  # in a process: each costs two threads, five descriptors and two open ports until it exits
 _NEEDED = ("initialize", "get_rpc_port", "transfer_submit_write", "transfer_check_status")
 _WELCOME = {
     "send_probe": "nothing is lost: peers are asked by pdctl's own handshake",
@@ -61,16 +62,25 @@ async def open_mooncake(
 
     `factory` makes the engine object (the wheel's class by default); `bind_device` runs first on the mover thread.
     """
-    prepare(settings, os.environ if environ is None else environ, wheel.MODULE in sys.modules)
-    carrier = _Carrier(settings)
-    await carrier.open(factory or _factory(importer), bind_device)
+    variables = os.environ if environ is None else environ
+    prepare(settings, variables, wheel.MODULE in sys.modules)
+    make = factory or _factory(importer)
+
+    def prepared() -> Any:
+        prepare(settings, variables, loaded=False)  # each engine object reads them when it is made
+        return make()
+
+    carrier = _Carrier(settings, prepared, bind_device)
+    await carrier.open()
     engine = PromisedEngine(carrier, settings.patience)
     try:
+        await engine.show()
         yield engine
     finally:
         if not await engine.close():
             log.error("blocks did not come to rest: the engine is destroyed", session=engine.session)
         await carrier.close()
+        wheel.keep_until_exit(engine.canary)  # a peer's nonce may still be on its way to it (H12)
 
 
 def _factory(importer: Callable[[str], ModuleType]) -> Callable[[], Any]:
@@ -128,89 +138,146 @@ class _Calls:
             wheel.keep_until_exit(engine)
 
 
-class _Carrier:
-    """The mover thread with its engine object, and the thread that registers memory."""
+class _Motor:
+    """One engine object, and the mover thread that owns it from its birth to its end."""
 
     def __init__(self, settings: MooncakeSettings) -> None:
         self._settings = settings
         self._loop = asyncio.get_running_loop()
-        self._names: set[str] = set()
-        self._registering = ThreadPoolExecutor(1, "pdctl-register")
-        self._opened: asyncio.Future[str] = self._loop.create_future()
-        self._gone: asyncio.Future[None] = self._loop.create_future()
-
-    @property
-    def session(self) -> str:
-        return self._opened.result()
-
-    @property
-    def capabilities(self) -> Capabilities:
-        has = self._calls.has
-        return Capabilities("mooncake", wheel.version(), has["send_probe"], has["batch_transfer_async_read"])
-
-    @property
-    def is_open(self) -> bool:
-        return not self._gone.done()
-
-    async def register(self, region: Region) -> int:
-        return await self._loop.run_in_executor(self._registering, self._calls.register, region)
-
-    async def unregister(self, region: Region) -> int:
-        return await self._loop.run_in_executor(self._registering, self._calls.unregister, region)
-
-    async def describe(self, session: str, deadline_s: float) -> Descriptor:
-        return await handshake.metadata(session, deadline_s=deadline_s)
-
-    async def lane(self, session: str, found: Descriptor) -> Lane:
-        """Over TCP we introduce the peer ourselves. RDMA exchanges queue pairs by the peer's own name: there the engine
-        asks the peer, and a peer that hangs between our question and its own still costs all 61 s (H3)."""
-        if not self._settings.forces_tcp:
-            return Lane(session)
-        introduction = await Introduction.listening(found.opening, self._settings.loopback, self._names)
-        return Lane(introduction.name, close=introduction.close)
-
-    def add(self, transfer: Transfer) -> None:
-        self._mover.add(transfer)
-
-    def nudge(self) -> None:
-        self._mover.nudge()
+        self.opened: asyncio.Future[str] = self._loop.create_future()
+        self.gone: asyncio.Future[None] = self._loop.create_future()
+        self.calls: _Calls
+        self.mover: Mover
 
     async def open(self, factory: Callable[[], Any], bind_device: Callable[[], None]) -> None:
-        thread = threading.Thread(target=self._live, args=(factory, bind_device), name="pdctl-mover", daemon=True)
-        thread.start()
+        """Cancelled, it is closed again. Raises what opening the engine raises."""
+        self.start(factory, bind_device)
         try:
-            await asyncio.shield(self._opened)
+            await asyncio.shield(self.opened)
         except asyncio.CancelledError:
-            await outlast(self._opened)
-            if self._opened.exception() is None:
+            await outlast(self.opened)
+            if self.opened.exception() is None:
                 await self.close()
             raise
 
+    def start(self, factory: Callable[[], Any], bind_device: Callable[[], None]) -> None:
+        threading.Thread(target=self._live, args=(factory, bind_device), name="pdctl-mover", daemon=True).start()
+
     async def close(self) -> None:
-        self._mover.end()
-        await outlast(self._gone)
-        self._registering.shutdown(wait=False)
+        self.mover.end()
+        await outlast(self.gone)
 
     def _live(self, factory: Callable[[], Any], bind_device: Callable[[], None]) -> None:
-        """The mover thread, from the engine's birth to its end."""
         try:
             bind_device()
-            self._calls = _Calls(factory())
-            session = self._calls.initialize(self._settings)
+            self.calls = _Calls(factory())
+            session = self.calls.initialize(self._settings)
         except BaseException as cause:
-            self._post(_refuse, self._opened, cause)
+            self._post(_refuse, self.opened, cause)
             return
-        calls = MoverCalls({Direction.WRITE: self._calls.write, Direction.READ: self._calls.read}, self._calls.check)
-        self._mover = Mover(self._loop, calls, self._settings.window, float(self._settings.progress_timeout_s))
-        self._post(_resolve, self._opened, session)
-        at_rest = self._mover.run()
-        self._calls.give_up(at_rest=at_rest)
-        self._mover.let_go(Cause.LOCAL, "this engine was closed under it")
-        self._post(_resolve, self._gone, None)
+        calls = MoverCalls({Direction.WRITE: self.calls.write, Direction.READ: self.calls.read}, self.calls.check)
+        self.mover = Mover(self._loop, calls, self._settings.window, float(self._settings.progress_timeout_s))
+        self._post(_resolve, self.opened, session)
+        at_rest = self.mover.run()
+        self.calls.give_up(at_rest=at_rest)
+        self.mover.let_go(Cause.LOCAL, "this engine was closed under it")
+        self._post(_resolve, self.gone, None)
 
     def _post(self, call: Callable[..., None], *args: object) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed
             self._loop.call_soon_threadsafe(call, *args)
+
+
+class _Carrier:
+    """The engine that peers know, fresh ones for peers that it does not reach any more, and a thread that registers.
+
+    `spare` makes the next engine object, on its own thread.
+    """
+
+    def __init__(self, settings: MooncakeSettings, factory: Callable[[], Any], bind_device: Callable[[], None]) -> None:
+        self._settings = settings
+        self._factory = factory
+        self._bind_device = bind_device
+        self._loop = asyncio.get_running_loop()
+        self._names: set[str] = set()
+        self._registering = ThreadPoolExecutor(1, "pdctl-register")
+        self._first = _Motor(settings)
+        self._motors = {0: self._first}
+
+    @property
+    def session(self) -> str:
+        return self._first.opened.result()
+
+    @property
+    def capabilities(self) -> Capabilities:
+        has = self._first.calls.has
+        return Capabilities("mooncake", wheel.version(), has["send_probe"], has["batch_transfer_async_read"])
+
+    @property
+    def is_open(self) -> bool:
+        return not self._first.gone.done()
+
+    @property
+    def engines(self) -> int:
+        """Over RDMA memory belongs to the engine that registered it, and the wedge is one of the TCP transport."""
+        return _MOST_ENGINES if self._settings.forces_tcp else 1
+
+    async def register(self, region: Region) -> int:
+        return await self._loop.run_in_executor(self._registering, self._first.calls.register, region)
+
+    async def unregister(self, region: Region) -> int:
+        return await self._loop.run_in_executor(self._registering, self._first.calls.unregister, region)
+
+    async def describe(self, session: str, deadline_s: float) -> Descriptor:
+        return await handshake.metadata(session, deadline_s=deadline_s)
+
+    async def knock(self, session: str, found: Descriptor, deadline_s: float) -> None:
+        if self._settings.forces_tcp:
+            await handshake.knock(session, found, deadline_s=deadline_s)
+
+    async def lane(self, session: str, found: Descriptor, engine: int) -> Lane:
+        """Over TCP we introduce the peer ourselves. RDMA exchanges queue pairs by the peer's own name: there the engine
+        asks the peer, and a peer that hangs between our question and its own still costs all 61 s (H3)."""
+        await self._running(session, engine)
+        if not self._settings.forces_tcp:
+            return Lane(session)
+        introduction = await Introduction.listening(found.opening, self._settings.loopback, self._names)
+        return Lane(introduction.name, engine, close=introduction.close)
+
+    def add(self, transfer: Transfer) -> None:
+        self._motors[transfer.lane.engine].mover.add(transfer)
+
+    def nudge(self) -> None:
+        for motor in self._running_motors():
+            motor.mover.nudge()
+
+    async def open(self) -> None:
+        await self._first.open(self._factory, self._bind_device)
+
+    async def close(self) -> None:
+        """The spare ones first: while the first is open, so is this."""
+        for number in sorted(self._motors, reverse=True):
+            motor = self._motors[number]
+            await outlast(motor.opened)
+            if motor.opened.exception() is None:
+                await motor.close()
+        self._registering.shutdown(wait=False)
+
+    async def _running(self, session: str, engine: int) -> None:
+        """That engine object is open; a spare one is opened now, and goes on opening if who wanted it gives up."""
+        if engine not in self._motors:
+            self._motors[engine] = motor = _Motor(self._settings)
+            log.warning("a fresh engine is opened for peers that an older one does not reach", engine=engine)
+            motor.start(self._factory, self._bind_device)
+        motor = self._motors[engine]
+        try:
+            await asyncio.shield(motor.opened)
+        except Exception as cause:
+            del self._motors[engine]
+            raise TransferFailed(Cause.LOCAL, session, f"no fresh engine can be opened: {cause}") from cause
+
+    def _running_motors(self) -> list[_Motor]:
+        return [motor for motor in self._motors.values() if motor.opened.done() and not motor.opened.exception()]
 
 
 def _resolve(future: asyncio.Future[Any], value: object) -> None:

@@ -1,48 +1,143 @@
 """
-Which life of each peer is meant, asked again whenever that is in doubt.
+Which life of each peer is meant, asked again whenever that is in doubt, and proven as deep as it can be.
 
-A pin is made at a peer's first use and stands for the life that answered then, until `forget`. Nothing is ever moved
-here; who wants to move bytes asks `meet` first.
+A pin is made at a peer's first use and stands for the life that answered then, until `forget`. What is asked is always
+in this order: the handshake, whether it shows the same life, whether the data port takes connections, the boot id in
+the peer's canary; and for a proof a nonce there and back, or one byte of a stock peer's.
+
+A peer that is well behind a way of ours that is not (MOONCAKE_FACTS H2, H6) is told from a sick one by trying other
+ways of ours: a lane under a new name, then a fresh engine. No caller's bytes move here, and nothing waits for rest.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+import math
+import secrets
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
 
+import structlog
+
+from pdctl.core.layout import Region
 from pdctl.core.plan import CopyPlan
 from pdctl.core.sessions import Depth
 from pdctl.engine.base import PeerCard, Proof
 from pdctl.engine.blocks import Lane
+from pdctl.engine.canary import MAGIC, NONCE_NBYTES, TITLE_NBYTES, Questions, candidates, slot
 from pdctl.engine.carrier import Carrier, Patience
 from pdctl.engine.checks import first_outside
 from pdctl.engine.handshake import Descriptor
 from pdctl.errors import Cause, TransferFailed
 
+log = structlog.get_logger(__name__)
+
+ATTEMPTS = 1 + 4  # the engine has four connections to a peer, and each can be stale; every attempt meets one at least
+
+STALE = "stale descriptor: lane made anew"
+WEDGED = "wedged lane: moved to a fresh engine"
+_NONCE, _BYTE, _COMPARED = "nonce written and read back", "one byte read", "descriptor compared"
+
+# Every lane takes a name that is never used again, and there are 28,000: a peer that stays sick gets one now and then.
+_REMAKE_S = 10.0
+_MOST_SCOUTS = 1024
+
 
 @dataclass(slots=True)
 class Pin:
-    """The life of a peer that is meant. `faith`: what `lane.failures` was at its last good answer."""
+    """The life of a peer that is meant. `faith`: what `lane.failures` was at its last good answer.
+
+    `canary`: where its own is, if it is one of ours. `lanes`: by which engine object it can be reached; `lane` is the
+    one that transfers take.
+    """
 
     card: PeerCard
     lane: Lane
     asked_at: float
     faith: int = 0
+    canary: Region | None = None
+    lanes: dict[int, Lane] = field(default_factory=dict)
+    remade_at: float = -math.inf
+
+    @property
+    def session(self) -> str:
+        return self.card.session
 
     @property
     def doubted(self) -> bool:
         return self.faith != self.lane.failures
 
+    def take(self, lane: Lane) -> None:
+        """From now on by this lane. What is under way on another goes on there."""
+        self.lane = self.lanes[lane.engine] = lane
+        self.faith = lane.failures
+
+    def close(self) -> None:
+        for lane in self.lanes.values():
+            lane.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What one look at a peer has shown; `faith`: what the lane's failures were before it."""
+
+    card: PeerCard
+    canary: Region | None
+    depth: Depth
+    how: str
+    faith: int
+
+
+class _OutOfReach(Exception):
+    """The peer answers as the life that is meant, but this lane does not reach its memory."""
+
+    def __init__(self, failure: TransferFailed) -> None:
+        super().__init__(str(failure))
+        self.failure = failure
+
+    @property
+    def silent(self) -> bool:
+        return self.failure.cause is Cause.TIMED_OUT
+
+    def verdict(self) -> TransferFailed:
+        if self.failure.cause is Cause.LOCAL:
+            return self.failure
+        detail = f"its handshake answers, its memory does not: {self.failure.detail}"
+        return TransferFailed(Cause.NO_DATA, self.failure.session, detail)
+
+
+class _Silent(Exception):
+    """Nothing came back in time; `verdict` is what to say where that counts."""
+
+    def __init__(self, verdict: TransferFailed) -> None:
+        super().__init__(str(verdict))
+        self.verdict = verdict
+
 
 class Pins:
-    """Which life of each peer is meant, and whether it has been proven well since its last failure."""
+    """The pinned lives of all peers, and whether each has been proven well since its last failure.
 
-    def __init__(self, carrier: Carrier, patience: Patience, clock: Callable[[], float]) -> None:
+    `chance(n)` gives a number below n that no two provers share.
+    """
+
+    def __init__(
+        self,
+        carrier: Carrier,
+        questions: Questions,
+        patience: Patience,
+        clock: Callable[[], float],
+        chance: Callable[[int], int] = secrets.randbelow,
+    ) -> None:
         self._carrier = carrier
+        self._questions = questions
         self._patience = patience
         self._clock = clock
+        self._chance = chance
         self._pins: dict[str, Pin] = {}
+        # Peers that were proven before anybody used them: each look would take a lane's name otherwise.
+        self._scouts: OrderedDict[str, Pin] = OrderedDict()
         self._asking: dict[str, asyncio.Lock] = {}
 
     async def meet(self, session: str, plan: CopyPlan, until: float) -> Pin:
@@ -60,15 +155,17 @@ class Pins:
         return pin
 
     async def prove(self, session: str, deadline_s: float) -> Proof:
-        """Ask again, as deep as can be asked. Pins nothing, and a pin that is there is not doubted afterwards."""
-        async with self._asking.setdefault(session, asyncio.Lock()):
-            pin = self._pins.get(session)
-            if pin is None:
-                found = await self._carrier.describe(session, deadline_s)
-                return Proof(found.card, Depth.IDENTITY, "descriptor read")
-            failures = pin.lane.failures
-            self._renew(pin, await self._carrier.describe(session, deadline_s), failures)
-            return Proof(pin.card, Depth.IDENTITY, "descriptor compared")
+        """As deep as can be, by another way of ours if the usual one fails. Pins nothing."""
+        until = self._clock() + deadline_s
+        async with self._its_turn(session, until, deadline_s):
+            pin = self._pins.get(session) or await self._scout(session, until)
+            try:
+                seen = await self._look(pin, pin.lane, self._share(until), deep=True, knock=True)
+            except _OutOfReach as reason:
+                seen, cured = await self._cure(pin, reason, until)
+                return Proof(seen.card, seen.depth, seen.how, cured)
+            self._renew(pin, seen)
+            return Proof(seen.card, seen.depth, seen.how)
 
     def card(self, session: str) -> PeerCard | None:
         pin = self._pins.get(session)
@@ -79,46 +176,208 @@ class Pins:
             self._pins[session].faith = -1
 
     def forget(self, session: str) -> None:
-        pin = self._pins.pop(session, None)
         self._asking.pop(session, None)
-        if pin is not None:
-            pin.lane.close()
+        for pin in (self._pins.pop(session, None), self._scouts.pop(session, None)):
+            if pin is not None:
+                pin.close()
 
     def close(self) -> None:
-        for session in list(self._pins):
+        for session in [*self._pins, *self._scouts]:
             self.forget(session)
 
+    # --- asking before a transfer
+
     async def _ask(self, session: str, pin: Pin | None, until: float) -> Pin:
-        deadline_s = min(self._patience.ask_s, max(0.0, until - self._clock()))
         if pin is None:
-            found = await self._carrier.describe(session, deadline_s)
-            pin = Pin(found.card, await self._carrier.lane(session, found), self._clock())
-            self._pins[session] = pin
-            return pin
-        failures = pin.lane.failures  # before the question: a failure meanwhile is one more doubt
-        found_now = await _unless_silent(self._carrier.describe(session, deadline_s), may_be_silent=not pin.doubted)
-        if found_now is None:
-            return pin
-        self._renew(pin, found_now, failures)
+            return await self._first(session, until)
+        # A broken connection makes the engine wait a second before the next (measured): whoever is in doubt waits too.
+        doubted = pin.doubted
+        by = until if doubted else min(until, self._clock() + self._patience.ask_s)
+        try:
+            self._renew(pin, await self._seen(pin, by, knock=doubted))
+        except _Silent as silence:
+            # Of a peer that did nothing wrong so far, silence is no news: its listener is one thread, and each idle
+            # connection to it costs 5 s. What is in flight to it is bounded by the carrier's own stall limit.
+            if doubted:
+                raise silence.verdict from silence
         return pin
 
-    def _renew(self, pin: Pin, found: Descriptor, failures: int) -> None:
-        if not pin.card.same_life(found.card):
-            raise TransferFailed(
-                Cause.PEER_CHANGED, pin.card.session, "another process answers there now: let it register anew"
-            )
-        pin.card, pin.asked_at, pin.faith = found.card, self._clock(), failures
+    async def _first(self, session: str, by: float) -> Pin:
+        found = await self._describe(session, by, self._patience.ask_s)
+        pin = await self._made(session, found)
+        try:
+            self._renew(pin, await self._seen(pin, by, knock=True, found=found))
+        except _Silent as silence:
+            pin.close()
+            raise silence.verdict from silence
+        except BaseException:
+            pin.close()
+            raise
+        self._pins[session] = pin
+        return pin
+
+    async def _seen(self, pin: Pin, by: float, *, knock: bool, found: Descriptor | None = None) -> _Seen:
+        """A look that is deep enough to go on with. Raises TransferFailed; _Silent where time ran out."""
+        try:
+            return await self._look(pin, pin.lane, by, deep=False, knock=knock, found=found)
+        except _OutOfReach as reason:
+            if reason.silent:
+                raise _Silent(reason.verdict()) from reason
+            raise reason.verdict() from reason
+        except TransferFailed as failure:
+            if failure.cause is Cause.TIMED_OUT:
+                raise _Silent(failure) from failure
+            raise
+
+    async def _made(self, session: str, found: Descriptor) -> Pin:
+        """A pin that is meant by nobody yet. A scout's lane is taken over where it leads to the same data port."""
+        scout = self._scouts.pop(session, None)
+        if scout is not None and scout.card.data_port == found.card.data_port:
+            return Pin(found.card, scout.lane, self._clock(), scout.lane.failures, None, scout.lanes, scout.remade_at)
+        if scout is not None:
+            scout.close()
+        lane = await self._carrier.lane(session, found, 0)
+        return Pin(found.card, lane, self._clock(), lanes={lane.engine: lane})
+
+    async def _scout(self, session: str, until: float) -> Pin:
+        """A stand-in for the pin of a peer that nobody has used: made for this proof, kept for its lanes only."""
+        pin = await self._made(session, await self._describe(session, until))
+        self._scouts[session] = pin
+        while len(self._scouts) > _MOST_SCOUTS:
+            self._scouts.popitem(last=False)[1].close()
+        return pin
+
+    # --- one look at a peer
+
+    async def _look(
+        self, pin: Pin, lane: Lane, by: float, *, deep: bool, knock: bool, found: Descriptor | None = None
+    ) -> _Seen:
+        """Identity, then reach. Raises _OutOfReach when only this lane's reach fails.
+
+        A connection that broke while its peer lives on is found out by using it, so a block that ends FAILED is tried
+        again; but never without asking who is there now.
+        """
+        at_most_s = math.inf if deep else self._patience.ask_s
+        for left in reversed(range(ATTEMPTS)):
+            faith = lane.failures
+            found = found or await self._describe(pin.session, by, at_most_s)
+            self._check_life(pin, found)
+            if knock:
+                await self._carrier.knock(pin.session, found, min(self._left(by), at_most_s))
+            try:
+                return await self._reach(pin, lane, found, by, faith, deep=deep)
+            except TransferFailed as failure:
+                if failure.cause is Cause.PEER_CHANGED:
+                    raise
+                if not left or failure.cause is not Cause.PEER_GONE:
+                    raise _OutOfReach(failure) from failure
+            found = None
+        raise AssertionError("the last attempt returns or raises")
+
+    async def _reach(self, pin: Pin, lane: Lane, found: Descriptor, by: float, faith: int, *, deep: bool) -> _Seen:
+        seen = _Seen(replace(found.card, boot=pin.card.boot), None, Depth.IDENTITY, _COMPARED, faith)
+        if not self._carrier.capabilities.async_read:
+            return seen
+        canary, boot = await self._recognized(pin, lane, found, by)
+        seen = replace(seen, card=replace(found.card, boot=boot), canary=canary)
+        if deep and canary is not None:
+            await self._there_and_back(pin.session, lane, canary, by)
+            return replace(seen, depth=Depth.DATA, how=_NONCE)
+        if deep and found.card.regions:
+            # Another one at each attempt: a peer may have unmapped what it has never unregistered.
+            region = found.card.regions[lane.failures % len(found.card.regions)]
+            await self._questions.read(pin.session, lane, region.pointer, 1, by)
+            return replace(seen, depth=Depth.DATA, how=_BYTE)
+        return seen
+
+    async def _recognized(self, pin: Pin, lane: Lane, found: Descriptor, by: float) -> tuple[Region | None, bytes]:
+        """Where its canary is, and its boot id; neither for a stock peer."""
+        for place in [pin.canary] if pin.canary else candidates(found.card.regions)[:2]:
+            title = await self._questions.read(pin.session, lane, place.pointer, TITLE_NBYTES, by)
+            if title.startswith(MAGIC) and pin.card.boot in (b"", title[len(MAGIC) :]):
+                return place, title[len(MAGIC) :]
+            if pin.canary:
+                raise _changed(pin.session)
+        return None, b""
+
+    async def _there_and_back(self, session: str, lane: Lane, canary: Region, by: float) -> None:
+        """Others prove this peer too: where our nonce did not stand for long, somebody chose the same slot."""
+        for _ in range(3):
+            nonce, place = secrets.token_bytes(NONCE_NBYTES), slot(canary, self._chance)
+            await self._questions.write(session, lane, place, nonce, by)
+            if await self._questions.read(session, lane, place, NONCE_NBYTES, by) == nonce:
+                return
+        raise TransferFailed(Cause.NO_DATA, session, "what was written there did not come back, three times")
+
+    def _check_life(self, pin: Pin, found: Descriptor) -> None:
+        """A canary never moves, and is there from its engine's first moment to its last."""
+        if not pin.card.same_life(found.card) or (pin.canary and pin.canary not in found.card.regions):
+            raise _changed(pin.session)
+
+    def _renew(self, pin: Pin, seen: _Seen) -> None:
+        pin.card, pin.canary, pin.faith, pin.asked_at = seen.card, seen.canary, seen.faith, self._clock()
+
+    # --- mending our own side
+
+    async def _cure(self, pin: Pin, reason: _OutOfReach, until: float) -> tuple[_Seen, str]:
+        """By the first other way of ours that reaches the peer; transfers take it from now on."""
+        for engine, cured in self._ways(pin, reason):
+            try:
+                lane = await self._lane(pin, engine, until, anew=cured is STALE)
+                seen = await self._look(pin, lane, self._share(until), deep=True, knock=False)
+            except _OutOfReach:
+                continue
+            pin.take(lane)
+            self._renew(pin, seen)
+            log.warning("a link was cured on this side", session=pin.session, cured=cured, engine=engine)
+            return seen, cured
+        raise reason.verdict() from reason
+
+    def _ways(self, pin: Pin, reason: _OutOfReach) -> Iterator[tuple[int, str]]:
+        """Engine object and what it would cure. A silent lane shares its connections with every other of its engine;
+        one that fails at once may only be known there under a name that leads nowhere."""
+        here, engines = pin.lane.engine, self._carrier.engines
+        if not reason.silent and self._clock() - pin.remade_at >= _REMAKE_S:
+            yield here, STALE
+        for step in range(1, engines):
+            yield (here + step) % engines, WEDGED
+
+    async def _lane(self, pin: Pin, engine: int, until: float, *, anew: bool) -> Lane:
+        if engine in pin.lanes and not anew:
+            return pin.lanes[engine]
+        found = await self._describe(pin.session, until)
+        self._check_life(pin, found)
+        if anew:
+            pin.remade_at = self._clock()
+        lane = await self._carrier.lane(pin.session, found, engine)
+        if not anew:
+            pin.lanes[engine] = lane
+        return lane
+
+    # --- time
+
+    @asynccontextmanager
+    async def _its_turn(self, session: str, until: float, deadline_s: float) -> AsyncIterator[None]:
+        """One question at a time to a peer, and no more of it after `until`."""
+        try:
+            async with asyncio.timeout_at(until), self._asking.setdefault(session, asyncio.Lock()):
+                yield
+        except TimeoutError:
+            raise TransferFailed(Cause.TIMED_OUT, session, f"not proven within {deadline_s:g} s") from None
+
+    async def _describe(self, session: str, by: float, at_most_s: float = math.inf) -> Descriptor:
+        return await self._carrier.describe(session, min(self._left(by), at_most_s))
+
+    def _left(self, by: float) -> float:
+        return max(0.0, by - self._clock())
+
+    def _share(self, until: float) -> float:
+        """Half of what is left: a way that does not lead there must leave time for the next. An answer takes 1 ms."""
+        return self._clock() + self._left(until) / 2
 
 
-async def _unless_silent(asking: Awaitable[Descriptor], *, may_be_silent: bool) -> Descriptor | None:
-    """Of a peer that did nothing wrong so far, silence is no news: its listener is one thread, and each idle connection
-    to it costs 5 s. What is in flight to it is bounded by the carrier's own stall limit."""
-    try:
-        return await asking
-    except TransferFailed as failure:
-        if failure.cause is Cause.TIMED_OUT and may_be_silent:
-            return None
-        raise
+def _changed(session: str) -> TransferFailed:
+    return TransferFailed(Cause.PEER_CHANGED, session, "another process answers there now: let it register anew")
 
 
 def _rejected(session: str, plan: CopyPlan, bad: int, card: PeerCard) -> TransferFailed:

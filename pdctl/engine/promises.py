@@ -18,14 +18,13 @@ from pdctl.core.layout import Region
 from pdctl.core.plan import CopyPlan
 from pdctl.engine.base import Capabilities, PeerCard, Proof
 from pdctl.engine.blocks import Direction, Transfer, blocks, split
+from pdctl.engine.canary import Canary, Questions
 from pdctl.engine.carrier import Carrier, Patience
 from pdctl.engine.checks import check_plan, check_region, first_outside
-from pdctl.engine.pins import Pins
+from pdctl.engine.pins import ATTEMPTS, Pins
 from pdctl.errors import BadField, Cause, TransferFailed
 
 log = structlog.get_logger(__name__)
-
-_ATTEMPTS = 1 + 4  # the engine has four connections to a peer, and each can be stale; every attempt meets one at least
 
 
 class PromisedEngine:
@@ -34,11 +33,14 @@ class PromisedEngine:
     def __init__(self, carrier: Carrier, patience: Patience) -> None:
         self._carrier = carrier
         self._loop = asyncio.get_running_loop()
-        self._pins = Pins(carrier, patience, self._loop.time)
+        self._canary = Canary()
+        self._questions = Questions(self._canary, carrier.add, carrier.nudge)
+        self._pins = Pins(carrier, self._questions, patience, self._loop.time)
         self._patience = patience
         self._regions: set[Region] = set()
         self._moving: dict[str, set[Transfer]] = {}
         self._closed = False
+        self._shown = False
 
     @property
     def session(self) -> str:
@@ -47,6 +49,18 @@ class PromisedEngine:
     @property
     def capabilities(self) -> Capabilities:
         return self._carrier.capabilities
+
+    @property
+    def canary(self) -> Canary:
+        """What this engine lets its peers see of its life, beside what is registered."""
+        return self._canary
+
+    async def show(self) -> None:
+        """Let peers reach the canary: once, before anybody can know this engine."""
+        code = await self._carrier.register(self._canary.region)
+        if code != 0:
+            log.warning("peers cannot prove that they reach this engine: its canary is not registered", code=code)
+        self._shown = code == 0
 
     async def register(self, region: Region) -> None:
         self._check_open(self.session)
@@ -98,11 +112,13 @@ class PromisedEngine:
         at_rest = await self._rest()
         while self._regions and self._carrier.is_open:
             await self._carrier.unregister(self._regions.pop())
+        if self._shown and self._carrier.is_open:
+            await self._carrier.unregister(self._canary.region)
         self._pins.close()
         return at_rest
 
     async def _rest(self) -> bool:
-        moving = [transfer for transfers in self._moving.values() for transfer in transfers]
+        moving = [transfer for transfers in self._moving.values() for transfer in transfers] + self._questions.moving
         if not moving:
             return True
         for transfer in moving:
@@ -119,7 +135,7 @@ class PromisedEngine:
         if not len(plan):
             return
         self._check_local(session, plan)
-        for left in reversed(range(_ATTEMPTS)):
+        for left in reversed(range(ATTEMPTS)):
             try:
                 await self._attempt(session, plan, until, deadline_s, direction)
                 break

@@ -10,8 +10,10 @@ from typing import Any, Protocol
 import numpy as np
 import pytest
 
+from pdctl.core.layout import Region
 from pdctl.core.plan import CopyPlan
-from pdctl.engine.base import Engine
+from pdctl.engine.base import Engine, PeerCard
+from pdctl.engine.canary import candidates
 from pdctl.engine.loopback import Directory, open_loopback
 from pdctl.engine.mooncake import MooncakeSettings, open_mooncake
 from pdctl.memory import Arena
@@ -19,6 +21,13 @@ from tests.engine.processes import Address, Child, Peers
 
 BLOCK = 1 << 16
 STALL_S = 1
+
+
+def registered(card: PeerCard) -> tuple[Region, ...]:
+    """What its callers have registered: all that the card shows but the one canary of every engine of ours."""
+    places = candidates(card.regions)
+    assert len(places) <= 1
+    return tuple(region for region in card.regions if region not in places)
 
 
 class Far(Protocol):

@@ -15,7 +15,7 @@ from pdctl.engine.loopback import Directory, open_loopback
 from pdctl.engine.mooncake import MooncakeSettings, open_mooncake
 from pdctl.errors import BadField, Cause, TransferFailed
 from pdctl.memory import Arena
-from tests.engine.conftest import STALL_S, Stage, until
+from tests.engine.conftest import STALL_S, Stage, registered, until
 
 
 async def failure(doing: Awaitable[object]) -> TransferFailed:
@@ -75,7 +75,7 @@ async def test_a_probe_shows_who_is_there_and_what_may_be_reached(stage: Stage) 
     far = await stage.far(1 << 20)
     card = await stage.engine.probe(far.session, deadline_s=5)
     assert card.session == far.session
-    assert card.regions == (Region(far.pointer, 1 << 20),)
+    assert registered(card) == (Region(far.pointer, 1 << 20),)
 
 
 async def test_a_probe_of_an_address_where_nobody_is_says_refused(stage: Stage) -> None:
@@ -110,7 +110,8 @@ async def test_a_place_that_the_peer_has_not_announced_is_rejected_before_a_byte
 async def test_a_span_over_two_touching_regions_is_rejected(stage: Stage) -> None:
     far = await stage.far()
     card = await stage.engine.probe(far.session, deadline_s=5)
-    end = card.regions[0].end
+    (region,) = registered(card)
+    end = region.end
     error = await failure(
         stage.engine.write(far.session, CopyPlan.of((stage.arena.region.pointer, end - 8, 16)), deadline_s=5)
     )
@@ -167,7 +168,7 @@ async def test_a_copy_of_no_bytes_is_the_callers_mistake(stage: Stage, nbytes: i
 async def test_a_region_that_is_no_memory_is_refused(stage: Stage, region: Region) -> None:
     with pytest.raises(BadField):
         await stage.engine.register(region)
-    assert (await stage.engine.probe(stage.engine.session, deadline_s=5)).regions == (stage.arena.region,)
+    assert registered(await stage.engine.probe(stage.engine.session, deadline_s=5)) == (stage.arena.region,)
 
 
 async def test_overlapping_regions_are_refused_and_touching_ones_are_not(stage: Stage) -> None:

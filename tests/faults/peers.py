@@ -1,8 +1,9 @@
 """
 A process with several real engines, each with memory to write to: `python -m tests.faults.peers N`.
 
-Says {"session": the first one, "sessions": [...], "pointers": [...]} once they listen, then answers nothing more and
-ends with its stdin. MC_MIN_RPC_PORT and MC_MAX_RPC_PORT, which the engine reads, choose the port of a single one.
+Says {"session": the first one, "sessions": [...], "pointers": [...], "canaries": [...]} once they listen, then answers
+nothing more and ends with its stdin. MC_MIN_RPC_PORT and MC_MAX_RPC_PORT, which the engine reads, choose the port of a
+single one.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ async def main(n: int) -> None:
             await engine.register(arena.region)
         sessions = [engine.session for engine in engines]
         pointers = [arena.region.pointer for arena in arenas]
-        print(json.dumps({"session": sessions[0], "sessions": sessions, "pointers": pointers}), flush=True)
+        canaries = [engine.canary.region.pointer for engine in engines]  # type: ignore[attr-defined]
+        hello = {"session": sessions[0], "sessions": sessions, "pointers": pointers, "canaries": canaries}
+        print(json.dumps(hello), flush=True)
         await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
 
 

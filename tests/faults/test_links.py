@@ -17,6 +17,7 @@ from pdctl.core.layout import Region
 from pdctl.core.plan import CopyPlan
 from pdctl.core.sessions import ProbePolicy, SessionTable
 from pdctl.engine.base import Engine, PeerCard
+from pdctl.engine.canary import NBYTES as CANARY_NBYTES
 from pdctl.engine.mooncake import MooncakeSettings, open_mooncake
 from pdctl.errors import Cause, TransferFailed
 from pdctl.memory import Arena
@@ -87,7 +88,8 @@ def card_of(peer: Child) -> PeerCard:
     could have it for a minute. An engine listens on two ports, both over IPv4 or one over both families."""
     listening = {c.laddr.port for c in psutil.Process(peer.pid).net_connections() if c.status == psutil.CONN_LISTEN}
     (data_port,) = listening - {port_of(peer)}
-    return PeerCard(peer.session, data_port, (Region(peer.hello["pointers"][0], NBYTES),))
+    regions = Region(peer.hello["canaries"][0], CANARY_NBYTES), Region(peer.hello["pointers"][0], NBYTES)
+    return PeerCard(peer.session, data_port, regions)
 
 
 def port_of(peer: Child) -> int:
