@@ -1,6 +1,6 @@
 """
-The HTTP service: a socket that is bound and listens before anything else, an app with the dialects mounted, and
-uvicorn between them until it is cancelled.
+The HTTP service: a socket that is bound before anything else, an app with the dialects mounted, and uvicorn between
+them until it is cancelled.
 
 Installs no signal handler and starts no loop of its own; knows nothing of what the dialects say.
 """
@@ -43,8 +43,12 @@ that was cut off, or a client whose host has vanished, would stay in our memory 
 _LISTEN = "0A"  # TCP_LISTEN as /proc/net/tcp writes it
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """A listening socket; `port` 0 takes any free one. "::" listens to IPv4 as well.
+def bind(host: str, port: int, *, listens: bool = True) -> socket.socket:
+    """A socket that has the address, and listens; `port` 0 takes any free one. "::" listens to IPv4 as well.
+
+    listens   False: connections are refused until `listen`. Otherwise the kernel takes them meanwhile, up to BACKLOG,
+              and all of them are answered at one moment: a registry that reads its journal first would answer a fifth
+              of a herd within the same 100 ms (docs/outages.md). Whoever is refused draws another moment.
 
     Raises AddressTaken, which names the holder where /proc tells, and ConfigError for an address that is not ours.
     """
@@ -58,12 +62,22 @@ def bind(host: str, port: int) -> socket.socket:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if host == "::" else 1)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_S * 1000)  # accepted sockets inherit it
         sock.bind(address)
-        sock.listen(BACKLOG)
     except OSError as error:
         sock.close()
         raise _cannot_listen(host, port, error) from error
     sock.setblocking(False)
+    if listens:
+        listen(sock)
     return sock
+
+
+def listen(sock: socket.socket) -> None:
+    """Take connections from now on. Raises AddressTaken: of two that were bound alike the first to listen has it."""
+    try:
+        sock.listen(BACKLOG)
+    except OSError as error:
+        at = bound(sock)
+        raise _cannot_listen(at.host, at.port, error) from error
 
 
 def bound(sock: socket.socket) -> Endpoint:

@@ -23,7 +23,7 @@ from structlog.testing import capture_logs
 from pdctl.dialects.edge import read_json
 from pdctl.errors import AddressTaken, BadField, ConfigError
 from pdctl.metrics import Metrics
-from pdctl.server import UNREAD_S, app, bind, bound, serve
+from pdctl.server import UNREAD_S, app, bind, bound, listen, serve
 
 LISTENER = """
 import socket, sys
@@ -77,6 +77,22 @@ async def get(url: str) -> tuple[int, str]:
 def test_a_bound_socket_takes_connections_before_anything_serves() -> None:
     with bind("127.0.0.1", 0) as sock, socket.create_connection(sock.getsockname(), timeout=1):
         assert bound(sock).port > 0
+
+
+def test_a_socket_that_does_not_listen_yet_refuses_who_comes_too_early() -> None:
+    """What queued up until then would be answered as one lump."""
+    with bind("127.0.0.1", 0, listens=False) as sock:
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(sock.getsockname(), timeout=1)
+        listen(sock)
+        socket.create_connection(sock.getsockname(), timeout=1).close()
+
+
+def test_of_two_that_were_bound_alike_the_second_is_told_who_listens() -> None:
+    with bind("127.0.0.1", 0, listens=False) as first, bind("127.0.0.1", bound(first).port, listens=False) as second:
+        listen(first)
+        with pytest.raises(AddressTaken, match=f"{bound(first).port} is taken by pid {os.getpid()} "):
+            listen(second)
 
 
 def test_who_leaves_everything_unread_is_let_go_of_by_the_kernel() -> None:
