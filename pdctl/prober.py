@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from typing import Protocol
 
 import structlog
 
-from pdctl.core.sessions import Change, ChangeKind, Question, SessionTable, Unwell, Well
-from pdctl.engine.base import PeerCard
-from pdctl.errors import Cause, TransferFailed
+from pdctl.core.sessions import Change, ChangeKind, Depth, Entry, Question, SessionTable, Turn, Unwell, Well
+from pdctl.engine.base import Announced, PeerCard
+from pdctl.errors import Cause, SessionBlocked, TransferFailed
 from pdctl.metrics import Metrics
 
 log = structlog.get_logger(__name__)
@@ -25,12 +25,17 @@ _EVENTS = {
     ChangeKind.BLOCKED: "session blocked: requests for it fail at once until it is well",
     ChangeKind.DROPPED: "session dropped: another process answers there, it must register anew",
     ChangeKind.RECOVERED: "session recovered",
-    ChangeKind.LIFTED: "session registered anew",
+    ChangeKind.TRIAL_PASSED: "session trusted again",
+    ChangeKind.LIFTED: "session lifted",
     ChangeKind.FORGOTTEN: "blocked session forgotten",
+    ChangeKind.PANIC_BEGAN: "too many sessions blocked: all of the group are served",
+    ChangeKind.PANIC_ENDED: "enough sessions well again: blocked ones are refused",
+    ChangeKind.DOUBT_BEGAN: "the fault may be here: time-outs block nobody",
+    ChangeKind.DOUBT_ENDED: "time-outs speak of the peer again",
 }
 # 100 handshakes begun at once held the loop for 12 ms, in handfuls of 4 for at most 6 (2 shared cores, real engines).
 _AT_ONCE = 4
-_BAD_NEWS = (ChangeKind.BLOCKED, ChangeKind.DROPPED)
+_BAD_NEWS = (ChangeKind.BLOCKED, ChangeKind.DROPPED, ChangeKind.PANIC_BEGAN, ChangeKind.DOUBT_BEGAN)
 
 
 class Ask(Protocol):
@@ -64,6 +69,7 @@ class Prober:
         self._metrics = metrics.sessions
         self._asking = 0
         self._news = asyncio.Event()  # something may be due earlier than `run` thinks
+        self._moved = asyncio.Event()  # who waits for a turn may have it: set once, then replaced
 
     # The Gate
 
@@ -73,13 +79,46 @@ class Prober:
         return self._table.reason_blocked(session, now)
 
     def failed(self, session: str, cause: Cause, detail: str) -> None:
+        self._failed(session, cause, detail, None)
+
+    def registered(self, session: str, pointers: Sequence[int] = ()) -> None:
+        life = Announced(session, tuple(pointers)) if pointers else None
+        self._tell(self._table.registered(session, self._clock(), life))
+        self._wake()
+
+    @contextlib.asynccontextmanager
+    async def passing(self, session: str) -> AsyncIterator[None]:
+        entry = await self._turn(session)
+        try:
+            yield
+        except TransferFailed as failure:
+            self._failed(session, failure.cause, failure.detail, entry)
+            raise
+        else:
+            self._tell(self._table.succeed(session, self._clock(), entry))
+        finally:
+            self._table.leave(entry)
+            self._wake()
+
+    async def _turn(self, session: str) -> Entry:
+        while True:
+            moved, entry = self._moved, self._table.enter(session, self._clock())
+            if entry.turn is Turn.GO:
+                return entry
+            if entry.reason is not None:
+                raise SessionBlocked(session, entry.reason)
+            await moved.wait()
+
+    def _failed(self, session: str, cause: Cause, detail: str, entry: Entry | None) -> None:
         if cause.speaks_of_peer and (card := self._known(session)) is not None:
             self.remember(session, card)
-        self._tell(self._table.fail(session, cause, detail, self._clock()))
-        self._news.set()
+        self._tell(self._table.fail(session, cause, detail, self._clock(), entry))
+        self._wake()
 
-    def registered(self, session: str) -> None:
-        self._tell(self._table.registered(session, self._clock()))
+    def _wake(self) -> None:
+        self._news.set()
+        self._moved.set()
+        self._moved = asyncio.Event()
 
     def remember(self, session: str, card: PeerCard) -> None:
         """The card that a trusted session shows."""
@@ -96,7 +135,7 @@ class Prober:
             while True:
                 await self._something_due()
                 now = self._clock()
-                self._tell(self._table.forget_idle(now))
+                self._tell(self._table.tick(now))
                 free = self._policy.max_concurrent - self._asking
                 for question in self._table.ask_due(now, min(free, _AT_ONCE)):
                     self._asking += 1
@@ -126,13 +165,13 @@ class Prober:
         changes = self._table.answered(question, verdict, now)
         self._metrics.answered(_result(verdict, changes), now - asked_at)
         self._tell(changes)
-        self._news.set()
+        self._wake()
 
     async def _verdict(self, session: str) -> Well[PeerCard] | Unwell:
-        deadline_s = self._policy.deadline_s
+        deadline_s = self._table.deadline_s
         try:
             async with asyncio.timeout(deadline_s):
-                return Well(await self._ask(session, deadline_s=deadline_s))
+                return Well(await self._ask(session, deadline_s=deadline_s), Depth.IDENTITY)
         except TransferFailed as failure:
             return Unwell(failure.cause, failure.detail)
         except TimeoutError:
@@ -153,11 +192,12 @@ class Prober:
         """Count and log each change: the only place that does."""
         for change in changes:
             self._metrics.changed(change)
+            self._wake()
             say = log.warning if change.kind in _BAD_NEWS else log.info
             say(
                 _EVENTS[change.kind],
                 session=change.session,
-                cause=change.cause.value,
+                cause=None if change.cause is None else change.cause.value,
                 detail=change.detail,
                 blocked_s=round(change.blocked_s, 3),
                 questions=change.questions,

@@ -161,7 +161,7 @@ class Sender:
             for room in list(self._rooms.values()):
                 room.peer_replaced(said.session)
         self.engine.forget(said.session)
-        self.gate.registered(said.session)
+        self.gate.registered(said.session, (*said.kv_pointers, *said.aux_pointers))
         log.info("decode rank registered", session=said.session, entries=len(said.kv_pointers), reply=str(said.reply))
 
     def _named(self, named: Metadata) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,7 +15,7 @@ from pdctl.core.layout import Pool, Region
 from pdctl.core.plan import CopyPlan
 from pdctl.core.sessions import Depth
 from pdctl.engine.base import Capabilities, PeerCard, Proof
-from pdctl.errors import Cause, TransferFailed, Unreachable
+from pdctl.errors import Cause, SessionBlocked, TransferFailed, Unreachable
 
 N_PAGES, N_ROWS = 16, 4
 
@@ -128,8 +129,18 @@ class RigGate:
     def failed(self, session: str, cause: Cause, detail: str) -> None:
         self.told.append((session, cause))
 
-    def registered(self, session: str) -> None:
+    def registered(self, session: str, pointers: Sequence[int] = ()) -> None:
         self.registrations.append(session)
+
+    @asynccontextmanager
+    async def passing(self, session: str) -> AsyncIterator[None]:
+        if session in self.blocked:
+            raise SessionBlocked(session, self.blocked[session])
+        try:
+            yield
+        except TransferFailed as failure:
+            self.failed(session, failure.cause, failure.detail)
+            raise
 
 
 async def let_others_run() -> None:

@@ -24,7 +24,12 @@ from pdctl.errors import Cause, TransferFailed
 from pdctl.metrics import Metrics
 from pdctl.prober import Ask, Prober
 
-POLICY = ProbePolicy(interval_s=0.02, max_interval_s=0.08, deadline_s=2.0, jitter=0.0)
+POLICY = ProbePolicy(interval_s=0.02, max_interval_s=0.08, deadline_s=2.0, jitter=0.0, good_answers=1)
+
+
+def pinned(session: str) -> PeerCard:
+    """The life that transfers are meant for: any process with the usual data port."""
+    return PeerCard(session, 15001, ())
 
 
 @dataclass
@@ -90,7 +95,7 @@ async def probing(
     ask: Ask = ask_who,
     policy: ProbePolicy = POLICY,
     clock: Callable[[], float] = time.monotonic,
-    known: Callable[[str], PeerCard | None] = lambda _: None,
+    known: Callable[[str], PeerCard | None] = pinned,
 ) -> AsyncIterator[Bench]:
     registry = CollectorRegistry()
     table: SessionTable[PeerCard] = SessionTable(policy, random.Random(1).random)
@@ -169,7 +174,7 @@ async def test_a_registration_lifts_at_once_without_a_question() -> None:
 
 @pytest.mark.parametrize("change", [{"data_port": 15002}, {"regions": [0x7E0000000000]}], ids=["port", "regions"])
 async def test_another_process_on_the_same_port_is_not_let_in_until_it_registers(change: dict[str, object]) -> None:
-    async with listening(Peer()) as peer, probing() as bench:
+    async with listening(Peer()) as peer, probing(known=lambda _: None) as bench:
         bench.prober.remember(peer.session, await ask_who(peer.session, deadline_s=1.0))
         for name, value in change.items():
             setattr(peer, name, value)
@@ -178,7 +183,7 @@ async def test_another_process_on_the_same_port_is_not_let_in_until_it_registers
         assert (bench.prober.reason_blocked(peer.session) or "").endswith("blocked until the peer registers anew")
         assert bench.count("pdctl_session_blocked", cause="peer_changed") == 1
         assert bench.count("pdctl_session_blocked", cause="peer_gone") == 0
-        bench.prober.registered(peer.session)
+        bench.prober.registered(peer.session, peer.regions)
         bench.block(peer.session)
         await until(lambda: bench.prober.reason_blocked(peer.session) is None)
 
@@ -192,7 +197,7 @@ async def test_an_answer_is_held_against_the_life_that_the_engine_has_pinned() -
 
 
 async def test_a_process_that_has_registered_more_memory_since_is_still_itself() -> None:
-    async with listening(Peer()) as peer, probing() as bench:
+    async with listening(Peer()) as peer, probing(known=lambda _: None) as bench:
         bench.prober.remember(peer.session, await ask_who(peer.session, deadline_s=1.0))
         peer.regions.append(0x7E0000000000)
         bench.block(peer.session)
@@ -247,7 +252,7 @@ async def test_no_more_are_asked_at_once_than_the_policy_allows_and_all_are_aske
         asked[session] += 1
         await asyncio.sleep(0.005)
         at_once -= 1
-        return PeerCard(session, 1, ())
+        return PeerCard(session, 15001, ())
 
     async with probing(ask, replace(POLICY, max_concurrent=3)) as bench:
         bench.block(*(f"10.0.0.{i}:1" for i in range(20)))

@@ -1,30 +1,82 @@
 """
 Which transfer sessions are trusted, and when to ask a blocked one again.
 
-No sockets, no clock, no logging, no locks. Time arrives as `now` (seconds, monotonic, any zero); what happened leaves
-as a list of `Change`.
+No sockets, no clock, no logging, no locks. Time arrives as `now` (seconds, monotonic, any zero), chance as a function;
+what happened leaves as a list of `Change`.
 
-    TRUSTED --a transfer failed--> BLOCKED --a question proved it well, or it registered anew--> TRUSTED
-    BLOCKED --another life answers--> DROPPED --it registered anew--> TRUSTED
+             strikes failures                    good_answers in a row that prove the known life,
+                                                 not before the hold is over
+    TRUSTED ------------------> BLOCKED ----------------+-------------------------------> TRUSTED
+       ^                         ^   |                  | after a relapse, or on identity alone
+       |                 failure |   |                  v
+       |                         +---|--------------- TRIAL ---a success, or trial_s without a failure---> TRUSTED
+       |                             |                  |
+       |      another life answers, or the registry says that its own is over (from TRUSTED too)
+       |                             v                  v
+       +--registered, or by hand-- DROPPED <------------+
+
+    BLOCKED --registered, or by hand--> TRUSTED
     BLOCKED --nobody wants it for idle_timeout_s, or the table is full--> (forgotten: TRUSTED until it fails again)
 
-A session that the table does not hold is trusted. What an answer proves is only as good as the card that it shows
-(MOONCAKE_FACTS H5, H6: any process on that port answers the handshake). So the card last seen while the session was
-trusted is remembered, and an answer that cannot be the same life never lifts. Without a remembered card the first
-answer lifts, and its card is what the next one is held against.
+A session that the table does not hold is trusted. What an answer proves is only as good as what it is held against
+(MOONCAKE_FACTS H5, H6: any process on that port answers the handshake): the life that was announced, or shown while the
+session was trusted. An answer that cannot be that life drops; without a known life, or with a handshake alone, no
+answer lifts. A registration is the peer's word for a new life: it lifts, and nothing is held against it.
+
+When too many of a group are blocked, all of it is served but the dropped (`ejection.Groups`); when the fault may be
+our own, time-outs put nobody out (`ejection.Doubt`). News that is older than what it is about is no news: the end of a
+transfer that began before its session came back, or before another life registered, and the answer to a question that
+was put before the last failure.
 """
 
 from __future__ import annotations
 
-import heapq
+import itertools
 import math
 from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
-from enum import IntEnum, StrEnum
-from typing import Generic, Protocol, Self, TypeVar
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, replace
+from typing import Generic, Protocol
 
-from pdctl.errors import Cause, ConfigError
+from pdctl.core.due import Due
+from pdctl.core.ejection import Doubt, Groups, Health, ProbePolicy
+from pdctl.core.standing import (
+    Change,
+    ChangeKind,
+    Depth,
+    Entry,
+    Life,
+    Question,
+    ShownT,
+    Standing,
+    State,
+    Turn,
+    Unwell,
+    Well,
+    words,
+)
+from pdctl.errors import Cause
+
+__all__ = [
+    "Change",
+    "ChangeKind",
+    "Depth",
+    "Entry",
+    "Gate",
+    "Life",
+    "ProbePolicy",
+    "Question",
+    "SessionTable",
+    "Standing",
+    "State",
+    "Turn",
+    "Unwell",
+    "Well",
+]
+
+_UNPROVEN = "somebody answers, but nothing shows that it is the same life"
+_NOTHING_KNOWN = "somebody answers, but there is no life to compare it with"
 
 
 class Gate(Protocol):
@@ -36,135 +88,33 @@ class Gate(Protocol):
     def failed(self, session: str, cause: Cause, detail: str) -> None:
         """A transfer to `session` failed."""
 
-    def registered(self, session: str) -> None:
-        """The peer has announced `session` anew: whatever was held against it is over."""
+    def registered(self, session: str, pointers: Sequence[int] = ()) -> None:
+        """The peer has announced `session` anew, with memory at `pointers`: whatever was held against it is over."""
 
-
-@dataclass(frozen=True, slots=True)
-class ProbePolicy:
-    """When a blocked session is asked, for how long, and how many at once.
-
-    enabled: off means that only a registration lifts, as with an engine that nobody can ask.
-    interval_s: wait before the first question; doubled after each that was not answered well. 100 ms, because an answer
-        costs 0.3 ms and a peer that hiccupped should be back well within a second (stock SGLang: 30 s).
-    max_interval_s: where doubling ends. 30 s: a peer down for hours costs two questions a minute. Below interval_s it
-        means interval_s: who sets stock's own 60 s for the first must not be refused for our default of the second.
-    idle_timeout_s: a blocked session that no request has wanted for so long is forgotten: a restarted peer comes back
-        under a new session, and nobody ever registers the old one again. 10 minutes is above every request's time-out.
-    deadline_s: what one question may take. A time-out means unknown, not dead: the peer's listener serves one
-        connection at a time, and one idle connection of a stranger delays it 5 s (MOONCAKE_FACTS 5.2). 1 s is 3,000
-        times the usual answer; waiting longer would only hold a place that another question can use.
-    jitter: each wait is shortened by a random share of at most this, so that sessions which failed together do not
-        ask together for ever. Shortened, never lengthened: max_interval_s stays a bound.
-    max_concurrent: questions in flight. 64 hung peers hold every place for one deadline at first; at max_interval_s
-        it takes 64 * 30 of them to do so.
-    max_sessions: what the table holds at most, about 0.5 KB each; see SessionTable for what happens there.
-    """
-
-    enabled: bool = True
-    interval_s: float = 0.1
-    max_interval_s: float = 30.0
-    idle_timeout_s: float = 600.0
-    deadline_s: float = 1.0
-    jitter: float = 0.1
-    max_concurrent: int = 64
-    max_sessions: int = 65_536
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name.endswith("_s") and not (math.isfinite(value) and value > 0):
-                raise ConfigError(f"probe {field.name} is {value}: give a number of seconds above 0")
-            if field.name.startswith("max_") and value < 1 and field.name != "max_interval_s":
-                raise ConfigError(f"probe {field.name} is {value}: give at least 1")
-        if not 0 <= self.jitter < 1:
-            raise ConfigError(f"probe jitter is {self.jitter}: give a share from 0 up to, not including, 1")
-
-
-class Depth(IntEnum):
-    """What an answer proves, from least to most.
-
-    HANDSHAKE: somebody answers; an echo server would. It never lifts anything. IDENTITY: what answers shows the life
-    that is known. DATA: bytes reached that life's memory.
-    """
-
-    HANDSHAKE = 1
-    IDENTITY = 2
-    DATA = 3
-
-
-class Life(Protocol):
-    """What a peer's answer shows of its process; `engine.base.PeerCard` is one."""
-
-    def same_life(self, later: Self, /) -> bool:
-        """Whether `later` can be the same process."""
-
-
-LifeT = TypeVar("LifeT", bound=Life)
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """One question that is being asked. A failure that comes while it is makes its answer void."""
-
-    session: str
-    number: int
-
-
-@dataclass(frozen=True, slots=True)
-class Well(Generic[LifeT]):
-    """The peer answered and showed this."""
-
-    life: LifeT
-
-
-@dataclass(frozen=True, slots=True)
-class Unwell:
-    """The peer did not answer as it should."""
-
-    cause: Cause
-    detail: str
-
-
-class ChangeKind(StrEnum):
-    """What can happen to a session's standing."""
-
-    BLOCKED = "blocked"  # trusted until now, a transfer failed
-    DROPPED = "dropped"  # another life answers there: only a registration helps
-    RECOVERED = "recovered"  # blocked until now, an answer proved the peer well
-    LIFTED = "lifted"  # blocked until now, the peer has registered anew
-    FORGOTTEN = "forgotten"  # blocked until now, nobody has asked for it, or the table is full
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """One session's standing has changed: to be counted and logged once, by the shell.
-
-    `cause` is what holds it blocked from now on (BLOCKED, DROPPED) or held it until now (the others); `before` is the
-    cause that held it until now, None if nothing did. `blocked_s`: seconds since the first failure of this block.
-    """
-
-    kind: ChangeKind
-    session: str
-    cause: Cause
-    before: Cause | None
-    detail: str
-    blocked_s: float = 0.0
-    questions: int = 0
+    def passing(self, session: str) -> AbstractAsyncContextManager[None]:
+        """Around one transfer: raises SessionBlocked at once, waits for its turn while the session is on trial, and
+        tells the table how it ended: well, or by the TransferFailed that leaves the block."""
 
 
 @dataclass(slots=True)
 class _Block:
-    """Why and since when a session is blocked. `next_at` counts only while nothing is being asked."""
+    """Why and since when a session is out. `number` counts everything that happened before.
 
-    session: str
+    tries: questions in a row that were not answered well; good: those that were. hold_until: it stays out until then.
+    """
+
     cause: Cause
     detail: str
     since: float
-    next_at: float = math.inf
-    asking: Question | None = None
+    number: int
+    hold_until: float = -math.inf
+    relapse: bool = False
     questions: int = 0
-    last_answer: Cause | None = None
+    tries: int = 0
+    good: int = 0
+    asked_at: float = -math.inf
+    well_at: float | None = None
+    last_answer: str | None = None
 
     @property
     def dropped(self) -> bool:
@@ -172,18 +122,50 @@ class _Block:
 
 
 @dataclass(slots=True)
-class _Record(Generic[LifeT]):
+class _Trial:
+    """A session that is back on trial, `after` this block. running: transfers that hold a place."""
+
+    after: _Block
+    number: int
+    running: int = 0
+
+
+@dataclass(slots=True)
+class _Record(Generic[ShownT]):
+    """One session. lifted: what began before this number is about another life, or about one that was lifted since;
+    returned: about a time before it came back. well_at: when it was last known to be well, None if never."""
+
+    session: str
+    group: str
     wanted_at: float
-    life: LifeT | None = None
-    block: _Block | None = None
+    health: Health
+    life: Life[ShownT] | None = None
+    held: _Block | _Trial | None = None
+    asking: Question | None = None
+    depth: Depth | None = None
+    lifted: int = 0
+    returned: int = 0
+    well_at: float | None = None
 
     @property
-    def dropped(self) -> bool:
-        return self.block is not None and self.block.dropped
+    def state(self) -> State:
+        if self.held is None:
+            return State.TRUSTED
+        if isinstance(self.held, _Trial):
+            return State.TRIAL
+        return State.DROPPED if self.held.dropped else State.BLOCKED
+
+    @property
+    def block(self) -> _Block | None:
+        return self.held if isinstance(self.held, _Block) else None
+
+    @property
+    def trial(self) -> _Trial | None:
+        return self.held if isinstance(self.held, _Trial) else None
 
 
-class SessionTable(Generic[LifeT]):
-    """The sessions that are blocked, and the cards of those that are not.
+class SessionTable(Generic[ShownT]):
+    """The sessions that are known: how each stands, and the life that it stands for.
 
     At `max_sessions` the session that no request has wanted for longest makes room. If it was blocked it is trusted
     again, and a request for it, should one ever come, costs one more failed transfer; refusing to hold the new failure
@@ -196,83 +178,179 @@ class SessionTable(Generic[LifeT]):
     def __init__(self, policy: ProbePolicy, random: Callable[[], float]) -> None:
         self.policy = policy
         self._random = random
-        self._questions = 0
-        # Ordered by wanted_at, so that the idlest are found without a search.
-        self._records: OrderedDict[str, _Record[LifeT]] = OrderedDict()
-        # (next_at, session); an entry whose block says otherwise by now is void, and leaves when it comes to the top.
-        self._agenda: list[tuple[float, str]] = []
+        self._number = itertools.count(1)
+        self._records: dict[str, _Record[ShownT]] = {}
+        # Both ordered by wanted_at, so that the idlest is found without a search; dropped ones apart, as they go last.
+        self._idlest: OrderedDict[str, None] = OrderedDict()
+        self._dropped: OrderedDict[str, None] = OrderedDict()
+        self._questions = Due()
+        self._trials = Due()
+        self._groups = Groups(policy)
+        self._doubt = Doubt(policy)
 
     def __len__(self) -> int:
         return len(self._records)
 
     def blocked(self) -> dict[str, Cause]:
-        """Every blocked session, dropped ones included, with its cause."""
+        """Every session that is out, dropped ones included, with its cause."""
         return {session: record.block.cause for session, record in self._records.items() if record.block}
 
-    # What happens to a session
+    # What is known of a session
 
-    def fail(self, session: str, cause: Cause, detail: str, now: float) -> list[Change]:
-        """A transfer failed. Blocks if the cause speaks of the peer; the first cause stays, later ones are symptoms."""
-        if not cause.speaks_of_peer:
-            return []
+    def announce(self, session: str, now: float, group: str = "") -> list[Change]:
+        """The session is there, and of `group`: those of which a large share cannot well be down at once."""
+        record, changes = self._wanted(session, now, group)
+        self._recount(record.group, record.state, None)
+        record.group = group
+        self._recount(group, None, record.state)
+        return changes + self._panic()
+
+    def registered(self, session: str, now: float, life: Life[ShownT] | None = None) -> list[Change]:
+        """The peer has announced the session anew, and of itself `life`: nothing is held against it."""
+        changes = self._lift(session, "the peer has registered anew", now)
+        record, made_room = self._wanted(session, now)
+        record.life, record.well_at = life, now
+        record.lifted = record.returned = next(self._number)
+        return changes + made_room + self._panic()
+
+    def lift(self, session: str, detail: str, now: float) -> list[Change]:
+        """Somebody vouches for it by hand. Of one that was dropped the life is forgotten: another may be meant."""
+        return self._lift(session, detail, now) + self._panic()
+
+    def supersede(self, session: str, detail: str, now: float) -> list[Change]:
+        """The registry says that the life which the session stands for is over."""
         record, changes = self._wanted(session, now)
-        if record.block is None:
-            return [*changes, self._block(session, record, cause, detail, now)]
-        if cause is Cause.PEER_CHANGED:
-            return changes + self._drop(record, record.block, detail, now)
-        if record.block.asking:
-            self._schedule(record.block, now)
-        return changes
+        return changes + self._drop(record, detail, now) + self._panic()
 
-    def registered(self, session: str, now: float) -> list[Change]:
-        """The peer has announced the session anew: it is a life of which nothing is known yet."""
-        record = self._records.pop(session, None)
-        if record is None or record.block is None:
-            return []
-        return [_ending(ChangeKind.LIFTED, record.block, "the peer has registered anew", now)]
-
-    def remember(self, session: str, life: LifeT, now: float) -> list[Change]:
+    def remember(self, session: str, life: ShownT, now: float) -> list[Change]:
         """This is what the peer shows of itself. Learned after a failure it says nothing of the life that failed."""
         record, changes = self._wanted(session, now)
         if record.block is None:
-            record.life = life
-        return changes
+            record.well_at = now
+            changes += self._learn(record, life, now)
+        return changes + self._panic()
 
     def requested(self, session: str, now: float) -> None:
-        """A request wants this session: it is not idle."""
-        if session in self._records:
-            self._wanted(session, now)
+        """A request wants this session: it is not idle, and if it is blocked, it is asked soon."""
+        if (record := self._records.get(session)) is None:
+            return
+        self._touch(record, now)
+        due = self._questions.at(session)
+        if due is not None and record.block and due > (soon := self._soon(record.block, now)):
+            self._questions.put(session, soon)
+
+    # Transfers
+
+    def enter(self, session: str, now: float) -> Entry:
+        """May a transfer begin? Tell `succeed` or `fail` how it ended, then `leave`, each with the entry."""
+        number = next(self._number)
+        if (reason := self.reason_blocked(session, now)) is not None:
+            return Entry(session, Turn.NO, number, reason)
+        record = self._records.get(session)
+        if record is None or record.trial is None or self._groups.in_panic(record.group):
+            return Entry(session, Turn.GO, number)
+        if record.trial.running >= self.policy.trial_transfers:
+            return Entry(session, Turn.WAIT, number)
+        record.trial.running += 1
+        return Entry(session, Turn.GO, number, trial=record.trial.number)
+
+    def leave(self, entry: Entry) -> None:
+        """A transfer that was let in is over, however it ended."""
+        record = self._records.get(entry.session)
+        if record is not None and record.trial is not None and record.trial.number == entry.trial:
+            record.trial.running -= 1
+
+    def succeed(self, session: str, now: float, entry: Entry | None = None) -> list[Change]:
+        """A transfer's bytes have landed."""
+        record = self._records.get(session)
+        if record is None or _older(entry, record.lifted):
+            return []
+        if not _older(entry, record.returned):
+            record.well_at = now
+        if record.trial is None or _older(entry, record.trial.number):
+            return []
+        return self._end_trial(record, record.trial, "a transfer has succeeded", now)
+
+    def fail(self, session: str, cause: Cause, detail: str, now: float, entry: Entry | None = None) -> list[Change]:
+        """A transfer failed. Counts if the cause speaks of the peer; the first cause stays, later ones are symptoms."""
+        if not cause.speaks_of_peer:
+            return []
+        changes = self._weigh(now)
+        if (known := self._records.get(session)) is not None and _older(entry, known.lifted):
+            return changes
+        record, made_room = self._wanted(session, now)
+        if cause is Cause.PEER_CHANGED:
+            changes += made_room + self._drop(record, detail, now)
+        elif _older(entry, record.returned) or (cause is Cause.TIMED_OUT and self.doubting):
+            changes += made_room
+        elif record.block is not None:
+            self._failed_again(record, record.block, entry, now)
+        else:
+            changes += made_room + self._strike(record, cause, detail, now)
+        return changes + self._panic()
+
+    def reason_blocked(self, session: str, now: float) -> str | None:
+        """Why no transfer may go there now, as a sentence for whoever wanted one; None when one may."""
+        record = self._records.get(session)
+        if record is None or self._served(record):
+            return None
+        return self._standing(record, now).sentence
 
     # Questions and answers
 
     @property
     def next_due(self) -> float | None:
-        """When the next question is to be put; None while there is none."""
-        block = self._next()
-        return None if block is None else block.next_at
+        """When there is next something to do: a question to put, or time to `tick`. None while there is nothing."""
+        due = [first[0] for first in (self._questions.first, self._trials.first) if first]
+        doubt = self._doubt.next_at
+        return min([*due, doubt] if doubt is not None else due, default=None)
+
+    @property
+    def deadline_s(self) -> float:
+        """What one question may take now."""
+        return self.policy.deadline_s * (self.policy.stretch if self.doubting else 1)
 
     def ask_due(self, now: float, limit: int) -> list[Question]:
         """At most `limit` questions that are due, the most overdue first. They are being asked from now on."""
         questions: list[Question] = []
-        while len(questions) < limit and (block := self._next()) is not None and block.next_at <= now:
-            self._questions += 1
-            block.questions += 1
-            block.asking = Question(block.session, self._questions)
-            questions.append(block.asking)
+        while len(questions) < limit and (session := self._questions.take(now)) is not None:
+            questions.append(self._ask(self._records[session], now))
         return questions
 
-    def answered(self, question: Question, verdict: Well[LifeT] | Unwell, now: float) -> list[Change]:
+    def ask_now(self, session: str, now: float) -> Question:
+        """Somebody wants to know now, however the session stands. A question that is being asked becomes void."""
+        record = self._records.get(session)
+        if record is None:
+            return Question(session, next(self._number))
+        self._questions.strike(session)
+        return self._ask(record, now)
+
+    def answered(self, question: Question, verdict: Well[ShownT] | Unwell, now: float) -> list[Change]:
         """How a question ended. Late news about a block that is over, or that was renewed meanwhile, is not news."""
         record = self._records.get(question.session)
-        if record is None or record.block is None or record.block.asking != question:
+        if record is None or record.asking != question:
             return []
-        if isinstance(verdict, Well):
-            return self._answered_well(record, record.block, verdict.life, now)
-        if verdict.cause is Cause.PEER_CHANGED:
-            return self._drop(record, record.block, verdict.detail, now)
-        record.block.last_answer = verdict.cause
-        self._schedule(record.block, now)
-        return []
+        record.asking = None
+        self._note(record, verdict, now)
+        changes = self._weigh(now)
+        if record.state is State.DROPPED:
+            return changes
+        if isinstance(verdict, Unwell):
+            changes += self._answered_ill(record, verdict, now)
+        else:
+            changes += self._answered_well(record, verdict, now)
+        return changes + self._panic()
+
+    # Time, and ourselves
+
+    def tick(self, now: float) -> list[Change]:
+        """What time alone has brought about. To be called when `next_due` says so, and before `ask_due`."""
+        changes = self._weigh(now)
+        while (session := self._trials.take(now)) is not None:
+            record = self._records[session]
+            if record.trial:
+                changes += self._end_trial(record, record.trial, "no transfer has failed since it came back", now)
+        return changes + self.forget_idle(now)
 
     def forget_idle(self, now: float) -> list[Change]:
         """Let go of the sessions that no request has wanted for `idle_timeout_s`.
@@ -281,104 +359,281 @@ class SessionTable(Generic[LifeT]):
         does so calls this first. With probing off nothing is forgotten: to forget is to trust again.
         """
         changes: list[Change] = []
-        while self.policy.enabled and self._records:
-            session, record = next(iter(self._records.items()))
+        while self.policy.enabled and self._idlest:
+            record = self._records[next(iter(self._idlest))]
             if now - record.wanted_at < self.policy.idle_timeout_s:
                 break
-            if record.dropped:
-                self._wanted(session, now)
-                continue
-            changes += self._forget(session, "no request has wanted it", now)
-        return changes
+            changes += self._forget(record, "no request has wanted it", now)
+        return changes + self._panic()
 
-    def reason_blocked(self, session: str, now: float) -> str | None:
-        """Why no transfer may go there now, as a sentence for whoever wanted one; None when one may."""
+    def lagged(self, lag_s: float, now: float) -> list[Change]:
+        """Our own loop came so late."""
+        self._doubt.late(lag_s, now)
+        return self._weigh(now)
+
+    @property
+    def doubting(self) -> bool:
+        """Whether the fault may be here."""
+        return self._doubt.doubting
+
+    def panicking(self) -> tuple[str, ...]:
+        """The groups that are served whole, because too many of them are blocked."""
+        return self._groups.panicking()
+
+    def standing(self, session: str, now: float) -> Standing:
         record = self._records.get(session)
-        if record is None or record.block is None:
-            return None
-        block = record.block
-        return f"{_words(block.cause)} ({block.detail}) {now - block.since:.1f} s ago; {self._outlook(block, now)}"
+        return Standing(session) if record is None else self._standing(record, now)
 
-    # How
+    def standings(self, now: float) -> tuple[Standing, ...]:
+        """All that the table holds, the longest unwanted first and the dropped last."""
+        return tuple(self._standing(self._records[session], now) for session in [*self._idlest, *self._dropped])
 
-    def _outlook(self, block: _Block, now: float) -> str:
-        if block.dropped or not self.policy.enabled:
-            return "blocked until the peer registers anew"
-        asked = f"asked {block.questions} time{'' if block.questions == 1 else 's'}"
-        if block.last_answer is not None:
-            asked += f" (last answer: {_words(block.last_answer)})"
-        if block.asking:
-            return f"{asked}, being asked now"
-        return f"{asked}, next question in {max(0.0, block.next_at - now):.1f} s"
+    # How: out
 
-    def _block(self, session: str, record: _Record[LifeT], cause: Cause, detail: str, now: float) -> Change:
-        record.block = _Block(session, cause, detail, since=now)
-        self._schedule(record.block, now)
-        kind = ChangeKind.DROPPED if record.dropped else ChangeKind.BLOCKED
-        return Change(kind, session, cause, None, detail)
+    def _strike(self, record: _Record[ShownT], cause: Cause, detail: str, now: float) -> list[Change]:
+        record.health.wear_off(now, self.policy.decay_s)
+        record.health.strike(now)
+        if record.trial is None and record.health.strikes < self.policy.strikes:
+            return []
+        return self._block(record, cause, detail, now)
 
-    def _answered_well(self, record: _Record[LifeT], block: _Block, life: LifeT, now: float) -> list[Change]:
-        if record.life is not None and not record.life.same_life(life):
-            return self._drop(record, block, "another process, or another life, answers there", now)
-        record.block, record.life = None, life
-        return [_ending(ChangeKind.RECOVERED, block, "an answer has proved it well", now)]
+    def _block(self, record: _Record[ShownT], cause: Cause, detail: str, now: float) -> list[Change]:
+        relapses, was = record.health.ejections, record.state
+        record.health.ejected(self.policy.most_relapses)
+        hold_s = self.policy.hold(relapses, self._random())
+        block = _Block(cause, detail, now, next(self._number), now + hold_s, relapses > 0, asked_at=now)
+        block.well_at = now if record.well_at is not None else None
+        news = Change(ChangeKind.BLOCKED, record.session, cause, None, detail, was=was, state=State.BLOCKED)
+        self._become(record, block)
+        self._schedule(record, block, self.policy.wait_s(0, self._random()), now)
+        return [news]
 
-    def _drop(self, record: _Record[LifeT], block: _Block, detail: str, now: float) -> list[Change]:
-        if block.dropped:
+    def _failed_again(self, record: _Record[ShownT], block: _Block, entry: Entry | None, now: float) -> None:
+        """While it is blocked: what began before is a symptom of the same; what began since (panic) is worse news."""
+        if _older(entry, block.number):
+            return
+        block.good = 0
+        if record.asking:
+            record.asking = None
+            self._schedule(record, block, self.policy.wait_s(block.tries, self._random()), now)
+
+    def _drop(self, record: _Record[ShownT], detail: str, now: float) -> list[Change]:
+        was, before = record.state, record.block
+        if was is State.DROPPED:
             return []
         cause = Cause.PEER_CHANGED
-        record.block = replace(block, cause=cause, detail=detail, asking=None, next_at=math.inf)
-        return [
-            Change(ChangeKind.DROPPED, block.session, cause, block.cause, detail, now - block.since, block.questions)
-        ]
+        since = before.since if before else now
+        questions = before.questions if before else 0
+        block = _Block(cause, detail, since, next(self._number), questions=questions)
+        news = Change(
+            ChangeKind.DROPPED, record.session, cause, before.cause if before else None, detail,
+            now - since, questions, was, State.DROPPED,
+        )  # fmt: skip
+        self._become(record, block)
+        return [news]
 
-    def _schedule(self, block: _Block, now: float) -> None:
-        """Set the time of the next question, counted from now, unless none may help."""
-        block.asking = None
-        if block.dropped or not self.policy.enabled:
-            return
-        # 2.0 ** 1024 overflows, and a peer down for a working day gets there at 30 s a question.
-        doubled_s = self.policy.interval_s * 2.0 ** min(block.questions, 64)
-        ceiling_s = max(self.policy.interval_s, self.policy.max_interval_s)
-        wait_s = min(doubled_s, ceiling_s) * (1 - self.policy.jitter * self._random())
-        block.next_at = now + wait_s
-        heapq.heappush(self._agenda, (block.next_at, block.session))
+    # How: back
 
-    def _next(self) -> _Block | None:
-        """The block to be asked about first; void entries above it leave the agenda."""
-        while self._agenda:
-            at, session = self._agenda[0]
-            record = self._records.get(session)
-            if record and record.block and record.block.asking is None and record.block.next_at == at:
-                return record.block
-            heapq.heappop(self._agenda)
-        return None
+    def _answered_ill(self, record: _Record[ShownT], verdict: Unwell, now: float) -> list[Change]:
+        if verdict.cause is Cause.PEER_CHANGED:
+            return self._drop(record, verdict.detail, now)
+        if record.block is None:
+            return []  # only transfers put out
+        if verdict.cause.speaks_of_peer:
+            record.block.good = 0
+        self._not_proven(record, record.block, words(verdict.cause), verdict.cause, now)
+        return []
 
-    def _wanted(self, session: str, now: float) -> tuple[_Record[LifeT], list[Change]]:
-        """The session's record, made if there is none, as the one wanted last; and what making room for it cost."""
+    def _answered_well(self, record: _Record[ShownT], verdict: Well[ShownT], now: float) -> list[Change]:
+        known, shown, block = record.life, verdict.life, record.block
+        if known is not None and shown is not None and not known.same_life(shown):
+            return self._drop(record, "another process, or another life, answers there", now)
+        if block is None:
+            return [] if shown is None else self._learn(record, shown, now)
+        if known is None or shown is None or verdict.depth is Depth.HANDSHAKE:
+            block.good = 0
+            self._not_proven(record, block, _NOTHING_KNOWN if known is None else _UNPROVEN, None, now)
+            return []
+        record.life, record.depth, block.well_at = shown, verdict.depth, now
+        block.good, block.tries, block.last_answer = block.good + 1, 0, "well"
+        if block.good >= self.policy.good_answers and now >= block.hold_until:
+            return self._let_back(record, block, verdict.depth, now)
+        self._schedule(record, block, self.policy.confirm_s(self._random()), now)
+        return []
+
+    def _not_proven(self, record: _Record[ShownT], block: _Block, answer: str, cause: Cause | None, now: float) -> None:
+        block.last_answer = answer
+        if not (cause is Cause.TIMED_OUT and self.doubting):
+            block.tries += 1
+        wait_s = self.policy.wait_s(block.tries, self._random())
+        if record.wanted_at >= block.asked_at:
+            wait_s = min(wait_s, max(self.policy.interval_s, self._soon(block, now) - now))
+        self._schedule(record, block, wait_s, now)
+
+    def _let_back(self, record: _Record[ShownT], block: _Block, depth: Depth, now: float) -> list[Change]:
+        """Bytes that were read back are a trial passed; a relapse, or identity alone, has one before it."""
+        record.health.returned(now)
+        record.returned = next(self._number)
+        record.well_at = now
+        on_trial = block.relapse or depth < Depth.DATA
+        self._become(record, _Trial(block, record.returned) if on_trial else None)
+        if on_trial:
+            self._trials.put(record.session, now + self.policy.trial_s)
+        detail = f"answers have proved it well, by {depth.name.lower()}"
+        return [_ending(ChangeKind.RECOVERED, record, State.BLOCKED, block, detail, now)]
+
+    def _end_trial(self, record: _Record[ShownT], trial: _Trial, detail: str, now: float) -> list[Change]:
+        self._become(record, None)
+        return [_ending(ChangeKind.TRIAL_PASSED, record, State.TRIAL, trial.after, detail, now)]
+
+    def _lift(self, session: str, detail: str, now: float) -> list[Change]:
         record = self._records.get(session)
-        changes = self._make_room(now) if record is None else []
         if record is None:
-            record = self._records[session] = _Record(now)
-        record.wanted_at = now
-        self._records.move_to_end(session)
+            return []
+        was, held = record.state, record.held
+        record.lifted = record.returned = next(self._number)
+        record.health, record.depth = Health(now), None
+        if was is State.DROPPED:
+            record.life = None
+        self._become(record, None)
+        return _endings(ChangeKind.LIFTED, record, was, held, detail, now)
+
+    # How: asking
+
+    def _ask(self, record: _Record[ShownT], now: float) -> Question:
+        record.asking = Question(record.session, next(self._number))
+        if record.block:
+            record.block.questions += 1
+            record.block.asked_at = now
+        return record.asking
+
+    def _schedule(self, record: _Record[ShownT], block: _Block, wait_s: float, now: float) -> None:
+        """The next question, not before the hold is over, unless none may help."""
+        if self.policy.enabled and not block.dropped:
+            self._questions.put(record.session, max(now + wait_s, block.hold_until))
+
+    def _soon(self, block: _Block, now: float) -> float:
+        """When a session that requests want is asked at the latest."""
+        return max(now, block.asked_at + max(self.policy.wanted_interval_s, self.policy.interval_s), block.hold_until)
+
+    def _note(self, record: _Record[ShownT], verdict: Well[ShownT] | Unwell, now: float) -> None:
+        """What the answer says about ourselves: a time-out counts if the peer was well not long ago."""
+        if isinstance(verdict, Well) or verdict.cause not in (Cause.TIMED_OUT, Cause.LOCAL):
+            self._doubt.heard(record.session, now)
+        elif verdict.cause is Cause.TIMED_OUT:
+            well_at = record.block.well_at if record.block else record.well_at
+            if well_at is not None:
+                self._doubt.silent(record.session, well_at)
+
+    def _weigh(self, now: float) -> list[Change]:
+        if (said := self._doubt.weigh(now)) is None:
+            return []
+        return [Change(ChangeKind.DOUBT_BEGAN if self.doubting else ChangeKind.DOUBT_ENDED, "", None, None, said)]
+
+    def _learn(self, record: _Record[ShownT], life: ShownT, now: float) -> list[Change]:
+        if record.life is not None and not record.life.same_life(life):
+            return self._drop(record, "another process, or another life, answers there", now)
+        record.life = life
+        return []
+
+    # How: the table
+
+    def _served(self, record: _Record[ShownT]) -> bool:
+        state = record.state
+        return state in (State.TRUSTED, State.TRIAL) or (state is State.BLOCKED and self._groups.in_panic(record.group))
+
+    def _standing(self, record: _Record[ShownT], now: float) -> Standing:
+        held, due = record.held, self._questions.at(record.session)
+        if held is None or isinstance(held, _Trial):
+            record.health.wear_off(now, self.policy.decay_s)
+        block = held.after if isinstance(held, _Trial) else held
+        plain = Standing(
+            record.session, record.state, record.group, strikes=record.health.strikes,
+            ejections=record.health.ejections, asking=record.asking is not None, depth=record.depth,
+        )  # fmt: skip
+        if block is None:
+            return plain
+        return replace(
+            plain, cause=block.cause, detail=block.detail, since_s=now - block.since, questions=block.questions,
+            next_question_s=None if due is None else max(0.0, due - now), good=block.good,
+            held_s=max(0.0, block.hold_until - now), last_answer=block.last_answer, served=self._served(record),
+        )  # fmt: skip
+
+    def _become(self, record: _Record[ShownT], held: _Block | _Trial | None) -> None:
+        """The one place where a state changes. What was asked or planned before is void."""
+        was, session = record.state, record.session
+        record.held, record.asking = held, None
+        self._questions.strike(session)
+        self._trials.strike(session)
+        if (was is State.DROPPED) != (record.state is State.DROPPED):
+            self._order(was).pop(session)
+            self._order(record.state)[session] = None
+        self._recount(record.group, was, record.state)
+
+    def _order(self, state: State) -> OrderedDict[str, None]:
+        return self._dropped if state is State.DROPPED else self._idlest
+
+    def _recount(self, group: str, was: State | None, state: State | None) -> None:
+        (members, blocked), (m, b) = _weight(state), _weight(was)
+        if (members, blocked) != (m, b):
+            self._groups.count(group, members - m, blocked - b)
+
+    def _panic(self) -> list[Change]:
+        """Where panic has begun or ended by what was just done: looked at once, when all of it is done."""
+        kinds = (ChangeKind.PANIC_ENDED, ChangeKind.PANIC_BEGAN)
+        return [Change(kinds[began], "", None, None, said, group=name) for name, began, said in self._groups.weigh()]
+
+    def _wanted(self, session: str, now: float, group: str = "") -> tuple[_Record[ShownT], list[Change]]:
+        """The session's record, made if there is none, as the one wanted last; and what making it has changed."""
+        record = self._records.get(session)
+        if record is not None:
+            self._touch(record, now)
+            return record, []
+        changes = self._make_room(now)
+        record = self._records[session] = _Record(session, group, now, Health(now))
+        self._idlest[session] = None
+        self._recount(group, None, record.state)
         return record, changes
+
+    def _touch(self, record: _Record[ShownT], now: float) -> None:
+        record.wanted_at = now
+        self._order(record.state).move_to_end(record.session)
 
     def _make_room(self, now: float) -> list[Change]:
         if len(self._records) < self.policy.max_sessions:
             return []
-        idlest = next(iter(self._records))
-        session = next((name for name, record in self._records.items() if not record.dropped), idlest)
-        return self._forget(session, "the table is full", now)
+        session = next(iter(self._idlest or self._dropped))
+        return self._forget(self._records[session], "the table is full", now)
 
-    def _forget(self, session: str, detail: str, now: float) -> list[Change]:
-        block = self._records.pop(session).block
-        return [] if block is None else [_ending(ChangeKind.FORGOTTEN, block, detail, now)]
-
-
-def _ending(kind: ChangeKind, block: _Block, detail: str, now: float) -> Change:
-    return Change(kind, block.session, block.cause, block.cause, detail, now - block.since, block.questions)
+    def _forget(self, record: _Record[ShownT], detail: str, now: float) -> list[Change]:
+        was, held = record.state, record.held
+        self._become(record, None)
+        self._recount(record.group, record.state, None)
+        del self._records[record.session], self._idlest[record.session]
+        return _endings(ChangeKind.FORGOTTEN, record, was, held, detail, now)
 
 
-def _words(cause: Cause) -> str:
-    return cause.replace("_", " ")
+def _older(entry: Entry | None, number: int) -> bool:
+    """Whether a transfer began before that. Of one without an entry nothing is known: it is about now."""
+    return entry is not None and entry.number < number
+
+
+def _weight(state: State | None) -> tuple[int, int]:
+    """How much one session adds to its group's members, and to those of them that are blocked."""
+    return (state not in (None, State.DROPPED), state is State.BLOCKED)
+
+
+def _endings(
+    kind: ChangeKind, record: _Record[ShownT], was: State, held: _Block | _Trial | None, detail: str, now: float
+) -> list[Change]:
+    if held is None:
+        return []
+    block = held if isinstance(held, _Block) else held.after
+    return [_ending(kind, record, was, block, detail, now)]
+
+
+def _ending(kind: ChangeKind, record: _Record[ShownT], was: State, block: _Block, detail: str, now: float) -> Change:
+    before = None if was is State.TRIAL else block.cause
+    return Change(
+        kind, record.session, block.cause, before, detail, now - block.since, block.questions, was, record.state
+    )

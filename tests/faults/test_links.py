@@ -61,7 +61,7 @@ class Watch:
 async def watching(engine: Engine, policy: ProbePolicy = QUICK) -> AsyncIterator[Watch]:
     registry = CollectorRegistry()
     table: SessionTable[PeerCard] = SessionTable(policy, random.Random(1).random)
-    prober = Prober(table, engine.probe, clock=time.monotonic, metrics=Metrics(registry))
+    prober = Prober(table, engine.probe, clock=time.monotonic, metrics=Metrics(registry), known=engine.card)
     task = asyncio.create_task(prober.run(), name="prober under test")
     try:
         yield Watch(prober, table, registry)
@@ -136,6 +136,9 @@ async def test_fifty_blocked_and_eight_of_them_stopped_the_healthy_are_back_with
     policy = replace(QUICK, interval_s=0.5, max_interval_s=1.0, deadline_s=1.0)
     with peers(42) as healthy, peers(8) as stopped:
         async with watching(engine, policy) as watch:
+            for group in (healthy, stopped):
+                for session, pointer in zip(group.hello["sessions"], group.hello["pointers"], strict=True):
+                    watch.prober.registered(session, [pointer])
             stopped.stop()
             for session in [*stopped.hello["sessions"], *healthy.hello["sessions"]]:
                 watch.prober.failed(session, Cause.PEER_GONE, "connection reset")
