@@ -70,6 +70,24 @@ async def until(what: Callable[[], bool]) -> None:
             await asyncio.sleep(0.01)
 
 
+@pytest.mark.parametrize("n", [1, 2, 3, 37, 128, 129, 300])
+async def test_a_group_of_any_length_is_kept_whole(path: Path, n: int) -> None:
+    """However many rows one statement takes."""
+    lives = [life(epoch, claim(epoch % 64)) for epoch in range(1, 2 * n + 1)]
+    rooms = [(2**62 + place, place % 8) for place in range(n)]
+    async with opened(path) as journal:
+        await journal.append([change(each, each.epoch) for each in lives[:n]], rooms)
+        await journal.append(
+            [change(new, new.epoch, before=old) for old, new in zip(lives[:n], lives[n:], strict=True)]
+        )
+        await journal.note([("keys", str(place), b"v%d" % place) for place in range(n)])
+    async with opened(path) as journal:
+        kept = await journal.load()
+    assert kept.records == tuple(each.record() for each in lives[n:])
+    assert (kept.last_epoch, kept.revision, list(kept.rooms)) == (2 * n, 2 * n, rooms)
+    assert list(kept.notes) == [("keys", str(place), b"v%d" % place) for place in range(n)]
+
+
 async def test_a_journal_says_where_it_is_refused_to_be(tmp_path: Path) -> None:
     with pytest.raises(JournalUnusable, match=r"there is no directory .*missing: make it"):
         await SqliteJournal(tmp_path / "missing" / "journal").start()
