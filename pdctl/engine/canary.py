@@ -117,7 +117,10 @@ class Questions:
         self, session: str, lane: Lane, direction: Direction, pointer: int, data: bytes, until: float
     ) -> bytes:
         """What the cell holds afterwards."""
-        cell = self._cell(session, lane)
+        await self._turn(session, lane, until)
+        cell = self._canary.take()
+        if cell is None:
+            raise TransferFailed(Cause.LOCAL, session, f"{_CELLS} questions to peers are in flight: none can be put")
         cell.store(data)
         rest: asyncio.Future[Verdict | None] = self._loop.create_future()
         transfer = Transfer(lane, lane.failures, direction, iter([(cell.pointer, pointer, len(data))]), 1, rest)
@@ -133,13 +136,13 @@ class Questions:
         finally:
             self._leave(lane, cell, transfer)
 
-    def _cell(self, session: str, lane: Lane) -> Cell:
+    async def _turn(self, session: str, lane: Lane, until: float) -> None:
+        """What was given up may come back any moment, and then the lane is as good as its peer."""
+        earlier = self._moving.get(lane)
+        if earlier is not None:
+            await asyncio.wait([earlier.rest], timeout=max(0.0, until - self._loop.time()))
         if lane in self._moving:
-            raise TransferFailed(Cause.TIMED_OUT, session, "an earlier block to it is still in flight")
-        cell = self._canary.take()
-        if cell is None:
-            raise TransferFailed(Cause.LOCAL, session, f"{_CELLS} questions to peers are in flight: none can be put")
-        return cell
+            raise TransferFailed(Cause.TIMED_OUT, session, "an earlier block to it has not come back")
 
     def _leave(self, lane: Lane, cell: Cell, transfer: Transfer) -> None:
         """The asker goes; the cell stays for as long as the block can touch it."""

@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import errno
 import json
+import os
 import socket
 import struct
 from dataclasses import dataclass, field
@@ -110,10 +111,10 @@ async def knock(session: str, found: Descriptor, *, deadline_s: float) -> None:
             _, writer = await asyncio.open_connection(found.host, port)
     except TimeoutError:
         raise TransferFailed(
-            Cause.NO_DATA, session, f"its data port {port} does not answer within {deadline_s:g} s: is it firewalled?"
+            Cause.NO_DATA, session, f"its data port {port} does not answer within {deadline_s:.2g} s: is it firewalled?"
         ) from None
     except OSError as cause:
-        detail = f"its data port {port} cannot be reached: {cause.strerror or cause}"
+        detail = f"its data port {port} cannot be reached: {os.strerror(cause.errno) if cause.errno else cause}"
         raise TransferFailed(Cause.NO_DATA, session, detail) from cause
     # Reset, not closed: no end of it may linger, a port in TIME_WAIT keeps its process's successor out for a minute.
     writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)

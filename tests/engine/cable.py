@@ -1,0 +1,111 @@
+"""A session in front of a real peer, whose handshake always answers and whose data port does what a test wants."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+import struct
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from pdctl.engine import handshake
+from pdctl.engine.handshake import Kind
+
+
+class Cable:
+    """`session` answers with the descriptor of the peer behind it, except for the data port, which is `data_port`."""
+
+    def __init__(self, behind: str) -> None:
+        self._host, port = behind.rsplit(":", 1)
+        self._port = int(port)
+        self._there = 0
+        self._ways: set[asyncio.StreamWriter] = set()
+        self._flowing = asyncio.Event()
+        self._flowing.set()
+        self._server: asyncio.Server | None = None
+        self._clog: list[socket.socket] = []
+        self.session = ""
+        self.data_port = 0
+        self.connections = 0
+
+    @classmethod
+    @asynccontextmanager
+    async def to(cls, behind: str) -> AsyncIterator[Cable]:
+        it = cls(behind)
+        it._there = (await handshake.metadata(behind, deadline_s=5)).card.data_port
+        await it.mend()
+        async with await asyncio.start_server(it._introduce, "127.0.0.1", 0) as greeting:
+            it.session = "{}:{}".format(*greeting.sockets[0].getsockname())
+            try:
+                yield it
+            finally:
+                await it.cut()
+                it.unclog()
+
+    async def cut(self) -> None:
+        """Nothing listens there any more, and what was connected is not."""
+        if self._server:
+            self._server.close()
+            self._server = None
+        for writer in list(self._ways):
+            writer.transport.abort()
+        self._flowing.set()
+
+    async def mend(self) -> None:
+        self._server = await asyncio.start_server(self._carry, "127.0.0.1", self.data_port)
+        self.data_port = self._server.sockets[0].getsockname()[1]
+
+    def hold(self) -> None:
+        """It takes connections and bytes, and not one goes on."""
+        self._flowing.clear()
+
+    def release(self) -> None:
+        self._flowing.set()
+
+    async def clog(self) -> None:
+        """As a firewall that drops: the port takes no connection and refuses none."""
+        await self.cut()
+        full = socket.create_server(("127.0.0.1", self.data_port), backlog=0)
+        self._clog = [full]
+        for _ in range(4):
+            one = socket.socket()
+            one.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                one.connect(("127.0.0.1", self.data_port))
+            self._clog.append(one)
+
+    def unclog(self) -> None:
+        for one in self._clog:
+            one.close()
+        self._clog = []
+
+    async def _introduce(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError, OSError):
+            (length,) = struct.unpack("<Q", await reader.readexactly(8))
+            await reader.readexactly(length)
+            shown = await handshake.ask(self._host, self._port, Kind.METADATA, {}, deadline_s=5)
+            body = json.dumps({**shown.body, "tcp_data_port": self.data_port}).encode()
+            writer.write(struct.pack("<Q", len(body) + 1) + bytes([Kind.METADATA]) + body)
+            await writer.drain()
+        writer.close()
+
+    async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        self._ways.add(writer)
+        with contextlib.suppress(OSError):
+            there, back = await asyncio.open_connection(self._host, self._there)
+            self._ways.add(back)
+            await asyncio.gather(self._pump(reader, back), self._pump(there, writer))
+            self._ways.discard(back)
+        self._ways.discard(writer)
+        writer.close()
+
+    async def _pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await source.read(1 << 16):
+                await self._flowing.wait()
+                sink.write(data)
+                await sink.drain()
+        sink.close()
