@@ -24,7 +24,7 @@ from typing import TypeAlias
 
 import uvloop
 
-from pdctl import config, links, logs, node
+from pdctl import config, inquiry, logs, node
 from pdctl.config import Settings
 from pdctl.core.sessions import Depth, State
 from pdctl.errors import CallerError, ConfigError, NotReady, OperatorError, PdctlError, Superseded, Unreachable
@@ -248,9 +248,9 @@ async def _register(settings: Settings, args: argparse.Namespace) -> int:  # noq
 
 async def _sessions(settings: Settings, args: argparse.Namespace) -> int:
     if args.lift is not None:
-        rows = [await links.lift(settings, args.lift)]
+        rows = [await inquiry.lift(settings, args.lift)]
     else:
-        rows = list(await links.standings(settings, args.state))
+        rows = list(await inquiry.standings(settings, args.state))
     if args.json:
         print(json.dumps({"sessions": rows}))
         return 0
@@ -264,9 +264,9 @@ async def _sessions(settings: Settings, args: argparse.Namespace) -> int:
 async def _probe(settings: Settings, args: argparse.Namespace) -> int:
     wanted = Depth[args.depth.upper()]
     if "node.registry" in vars(args):
-        verdict = await links.ask_service(settings, args.session)
+        verdict = await inquiry.ask_service(settings, args.session)
     else:
-        verdict = await links.ask(settings, args.session, args.deadline, wanted)
+        verdict = await inquiry.ask(settings, args.session, args.deadline, wanted)
     works = f"works: {verdict.depth}" if verdict.works else "does not work"
     print(f"{verdict.session} {works} ({verdict.detail}), {verdict.seconds * 1e3:.1f} ms")
     return 0 if verdict.works else 1
