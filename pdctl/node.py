@@ -38,6 +38,7 @@ from pdctl.core.sessions import SessionTable
 from pdctl.core.witness import Verdict, WitnessPolicy, WitnessTable
 from pdctl.credentials import AccessSettings, Reloaded, follow, listening, rules, server_tls
 from pdctl.dialects import native, sglang
+from pdctl.engine.asking import Asking
 from pdctl.engine.base import Engine, PeerCard
 from pdctl.engine.mooncake import open_mooncake
 from pdctl.errors import ConfigError, LayoutMismatch, NotReady
@@ -308,7 +309,7 @@ async def prefill_node(
     clock = time.monotonic
     async with _rank(settings, arena, str(seat), "prefill") as rank:
         table: SessionTable[PeerCard] = SessionTable(settings.probe, SystemRandom().random)
-        prober = Prober(table, rank.engine.probe, clock=clock, metrics=rank.metrics, known=rank.engine.card)
+        prober = Prober(table, Asking(rank.engine), clock=clock, metrics=rank.metrics, known=rank.engine.card)
         sender = Sender(
             rank.engine, rank.link.send, kv, aux, _rank_id(seat, shape), prober, settings.room, clock, rank.metrics
         )

@@ -11,7 +11,7 @@ import pytest
 from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from pdctl.core.sessions import Change, ChangeKind
+from pdctl.core.sessions import Change, ChangeKind, Depth, State
 from pdctl.errors import Cause
 from pdctl.metrics import Metrics
 
@@ -78,10 +78,10 @@ def test_importing_creates_no_metric() -> None:
 
 def test_two_in_one_process_do_not_share_a_count() -> None:
     one, other = CollectorRegistry(), CollectorRegistry()
-    Metrics(one).sessions.answered(None, 0.001)
+    Metrics(one).sessions.answered(Depth.DATA, None, 0.001)
     Metrics(other)
-    assert one.get_sample_value("pdctl_session_probes_total", {"result": "well"}) == 1
-    assert other.get_sample_value("pdctl_session_probes_total", {"result": "well"}) == 0
+    assert one.get_sample_value("pdctl_session_probes_total", {"depth": "data", "result": "well"}) == 1
+    assert other.get_sample_value("pdctl_session_probes_total", {"depth": "data", "result": "well"}) == 0
 
 
 @pytest.mark.parametrize(
@@ -99,10 +99,26 @@ def test_a_session_is_counted_as_blocked_under_one_cause_at_a_time(
 ) -> None:
     registry = CollectorRegistry()
     sessions = Metrics(registry).sessions
-    sessions.changed(Change(ChangeKind.BLOCKED, "a:1", before, None, "why"))
-    sessions.changed(Change(kind, "a:1", held or before, before, "why", blocked_s=2.0, questions=1))
+    after = State.DROPPED if held else State.TRUSTED
+    sessions.changed(Change(ChangeKind.BLOCKED, "a:1", before, None, "why", state=State.BLOCKED))
+    sessions.changed(Change(kind, "a:1", held or before, before, "why", 2.0, 1, State.BLOCKED, after))
     blocked = {cause: registry.get_sample_value("pdctl_session_blocked", {"cause": cause}) for cause in Cause}
     assert {cause for cause, n in blocked.items() if n} == ({held} if held else set())
     recoveries = registry.get_sample_value("sglang:failed_session_recoveries_total")
     assert recoveries == (1 if kind is ChangeKind.RECOVERED else 0)
     assert registry.get_sample_value("pdctl_session_recovery_seconds_count") == recoveries
+    assert registry.get_sample_value("pdctl_session_ejections_total", {"cause": before}) == 1
+    states = {state: registry.get_sample_value("pdctl_sessions", {"state": state}) for state in State}
+    assert {state for state, n in states.items() if n} == ({after} if held else set())
+
+
+def test_what_is_followed_is_read_at_the_scrape() -> None:
+    registry = CollectorRegistry()
+    sessions = Metrics(registry).sessions
+    sessions.follow(known=lambda: 5, panicking=lambda: 2, doubting=lambda: True, threads_held=lambda: 3)
+    sessions.changed(Change(ChangeKind.BLOCKED, "a:1", Cause.REFUSED, None, "why", state=State.BLOCKED))
+    assert registry.get_sample_value("pdctl_sessions", {"state": "trusted"}) == 4
+    assert registry.get_sample_value("pdctl_sessions", {"state": "blocked"}) == 1
+    assert registry.get_sample_value("pdctl_session_panic_groups") == 2
+    assert registry.get_sample_value("pdctl_session_doubt") == 1
+    assert registry.get_sample_value("pdctl_session_probe_threads_held") == 3

@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry
 from pdctl.core.layout import Region
 from pdctl.core.plan import CopyPlan
 from pdctl.core.sessions import ProbePolicy, SessionTable
+from pdctl.engine.asking import Asking
 from pdctl.engine.base import Engine, PeerCard
 from pdctl.engine.canary import NBYTES as CANARY_NBYTES
 from pdctl.engine.mooncake import MooncakeSettings, open_mooncake
@@ -53,6 +54,10 @@ class Watch:
     def count(self, name: str, **labels: str) -> float:
         return self.registry.get_sample_value(name, labels) or 0.0
 
+    def unwell(self, cause: Cause) -> float:
+        """Questions that ended so."""
+        return self.count("pdctl_session_probes_total", depth="none", result=cause)
+
     def well(self, session: str) -> bool:
         return self.prober.reason_blocked(session) is None
 
@@ -61,7 +66,7 @@ class Watch:
 async def watching(engine: Engine, policy: ProbePolicy = QUICK) -> AsyncIterator[Watch]:
     registry = CollectorRegistry()
     table: SessionTable[PeerCard] = SessionTable(policy, random.Random(1).random)
-    prober = Prober(table, engine.probe, clock=time.monotonic, metrics=Metrics(registry), known=engine.card)
+    prober = Prober(table, Asking(engine), clock=time.monotonic, metrics=Metrics(registry), known=engine.card)
     task = asyncio.create_task(prober.run(), name="prober under test")
     try:
         yield Watch(prober, table, registry)
@@ -123,7 +128,7 @@ async def test_a_stopped_peer_is_blocked_by_its_failed_transfer_and_back_when_it
             with pytest.raises(TransferFailed) as failure:
                 await write(engine, arena, peer, deadline_s=0.3)
             watch.prober.failed(peer.session, failure.value.cause, failure.value.detail)
-            await until(lambda: watch.count("pdctl_session_probes_total", result="timed_out") >= 2, 5.0)
+            await until(lambda: watch.unwell(Cause.TIMED_OUT) >= 2, 5.0)
             assert "timed out" in (watch.prober.reason_blocked(peer.session) or "")
             peer.resume()
             await until(lambda: watch.well(peer.session), QUICK.max_interval_s + QUICK.deadline_s + 1.0)
@@ -155,7 +160,7 @@ async def test_a_killed_peer_stays_blocked_while_wanted_and_is_forgotten_when_id
             peer.kill()
             watch.prober.failed(peer.session, Cause.PEER_GONE, "connection reset")
             await until(
-                lambda: watch.well(peer.session) or watch.count("pdctl_session_probes_total", result="refused") >= 5,
+                lambda: watch.well(peer.session) or watch.unwell(Cause.REFUSED) >= 5,
                 10.0,
             )
             assert not watch.well(peer.session)

@@ -21,6 +21,7 @@ from pdctl.core.layout import Pool
 from pdctl.core.route import Announcement, Seat, Shape
 from pdctl.core.sessions import ProbePolicy, SessionTable
 from pdctl.core.transfer import RoomTimeouts
+from pdctl.engine.asking import Asking
 from pdctl.engine.base import Engine
 from pdctl.engine.mooncake import MooncakeSettings, open_mooncake
 from pdctl.errors import RoomFailed
@@ -94,11 +95,7 @@ async def receiver(ours: Ours, metrics: Metrics) -> AsyncIterator[Receiver]:
 @pytest.fixture
 async def sender(ours: Ours, metrics: Metrics) -> AsyncIterator[Sender]:
     table: SessionTable[Any] = SessionTable(ProbePolicy(interval_s=0.1), lambda: 0.5)
-
-    async def ask(session: str, deadline_s: float) -> Any:
-        return await ours.engine.probe(session, deadline_s=deadline_s)
-
-    prober = Prober(table, ask, clock=time.monotonic, metrics=metrics)
+    prober = Prober(table, Asking(ours.engine), clock=time.monotonic, metrics=metrics)
     one = Sender(ours.engine, ours.link.send, ours.kv_pool, ours.aux_pool, 0, prober, TIMEOUTS, time.monotonic, metrics)
     async with beside(link=ours.link.serve(one.handle), prober=prober.run()), one:
         yield one
