@@ -128,16 +128,17 @@ async def sidecar(settings: Settings) -> AsyncIterator[Sidecar]:
         instance = instance_at(socks, settings.serve)
         plain = sglang.Plain(registrar, instance)
         others = OtherWires.open(settings, journal, kept.notes, metrics)
-        news = native.broadcast(registrar, metrics, settings.watch)
-        routers = [plain.router(), *others.routers(registrar, instance), native.router(registrar, news)]
+        news = native.broadcast(registrar, metrics, settings.watch, others.engines)
+        others.tell(registrar, news)
+        ours = native.router(registrar, news, others.engines)
+        routers = [plain.router(), *others.routers(registrar, instance), ours]
         inner = sglang.in_front(plain, server.app(routers, metrics, unready=registrar.unready))
         service = Turnstile(inner, Admission(settings.admission), time.monotonic, metrics)
         witness = _witness(settings.witness, registrar, metrics)
         http = door.services(service, socks, settings.serve.grace_s)
         files = follow(*door.files)
-        async with beside(
-            **http, sweep=registrar.sweep(), news=news.run(), keys=others.watch(), files=files, witness=witness
-        ):
+        loops = {"news": news.run(), "keys": others.watch(), "vllm": others.roster.watch()}
+        async with beside(**http, **loops, sweep=registrar.sweep(), files=files, witness=witness):
             for sock in socks:
                 server.listen(sock)  # last: see `server.bind`
             urls = [f"http://{server.bound(sock)}" for sock in socks[1:]]

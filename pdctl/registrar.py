@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Generator, Iterable, Sequence
+from functools import partial
 from typing import Any, Generic, NoReturn, TypeVar
 
 import structlog
@@ -50,18 +51,21 @@ STALLED_S = 1.0
 """A loop that wakes so much too late (stopped, swapped out, starved) has heard nobody meanwhile: leases begin anew."""
 
 T = TypeVar("T")
+Told = Callable[[BaseException | None], None]
+"""Called once, maybe at once: with None when what was offered holds and is journalled, or with why it does not."""
 Decide = Callable[[Registry, float], tuple[T, list[Change]]]
 Hear = Callable[[Sequence[Change]], None]
 
 log = structlog.get_logger(__name__)
 
 
-class _Answer(Generic[T]):
-    """What somebody waits for."""
+class _Waiting(Generic[T]):
+    """A command, and what somebody waits for."""
 
-    __slots__ = ("_future", "refusal", "result")
+    __slots__ = ("_future", "decide", "refusal", "result")
 
-    def __init__(self) -> None:
+    def __init__(self, decide: Decide[T]) -> None:
+        self.decide = decide
         self.result: T | None = None
         self.refusal: PdctlError | None = None
         self._future: asyncio.Future[T | None] = asyncio.get_running_loop().create_future()
@@ -85,20 +89,25 @@ class _Answer(Generic[T]):
             self._future.set_exception(error) if isinstance(error, Exception) else self._future.cancel()
 
 
-class _Waiting(_Answer[T]):
-    __slots__ = ("decide",)
+class _Offered:
+    """A command of somebody who does not wait: `told` is called."""
 
-    def __init__(self, decide: Decide[T]) -> None:
-        super().__init__()
+    __slots__ = ("_told", "decide", "refusal", "result")
+
+    def __init__(self, decide: Decide[Any], told: Told) -> None:
         self.decide = decide
+        self.result: Any = None
+        self.refusal: PdctlError | None = None
+        self._told = told
 
+    def done(self) -> bool:
+        return False
 
-class _WaitingRoom(_Answer[None]):
-    __slots__ = ("room",)
+    def tell(self) -> None:
+        self._told(self.refusal)
 
-    def __init__(self, room: Room) -> None:
-        super().__init__()
-        self.room = room
+    def fail(self, error: BaseException) -> None:
+        self._told(error)
 
 
 class Registrar:
@@ -122,9 +131,9 @@ class Registrar:
         self._counts = metrics.registry
         self._clock = clock
         self._hearers: list[Hear] = []
-        self._observations: list[_Waiting[Any]] = []
-        self._commands: list[_Waiting[Any]] = []
-        self._new_rooms: list[_WaitingRoom] = []
+        self._observations: list[_Waiting[Any] | _Offered] = []
+        self._commands: list[_Waiting[Any] | _Offered] = []
+        self._new_rooms: list[tuple[Room, Told]] = []
         self._unwritten: dict[int, Change] = {}  # by epoch; what was observed and is in no journal yet
         self._writing: asyncio.Task[None] | None = None
         self._counts.follow(lambda: registry, lambda: len(rooms))
@@ -168,6 +177,22 @@ class Registrar:
         self._registry.hear(claim.instance, claim.seat, known.epoch, claim.owner, self._clock())
         return True
 
+    def offer(self, claim: Claim, told: Told) -> None:
+        """`register` without a task that waits: what it would raise later, `told` is called with.
+
+        Raises BadField.
+        """
+        check_advertised(claim.address, claim.owner.host)
+        known = self._registry.repeats(claim)
+        if known is None:
+            self._commands.append(_Offered(lambda registry, now: registry.claim(claim, now), told))
+            self._write_soon()
+        elif self.heard(claim):
+            told(None)
+        else:
+            place = claim.instance, claim.seat, known.epoch, claim.owner
+            self._note(_Offered(lambda registry, now: registry.renew(*place, now), told))
+
     async def renew(self, instance: str, seat: Seat, epoch: int, owner: Owner | None, rooms: int | None = None) -> Life:
         """The life goes on, whatever the disk does. `rooms` as in the registry.
 
@@ -190,11 +215,15 @@ class Registrar:
 
     async def announce_room(self, room: int, dp_rank: int) -> None:
         """Raises LimitReached, JournalUnavailable."""
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.offer_room(room, dp_rank, partial(_settle, done))
+        await done
+
+    def offer_room(self, room: int, dp_rank: int, told: Told) -> None:
+        """`announce_room` without a task that waits. Raises LimitReached."""
         self._rooms.check_place(room, self._clock())
-        waiting = _WaitingRoom((room, dp_rank))
-        self._new_rooms.append(waiting)
+        self._new_rooms.append(((room, dp_rank), told))
         self._write_soon()
-        await waiting
 
     # Observations: they hold at once
 
@@ -276,6 +305,17 @@ class Registrar:
         self._hearers.append(hear)
         return lambda: self._hearers.remove(hear)
 
+    def number(self, tell: Callable[[int], None]) -> None:
+        """Give a change of another book a revision, in its turn among those of the registry; nobody waits for it."""
+
+        def decide(registry: Registry, now: float) -> tuple[None, list[Change]]:  # noqa: ARG001
+            tell(registry.number())
+            return None, []
+
+        self._observations.append(_Waiting(decide))
+        if self._writing is None:
+            self._take_note()
+
     def refused(self, error: PdctlError, path: str, peer: str) -> None:
         """A dialect is about to answer with this error. NotReady is an answer like another; the rest is news."""
         if isinstance(error, NotReady):
@@ -294,12 +334,15 @@ class Registrar:
 
     async def _observe(self, decide: Decide[T]) -> T:
         waiting = _Waiting(decide)
+        self._note(waiting)
+        return await waiting
+
+    def _note(self, waiting: _Waiting[Any] | _Offered) -> None:
         self._observations.append(waiting)
         if self._writing is None:
             self._take_note()
         if self._unwritten:
             self._write_soon()
-        return await waiting
 
     def _write_soon(self) -> None:
         if self._writing is None:
@@ -337,11 +380,13 @@ class Registrar:
             changes = [change for waiting in commands for change in _decide(waiting, draft, self._clock())]
             kept = [change for change in (*observed, *changes) if change.is_kept]
             if kept or rooms:
-                await self._journal.append(kept, [waiting.room for waiting in rooms])
+                await self._journal.append(kept, [room for room, _ in rooms])
         except BaseException as error:
             self._registry.skip(draft)
-            for waiting in (*commands, *rooms):  # the refused ones too: it may have been for what has not happened
+            for waiting in commands:  # the refused ones too: it may have been for what has not happened
                 waiting.fail(error)
+            for _, told in rooms:
+                told(error)
             if not isinstance(error, Exception):  # a defect is told to all who wait, and the next group is tried
                 raise
             return
@@ -352,15 +397,15 @@ class Registrar:
             waiting.tell()
         self._take_rooms(rooms)
 
-    def _take_rooms(self, rooms: Iterable[_WaitingRoom]) -> None:
+    def _take_rooms(self, rooms: Iterable[tuple[Room, Told]]) -> None:
         now = self._clock()
-        for waiting in rooms:
+        for (room, dp_rank), told in rooms:
             try:
-                self._rooms.put(*waiting.room, now)
+                self._rooms.put(room, dp_rank, now)
             except LimitReached as error:  # taken by another of the same group
-                waiting.fail(error)
+                told(error)
             else:
-                waiting.tell()
+                told(None)
 
     def _ready(self, what: Lookup, instance: str) -> InstanceView:
         view = self._registry.view(instance)
@@ -408,7 +453,16 @@ def _log(change: Change, **more: object) -> None:
     )
 
 
-def _decide(waiting: _Waiting[Any], registry: Registry, now: float) -> list[Change]:
+def _settle(done: asyncio.Future[None], error: BaseException | None) -> None:
+    if done.done():  # whoever waited has gone
+        return
+    if error is None:
+        done.set_result(None)
+    else:
+        done.set_exception(error) if isinstance(error, Exception) else done.cancel()
+
+
+def _decide(waiting: _Waiting[Any] | _Offered, registry: Registry, now: float) -> list[Change]:
     """What it changes; nothing when whoever asked has gone, or is refused."""
     if waiting.done():
         return []

@@ -11,17 +11,21 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from enum import Enum
 from itertools import islice
+from math import prod
+from typing import NoReturn
 from weakref import WeakValueDictionary
 
 import structlog
 
 from pdctl.core.address import Endpoint
-from pdctl.core.fleet import Fleet, Place, Prefill, Row, Worker, shown
+from pdctl.core.fleet import Fleet, Move, Place, Prefill, Row, Worker, shown
 from pdctl.core.lives import Owner
 from pdctl.errors import NotReady, Occupied
 from pdctl.metrics import FleetChange, Metrics
 
 AT_ONCE = 64
+LOOK_EVERY_S = 0.5
+"""How late it is noticed that nobody joins a prefill any more."""
 MISSING_SHOWN = 8
 
 log = structlog.get_logger(__name__)
@@ -34,6 +38,9 @@ class Presence(Enum):
     REFUSED = "refused"  # the host says that nobody listens
     SILENT = "silent"  # nobody says anything: gone, or cut off
 
+
+Hear = Callable[[str, Sequence[Move]], None]
+"""What happened to a prefill; no moves: it is complete."""
 
 Look = Callable[[Endpoint], Awaitable[Presence]]
 """Ask an address. Bounded in time by itself."""
@@ -55,12 +62,29 @@ class Roster:
         self._look = look
         self._counts = metrics.fleet
         self._clock = clock
+        self._hearers: list[Hear] = []
+        self._complete: set[str] = set()  # as it was told
+        self._joining: dict[str, float] = {}  # prefills, and when they are complete if nobody joins them
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._counts.follow(lambda: len(fleet), lambda ready: sum(self.is_complete(each) is ready for each in fleet))
 
     def restore(self, rows: Sequence[Row]) -> None:
         """Take back what the journal kept. Before the first request."""
         self._fleet.apply(rows, self._clock())
+        for prefill in self:
+            self._look_at(prefill.name)
+
+    def subscribe(self, hear: Hear) -> None:
+        """Call `hear` with what has happened, when it holds."""
+        self._hearers.append(hear)
+
+    async def watch(self) -> NoReturn:
+        """Tell of prefills that are complete because nobody joins them any more. Stand it beside the server."""
+        while True:
+            now = self._clock()
+            for name in [name for name, ready_at in self._joining.items() if ready_at <= now]:
+                self._look_at(name)
+            await asyncio.sleep(LOOK_EVERY_S)
 
     async def register(self, worker: Worker) -> None:
         """Return when the claim holds and is journalled. Raises Occupied, LimitReached, BadField."""
@@ -114,6 +138,13 @@ class Roster:
     def missing(self, prefill: Prefill) -> Iterable[Place]:
         return prefill.missing(self._fleet.sizes)
 
+    def get(self, name: str) -> Prefill | None:
+        return self._fleet.get(name)
+
+    def n_seats(self, prefill: Prefill) -> int:
+        """How many workers it will have, as far as is known."""
+        return prod(prefill.block(self._fleet.sizes))
+
     def __iter__(self) -> Iterator[Prefill]:
         return iter(self._fleet)
 
@@ -148,12 +179,34 @@ class Roster:
         if not rows:
             return
         await self._keep(rows)
-        self._fleet.apply(rows, self._clock())
-        for row in rows:
+        moves: dict[str, list[Move]] = {}
+        for move in self._fleet.apply(rows, self._clock()):
+            row = move.row
+            moves.setdefault(row.prefill, []).append(move)
             change = FleetChange.LEFT if row.worker is None else FleetChange.JOINED
             self._counts.changed(change)
             addr = None if row.worker is None else row.worker.addr
             log.info("vLLM worker", change=change.value, prefill=row.prefill, place=str(row.place), addr=addr)
+        for name, happened in moves.items():
+            self._tell(name, happened)
+            self._look_at(name)
+
+    def _look_at(self, name: str) -> None:
+        """Tell when it has become complete, and remember when to look again."""
+        self._joining.pop(name, None)
+        prefill = self._fleet.get(name)
+        if prefill is None or not self.is_complete(prefill):
+            self._complete.discard(name)
+            ready_at = None if prefill is None else self._fleet.ready_at(prefill)
+            if ready_at is not None:
+                self._joining[name] = ready_at
+        elif name not in self._complete:
+            self._complete.add(name)
+            self._tell(name, [])
+
+    def _tell(self, name: str, happened: Sequence[Move]) -> None:
+        for hear in self._hearers:
+            hear(name, happened)
 
     def _turn(self, prefill: str) -> asyncio.Lock:
         """One for each prefill, for as long as somebody holds it or waits for it."""

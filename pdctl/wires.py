@@ -18,9 +18,11 @@ from pdctl import server
 from pdctl.config import ServeSettings, Settings
 from pdctl.core import fleet, metadata
 from pdctl.core.naming import Names
-from pdctl.dialects import mooncake, vllm
+from pdctl.dialects import engines, mooncake, native, vllm
+from pdctl.dialects.engines import Engines
 from pdctl.dialects.instances import instance_of
 from pdctl.dialects.vllm import InstanceOf
+from pdctl.dialects.watch import Broadcast
 from pdctl.errors import BadField, JournalUnusable
 from pdctl.keyring import Keyring
 from pdctl.metrics import Metrics
@@ -42,7 +44,7 @@ def bind_all(serve: ServeSettings) -> list[socket.socket]:
         socks.append(server.bind(serve.host, serve.port, listens=False))
         for listener in serve.listeners():
             sock = server.bind(listener.host, listener.port, listens=False)
-            socks.append(sock)  # noqa: PERF401 - what was bound has to be closed
+            socks.append(sock)
     except BaseException:
         for sock in socks:
             sock.close()
@@ -64,6 +66,7 @@ class OtherWires:
     roster: Roster
     keyring: Keyring
     value_limit: int
+    engines: Engines
 
     @classmethod
     def open(cls, settings: Settings, journal: Notebook, notes: Sequence[Note], metrics: Metrics) -> OtherWires:
@@ -87,14 +90,30 @@ class OtherWires:
                 f"the journal's rows of {_KEYS} or {_FLEET} were written by another version of pdctl ({error!r}): "
                 "start that version, or give another path; nothing was changed in it"
             ) from error
-        return cls(roster, keyring, limits.max_value_nbytes)
+        return cls(roster, keyring, limits.max_value_nbytes, Engines(roster))
 
     def routers(self, registrar: Registrar, instance: InstanceOf) -> list[APIRouter]:
         return [
             vllm.router(self.roster, registrar.refused, instance),
-            vllm.operators_router(self.roster),
+            engines.operators_router(self.roster),
             mooncake.router(self.keyring, registrar.refused, self.value_limit),
         ]
+
+    def tell(self, registrar: Registrar, news: Broadcast) -> None:
+        """Let watchers hear of vLLM's prefills, in one order with everything else."""
+
+        def publish(name: str, move: fleet.Move | None) -> None:
+            def tell(revision: int) -> None:
+                instance, told = self.engines.told(revision, name, move)
+                news.publish(revision, instance, native.line(told))
+
+            registrar.number(tell)
+
+        def hear(name: str, moves: Sequence[fleet.Move]) -> None:
+            for move in moves or (None,):
+                publish(name, move)
+
+        self.roster.subscribe(hear)
 
     async def watch(self) -> NoReturn:
         """Stand it beside the server."""

@@ -25,7 +25,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from typing import Any
 
@@ -88,7 +88,8 @@ class Sizes:
 class Worker:
     """One registration. `addr` is what peers get, as it was sent; `host` is where it was sent from.
 
-    `instance`: what its listener, or the host name that it used, stands for (core.naming).
+    `instance`: what its listener, or the host name that it used, stands for (core.naming). `epoch` tells two workers of
+    one seat apart, for whoever watches; the fleet gives it.
     """
 
     engine_id: str
@@ -97,6 +98,7 @@ class Worker:
     host: str
     sizes: Sizes = Sizes()
     instance: str = DEFAULT
+    epoch: int = field(default=0, compare=False)
 
     def __post_init__(self) -> None:
         check_engine_id(self.engine_id)
@@ -149,6 +151,14 @@ class Row:
         return cls(worker.prefill, worker.place, worker)
 
 
+@dataclass(frozen=True, slots=True)
+class Move:
+    """A row that holds from now on, and who was in the seat before it."""
+
+    row: Row
+    before: Worker | None
+
+
 @dataclass(slots=True)
 class Prefill:
     """All engines of one ID. Live: read it at once, never write it."""
@@ -168,19 +178,19 @@ class Prefill:
 
     def missing(self, configured: Sizes) -> Iterator[Place]:
         """Seats that nobody has, in order: take what you show, a rank may claim to be the 65,536th."""
-        places = (Place(*at) for at in product(*map(range, self._block(configured))))
+        places = (Place(*at) for at in product(*map(range, self.block(configured))))
         return (place for place in places if place not in self.workers)
 
     def ready_at(self, configured: Sizes, settle_s: float) -> float | None:
         """From when on it is complete, if nothing changes; None while a seat is missing."""
-        dp, tp, pp = self._block(configured)
+        dp, tp, pp = self.block(configured)
         inside = sum(place.dp < dp and place.tp < tp and place.pp < pp for place in self.workers)
         if not inside == len(self.workers) == dp * tp * pp:
             return None
         return self.joined_at if self.sizes(configured).known else self.joined_at + settle_s
 
-    def _block(self, configured: Sizes) -> tuple[int, int, int]:
-        """Its sizes, and where one is not known that of the smallest block that holds everybody."""
+    def block(self, configured: Sizes) -> tuple[int, int, int]:
+        """Its sizes in dp, tp and pp, and where one is not known that of the smallest block that holds everybody."""
         sizes, held = self.sizes(configured), self.workers
         return (
             sizes.dp or 1 + max(place.dp for place in held),
@@ -220,6 +230,7 @@ class Fleet:
         self.sizes = Sizes.parse(self._policy.sizes)
         self._prefills: dict[str, Prefill] = {}
         self._at: dict[Endpoint, Worker] = {}
+        self._last_epoch = 0
 
     def __iter__(self) -> Iterator[Prefill]:
         return iter(self._prefills.values())
@@ -232,8 +243,14 @@ class Fleet:
         """By the ID of a prefill, or of one of its engines."""
         return self._prefills.get(engine) or self._prefills.get(prefill_of(engine))
 
+    def get(self, name: str) -> Prefill | None:
+        return self._prefills.get(name)
+
+    def ready_at(self, prefill: Prefill) -> float | None:
+        return prefill.ready_at(self.sizes, self._policy.settle_s)
+
     def is_complete(self, prefill: Prefill, now: float) -> bool:
-        ready_at = prefill.ready_at(self.sizes, self._policy.settle_s)
+        ready_at = self.ready_at(prefill)
         return ready_at is not None and now >= ready_at
 
     def rivals(self, worker: Worker, now: float) -> list[Worker]:
@@ -266,24 +283,34 @@ class Fleet:
             raise LimitReached(
                 f"{len(self)} vLLM workers are held, the limit (max_workers): drop prefills that are gone, or raise it"
             )
-        return [*rows, Row(worker.prefill, worker.place, worker)]
+        return [*rows, Row(worker.prefill, worker.place, self._numbered(worker))]
 
     def drop(self, prefill: Prefill) -> list[Row]:
         """What forgetting it would change."""
         return [Row(prefill.name, place, None) for place in prefill.workers]
 
-    def apply(self, rows: Iterable[Row], now: float) -> None:
+    def apply(self, rows: Iterable[Row], now: float) -> list[Move]:
         """Make it so, without judging."""
-        for row in rows:
-            prefill = self._prefills.setdefault(row.prefill, Prefill(row.prefill))
-            old = prefill.workers.pop(row.place, None)
-            if old is not None:
-                self._at.pop(old.address, None)
-            if row.worker is not None:
-                prefill.workers[row.place] = self._at[row.worker.address] = row.worker
-                prefill.joined_at = now
-            if not prefill.workers:
-                del self._prefills[row.prefill]
+        return [self._apply(row, now) for row in rows]
+
+    def _apply(self, row: Row, now: float) -> Move:
+        prefill = self._prefills.setdefault(row.prefill, Prefill(row.prefill))
+        old = prefill.workers.pop(row.place, None)
+        if old is not None:
+            self._at.pop(old.address, None)
+        if row.worker is not None:
+            worker = row.worker if row.worker.epoch else self._numbered(row.worker)  # a journal of before has none
+            self._last_epoch = max(self._last_epoch, worker.epoch)
+            prefill.workers[row.place] = self._at[worker.address] = worker
+            prefill.joined_at = now
+            row = replace(row, worker=worker)
+        if not prefill.workers:
+            del self._prefills[row.prefill]
+        return Move(row, old)
+
+    def _numbered(self, worker: Worker) -> Worker:
+        self._last_epoch += 1
+        return replace(worker, epoch=self._last_epoch)
 
     def _ended(self, prefill: Prefill, worker: Worker, gone: Collection[Worker], now: float) -> list[Worker]:
         """Who ends with this claim: the gone, those who give way, and who was at the newcomer's address before it."""

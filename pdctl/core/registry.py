@@ -137,6 +137,11 @@ class Registry:
         life = view.alive.get(seat) if view else None
         return life.address if life else None
 
+    def number(self) -> int:
+        """The next revision, for a change of another book, which readers are told of in one order with these."""
+        self.revision += 1
+        return self.revision
+
     @property
     def next_deadline(self) -> float:
         """When `tick` will have something to do, or a little earlier; inf for never."""

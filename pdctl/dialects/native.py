@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from itertools import islice
 from math import inf
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 from fastapi import APIRouter, Header, Path, Query, Request
 from fastapi.responses import JSONResponse, Response
@@ -45,15 +45,29 @@ _REGISTRATION, _RENEWAL, _DRAIN = TypeAdapter(Registration), TypeAdapter(Renewal
 
 
 Instance = Annotated[str, Path(description="The instance's name.", json_schema_extra={"pattern": f"^{NAME}$"})]
+Shown = Annotated[str, Path(description="As the list has it: of vLLM's prefills, `vllm:` and the ID.")]
 SeatName = Annotated[str, Path(description="dp0-cp0-tp1-pp0, or tp1.", json_schema_extra={"pattern": f"^{SEAT}$"})]
 
 
-def broadcast(registrar: Registrar, metrics: Metrics, limits: WatchLimits | None = None) -> Broadcast:
-    """What watchers hear, from now on. Stand its `run` beside the server."""
+class Others(Protocol):
+    """Instances that another wire has, as this one shows them."""
+
+    def names(self) -> Iterable[str]: ...
+
+    def summaries(self, role: str | None = None) -> Iterable[dict[str, Any]]: ...
+
+    def detail(self, instance: str) -> dict[str, Any] | None: ...
+
+
+def broadcast(
+    registrar: Registrar, metrics: Metrics, limits: WatchLimits | None = None, others: Others | None = None
+) -> Broadcast:
+    """What watchers hear, from now on. Stand its `run` beside the server. What happens to `others` they publish."""
 
     def detail(name: str) -> bytes | None:
         view = registrar.view(name)
-        return None if view is None else _line(_detail(view))
+        found = _detail(view) if view is not None else others.detail(name) if others is not None else None
+        return None if found is None else line(found)
 
     def tell(changes: Iterable[Change]) -> None:
         stands: dict[str, dict[str, Any] | None] = {}
@@ -62,20 +76,22 @@ def broadcast(registrar: Registrar, metrics: Metrics, limits: WatchLimits | None
             if name not in stands:  # after all of them: each tells of the instance as it is now
                 view = registrar.view(name)
                 stands[name] = None if view is None else _summary(view)
-            news.publish(change.revision, name, _line(_told(change, stands[name])))
+            news.publish(change.revision, name, line(_told(change, stands[name])))
 
-    names = lambda: [view.name for view in registrar.views()]  # noqa: E731
+    def names() -> list[str]:
+        return [*(view.name for view in registrar.views()), *(() if others is None else others.names())]
+
     news = Broadcast(names, detail, metrics, feed=Feed(registrar.revision), limits=limits)
     registrar.subscribe(tell)
     return news
 
 
-def router(registrar: Registrar, news: Broadcast | None = None) -> APIRouter:
-    """`news`: without it, nothing can be watched."""
+def router(registrar: Registrar, news: Broadcast | None = None, others: Others | None = None) -> APIRouter:
+    """`news`: without it, nothing can be watched. `others` are listed beside the registry's own."""
     api = APIRouter(prefix="/v1", tags=["pdctl"], route_class=route_class(_refusing(registrar)))
     _add_ranks(api, registrar)
     _add_drains(api, registrar)
-    _add_lists(api, registrar, news)
+    _add_lists(api, registrar, news, others)
     if news is not None:
         _add_watch(api, news)
     return api
@@ -148,12 +164,13 @@ def _add_drains(api: APIRouter, registrar: Registrar) -> None:
         return await drain(request, instance, read_seat(seat))
 
 
-def _add_lists(api: APIRouter, registrar: Registrar, news: Broadcast | None) -> None:
+def _add_lists(api: APIRouter, registrar: Registrar, news: Broadcast | None, others: Others | None) -> None:
     @api.get("/instances", summary="Every instance, with how many of its seats are held")
     async def instances(
         role: Annotated[str | None, Query(description="Only those that play this role: prefill, decode, ...")] = None,
     ) -> Response:
         shown = [_summary(view) for view in registrar.views() if role is None or view.role == role]
+        shown += [] if others is None else others.summaries(role)
         cursor = None if news is None else news.cursor
         return JSONResponse({"revision": registrar.revision, "cursor": cursor, "instances": shown})
 
@@ -162,7 +179,10 @@ def _add_lists(api: APIRouter, registrar: Registrar, news: Broadcast | None) -> 
         summary="One instance: its shape, who sits where, and who is missing",
         responses=fails(400, 404),
     )
-    async def one(instance: Instance) -> Response:
+    async def one(instance: Shown) -> Response:
+        found = None if others is None else others.detail(instance)
+        if found is not None:
+            return JSONResponse({**found, "health": None})
         view = registrar.view(check_name(instance, "instance"))
         if view is None:
             what, fix = f"no rank of {instance!r} has registered yet", "wait, or compare the name with /v1/instances"
@@ -284,7 +304,8 @@ def _place(seat: Seat) -> dict[str, Any]:
     return {"seat": str(seat), "dp": seat.dp, "cp": seat.cp, "tp": seat.tp, "pp": seat.pp}
 
 
-def _line(body: object) -> bytes:
+def line(body: object) -> bytes:
+    """As watchers get it."""
     try:
         return to_json(body)
     except ValueError:  # hundreds of levels, lone surrogates: a watcher must hear it all the same

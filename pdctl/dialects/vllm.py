@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from itertools import islice
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -27,10 +26,10 @@ from fastapi.responses import JSONResponse
 from starlette.types import Scope
 
 from pdctl.core.address import Endpoint, is_loopback
-from pdctl.core.fleet import Place, Prefill, Sizes, Worker
+from pdctl.core.fleet import Place, Sizes, Worker
 from pdctl.core.naming import DEFAULT
 from pdctl.core.route import as_integer, as_object, needed
-from pdctl.dialects.edge import MIB, owner_of, peer_of, read_json, status_of
+from pdctl.dialects.edge import MIB, peer_of, read_json, status_of
 from pdctl.errors import BadField, LimitReached, NotReady, PdctlError
 from pdctl.roster import Presence, Roster
 
@@ -99,34 +98,17 @@ def router(roster: Roster, refused: Refused, instance_of: InstanceOf = lambda _:
 
     api.add_api_route(
         "/register", register, methods=["POST"], summary="A prefill worker says where it is",
-        responses=_said(200, 408, 409, 413, 422, 429, 503), openapi_extra=_REGISTER,
+        responses=said(200, 408, 409, 413, 422, 429, 503), openapi_extra=_REGISTER,
     )  # fmt: skip
     api.add_api_route(
-        "/query", query, methods=["GET"], summary="Every engine of every complete prefill", responses=_said(200, 503)
+        "/query", query, methods=["GET"], summary="Every engine of every complete prefill", responses=said(200, 503)
     )
     engine = {"name": "engine", "in": "path", "required": True, "schema": {"type": "string"}}
     api.add_api_route(
         "/e/{engine}/query", query, methods=["GET"], summary="The engines of one prefill, when it is complete",
         description="By the ID of the prefill, or of one of its engines (`ID_dp0`).",
-        responses=_said(200, 503), openapi_extra={"parameters": [engine]},
+        responses=said(200, 503), openapi_extra={"parameters": [engine]},
     )  # fmt: skip
-    return api
-
-
-def operators_router(roster: Roster) -> APIRouter:
-    """vLLM's prefills as pdctl shows them under /v1, and the goodbye that vLLM itself never says."""
-    api = APIRouter(prefix="/v1/engines", tags=["pdctl"])
-
-    @api.get("", summary="Every prefill of vLLM, with who is missing")
-    async def engines() -> dict[str, Any]:
-        return {"prefills": [_shown(prefill, roster) for prefill in roster]}
-
-    @api.delete("/{engine}", summary="Forget a prefill that is gone", responses=_said(404, 409, 503))
-    async def forget(request: Request, engine: str) -> Response:
-        if await roster.remove(engine, owner_of(request.scope)):
-            return JSONResponse({"status": "ok"})
-        return JSONResponse({"error": {"message": f"no worker of engine {engine!r} is registered"}}, 404)
-
     return api
 
 
@@ -143,7 +125,8 @@ async def look(address: Endpoint) -> Presence:
     return Presence.THERE
 
 
-def _said(*codes: int) -> dict[int | str, dict[str, Any]]:
+def said(*codes: int) -> dict[int | str, dict[str, Any]]:
+    """Statuses in words, for the OpenAPI."""
     return {code: {"description": _TEXTS[code]} for code in codes}
 
 
@@ -160,18 +143,3 @@ def _worker(body: object, host: str, instance: str) -> Worker:
     if worker.address.is_loopback and not is_loopback(host):
         raise BadField("addr", f"is {worker.addr}, but it speaks from {host}: start vLLM with VLLM_HOST_IP={host}")
     return worker
-
-
-def _shown(prefill: Prefill, roster: Roster) -> dict[str, Any]:
-    workers = [
-        {"engine_id": worker.engine_id, "place": str(place), "addr": worker.addr, "host": worker.host}
-        for place, worker in sorted(prefill.workers.items())
-    ]
-    missing = [str(place) for place in islice(roster.missing(prefill), MISSING_SHOWN)]
-    return {
-        "name": prefill.name,
-        "instance": prefill.last.instance,
-        "complete": roster.is_complete(prefill),
-        "workers": workers,
-        "missing": missing,
-    }

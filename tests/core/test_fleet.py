@@ -52,6 +52,32 @@ def test_a_loopback_address_from_another_host_is_refused() -> None:
     Worker("p", Place(0, 0, 0), "tcp://127.0.0.1:4000", "127.0.0.1")
 
 
+def test_every_worker_has_an_epoch_of_its_own_and_a_later_one_a_higher(sized: Fleet) -> None:
+    join(sized, worker(0), worker(1), worker(0))  # the third is the first again
+    first = {each.place.tp: each.epoch for each in held(sized)}
+    join(sized, worker(0, port=5000))
+    assert (first, [each.epoch for each in held(sized)]) == ({0: 1, 1: 2}, [3])
+
+
+def test_epochs_outlive_the_journal_and_rows_of_before_are_given_one(sized: Fleet) -> None:
+    notes = [row.to_note()[1] or b"" for row in join(sized, worker(0), worker(1))]
+    old = notes[0].replace(b', "epoch": 1', b"")
+    assert old != notes[0]
+    heir = Fleet(FleetPolicy(sizes="dp=1,tp=2,pp=1"))
+    heir.apply([Row.from_note(note) for note in (notes[1], old)], 0.0)
+    assert {each.place.tp: each.epoch for each in held(heir)} == {1: 2, 0: 3}
+    join(heir, worker(0, engine="q"))
+    assert max(each.epoch for each in held(heir)) == 4
+
+
+def test_what_was_in_the_seat_is_told_with_what_is(sized: Fleet) -> None:
+    join(sized, worker(0))
+    (move,) = sized.apply(sized.claim(worker(0, port=5000), [worker(0)], 0.0), 0.0)
+    assert move.row.worker is not None
+    assert move.before is not None
+    assert (move.before.epoch, move.row.worker.epoch) == (1, 2)
+
+
 @pytest.fixture
 def sized() -> Fleet:
     return Fleet(FleetPolicy(sizes="dp=1,tp=2,pp=1"))

@@ -14,7 +14,7 @@ import pytest
 
 from pdctl.core.address import Endpoint
 from pdctl.core.fleet import Fleet, FleetPolicy, Place, Row, Worker
-from pdctl.dialects import vllm
+from pdctl.dialects import engines, vllm
 from pdctl.errors import JournalUnavailable, PdctlError
 from pdctl.metrics import Metrics
 from pdctl.roster import Presence, Roster
@@ -67,7 +67,7 @@ async def staged(metrics: Metrics, clock: Clock, **policy: Any) -> AsyncIterator
         await made.keep(rows)
 
     roster = Roster(Fleet(FleetPolicy(**policy)), keep, look, metrics, clock)
-    routers = [vllm.router(roster, lambda error, *_: made.refused.append(error)), vllm.operators_router(roster)]
+    routers = [vllm.router(roster, lambda error, *_: made.refused.append(error)), engines.operators_router(roster)]
     with bind("127.0.0.1", 0) as sock:
         async with aiohttp.ClientSession() as session:
             made = Stage(f"http://{bound(sock)}", session, roster, presence)
