@@ -2,7 +2,7 @@
 The short way: a request that has come whole is answered from within the parser's callback, without a task of its own.
 
 An ASGI app may have a method `at_once(scope, body)` beside `__call__`. It is asked first, for every request whose body
-came with its head; it gives an Answer, something to await that gives one, or None for "go the usual way". Whoever
+came with its head; it gives an Answer, a Promise of one, or None for "go the usual way". Whoever
 wraps an app wraps both. What uvicorn does for one ASGI request (a scope, a cycle, an event, a task, two messages with
 each header checked twice) takes more than twice as long as such an answer (docs/performance.md).
 
@@ -14,9 +14,10 @@ No path is known here.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from functools import partial
 from http import HTTPStatus
-from typing import Protocol
+from typing import Any, Protocol
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.config import Config
@@ -50,7 +51,39 @@ class Answer:
         return b"".join((self._before, *(b"%b: %b\r\n" % header for header in headers), self._after))
 
 
-Answered = Answer | Awaitable[Answer] | None
+class Promise:
+    """An answer that is given later, without a task of its own that waits for it. Awaiting it does as well."""
+
+    __slots__ = ("_hear", "_kept")
+
+    def __init__(self) -> None:
+        self._kept: Answer | BaseException | None = None
+        self._hear: Callable[[Answer | BaseException], None] | None = None
+
+    def keep(self, answer: Answer | BaseException) -> None:
+        """To be called once. An exception: there will be no answer, and why."""
+        self._kept = answer
+        if self._hear is not None:
+            self._hear(answer)
+
+    def then(self, hear: Callable[[Answer | BaseException], None]) -> None:
+        """Call `hear` when it is kept, which it may be already. For one who hears."""
+        self._hear = hear
+        if self._kept is not None:
+            hear(self._kept)
+
+    def __await__(self) -> Generator[Any, None, Answer]:
+        if self._kept is None:
+            kept = asyncio.get_running_loop().create_future()
+            self._hear = lambda answer: None if kept.done() else kept.set_result(None)  # noqa: ARG005
+            yield from kept
+        if isinstance(self._kept, BaseException):
+            raise self._kept
+        assert self._kept is not None  # noqa: S101
+        return self._kept
+
+
+Answered = Answer | Promise | None
 
 
 class AtOnce(Protocol):
@@ -186,20 +219,26 @@ class ShortcutProtocol(HttpToolsProtocol):
             self.transport.write(answer.on_the_wire(self.server_state.default_headers))
             self.on_response_complete()
 
-    def _answer_later(self, answer: Awaitable[Answer]) -> None:
+    def _answer_later(self, promise: Promise) -> None:
         self.cycle = pending = _Pending()  # type: ignore[assignment]
-        task = self.loop.create_task(self._await(answer, pending))
-        task.add_done_callback(self.tasks.discard)
-        self.tasks.add(task)
+        promise.then(partial(self._kept, pending))
 
-    async def _await(self, awaited: Awaitable[Answer], pending: _Pending) -> None:
+    def _kept(self, pending: _Pending, kept: Answer | BaseException) -> None:
+        """Whoever keeps promises has others to keep as well: nothing is raised here."""
+        pending.response_complete = True
+        if isinstance(kept, Exception):
+            self.logger.error("Exception in the short way", exc_info=kept)
         try:
-            answer = await awaited
+            self._answer_now(pending, _BROKEN if isinstance(kept, Exception) else kept)
         except Exception:
             self.logger.exception("Exception in the short way")
-            answer = _BROKEN
-        pending.response_complete = True
+            self.transport.abort()
+
+    def _answer_now(self, pending: _Pending, answer: Answer | BaseException) -> None:
         if pending.disconnected or self.transport.is_closing():
+            return
+        if isinstance(answer, BaseException):  # whoever promised is being stopped
+            self.transport.close()
             return
         own = self.server_state.default_headers
         self.transport.write(answer.on_the_wire(own if pending.keep_alive else [*own, (b"connection", b"close")]))

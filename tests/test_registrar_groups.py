@@ -356,3 +356,58 @@ async def test_ten_thousand_leases_end_in_slices(disk: Disk, clock: Clock) -> No
     await asyncio.wait({sweeping})
     assert len([turn for turn in turns if turn > 0.0001]) >= 10_000 / 200
     assert max(turns) < 0.05
+
+
+class Ear:
+    """What somebody was told who offered something."""
+
+    def __init__(self) -> None:
+        self.told: list[BaseException | None] = []
+        self.heard = asyncio.Event()
+
+    def __call__(self, error: BaseException | None) -> None:
+        self.told.append(error)
+        self.heard.set()
+
+
+async def test_who_offers_a_claim_or_a_room_is_told_when_the_journal_has_it_and_once(
+    registrar: Registrar, disk: Disk
+) -> None:
+    disk.gate.clear()
+    seat, room = Ear(), Ear()
+    registrar.offer(claim(), seat)
+    registrar.offer_room(7, 1, room)
+    await asyncio.sleep(0.05)
+    assert (seat.told, room.told, held(registrar), registrar.rooms([7])) == ([], [], {}, {})
+    disk.gate.set()
+    await asyncio.gather(seat.heard.wait(), room.heard.wait())
+    assert (seat.told, room.told, list(held(registrar)), registrar.rooms([7])) == ([None], [None], [FIRST], {7: 1})
+
+
+async def test_who_offers_what_cannot_be_is_told_why(registrar: Registrar, disk: Disk) -> None:
+    await registrar.register(claim(ttl_s=10.0))
+    occupied, seat, room = Ear(), Ear(), Ear()
+    registrar.offer(claim(host=ELSEWHERE, port=50000), occupied)
+    await occupied.heard.wait()
+    disk.trouble = "the disk is full"
+    registrar.offer(claim(1), seat)
+    registrar.offer_room(7, 1, room)
+    await asyncio.gather(seat.heard.wait(), room.heard.wait())
+    kinds = [[type(error) for error in ear.told] for ear in (occupied, seat, room)]
+    assert kinds == [[Occupied], [JournalUnavailable], [JournalUnavailable]]
+    assert (list(held(registrar)), registrar.rooms([7])) == ([FIRST], {})
+
+
+async def test_who_offers_what_is_known_is_told_at_once_and_has_spoken(
+    registrar: Registrar, disk: Disk, clock: Clock
+) -> None:
+    life = await registrar.register(claim(ttl_s=10.0))
+    disk.gate.clear()
+    for silent_s, standing in ((4.0, Standing.ALIVE), (6.0, Standing.SUSPECT)):
+        now = clock.forward(silent_s)
+        if standing is Standing.SUSPECT:
+            await swept(registrar, lambda: life.pulse.suspected)
+        ear = Ear()
+        registrar.offer(claim(ttl_s=10.0), ear)
+        assert ear.told == [None]
+        assert (life.pulse.spoke_at, life.standing(now)) == (now, Standing.ALIVE)

@@ -12,7 +12,7 @@ import uvloop
 from starlette.types import Receive, Scope, Send
 
 from pdctl.server import bind, bound, serve
-from pdctl.shortcut import Answer, Answered, Beside, at_once_of, nothing_at_once
+from pdctl.shortcut import Answer, Answered, Beside, Promise, at_once_of, nothing_at_once
 
 
 def said(text: str) -> Answer:
@@ -26,6 +26,7 @@ class App:
     def __init__(self) -> None:
         self.asked = asyncio.Event()
         self.let_go = asyncio.Event()
+        self.tasks = set[asyncio.Task[None]]()
 
     def at_once(self, scope: Scope, body: bytes) -> Answered:
         if scope["path"] == "/usual":
@@ -34,14 +35,23 @@ class App:
             raise ZeroDivisionError("secret")
         if scope["path"].startswith("/later"):
             return self._later(scope)
+        if scope["path"] == "/kept":
+            kept = Promise()
+            kept.keep(said("kept"))
+            return kept
         return said(f"short {told(scope, body)}")
 
-    async def _later(self, scope: Scope) -> Answer:
+    def _later(self, scope: Scope) -> Promise:
+        promise = Promise()
+        task = asyncio.create_task(self._keep(promise, scope["path"]))
+        self.tasks.add(task)
+        return promise
+
+    async def _keep(self, promise: Promise, path: str) -> None:
         self.asked.set()
         await self.let_go.wait()
-        if scope["path"] == "/later/defect":
-            raise ZeroDivisionError("secret")
-        return said("later")
+        ends = {"/later/defect": ZeroDivisionError("secret"), "/later/never": asyncio.CancelledError()}
+        promise.keep(ends.get(path) or said("later"))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         body, more = b"", True
@@ -198,6 +208,38 @@ async def test_an_answer_under_way_is_given_when_the_service_stops_and_the_conne
             assert await reader.read() == b""
         writer.close()
         await writer.wait_closed()
+
+
+async def test_a_promise_that_is_kept_before_anybody_hears_is_answered() -> None:
+    async with served(App()) as (port, _):
+        answers = await talk(port, [asking("PUT", "/kept") * 2 + asking("GET", "/after")], 3)
+    assert [body.split()[0] for _, body, _ in answers] == ["kept", "kept", "short"]
+
+
+async def test_a_promise_that_is_given_up_ends_its_connection_and_no_other() -> None:
+    app = App()
+    async with served(app) as (port, _):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(asking("PUT", "/later/never"))
+        await app.asked.wait()
+        app.let_go.set()
+        async with asyncio.timeout(5.0):
+            assert await reader.read() == b""
+        assert (await talk(port, [asking("GET", "/after")]))[0][0] == 200
+        writer.close()
+        await writer.wait_closed()
+
+
+async def test_a_promise_can_be_awaited_before_it_is_kept_and_after() -> None:
+    promise, broken = Promise(), Promise()
+    waiter, gone = asyncio.ensure_future(promise), asyncio.ensure_future(broken)
+    await asyncio.sleep(0)
+    promise.keep(answer := said("later"))
+    broken.keep(ZeroDivisionError())
+    assert (await waiter, await promise) == (answer, answer)
+    for each in (gone, broken):
+        with pytest.raises(ZeroDivisionError):
+            await each
 
 
 async def test_who_leaves_while_the_answer_is_awaited_leaves_no_error_behind(caplog: pytest.LogCaptureFixture) -> None:

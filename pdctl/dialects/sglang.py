@@ -11,7 +11,8 @@ OpenAPI is written by hand in `sglang_openapi`.
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -26,8 +27,8 @@ from pdctl.dialects import sglang_openapi as docs
 from pdctl.dialects.edge import MIB, owner_of, parsed, peer_host, received, text_answer
 from pdctl.errors import BadField, PdctlError, TooLarge
 from pdctl.metrics import Lookup
-from pdctl.registrar import Registrar
-from pdctl.shortcut import Answer, Answered, Beside
+from pdctl.registrar import Registrar, Told
+from pdctl.shortcut import Answer, Answered, Beside, Promise
 
 ROUTE_LIMIT = MIB
 ROOM_LIMIT = MIB
@@ -39,12 +40,13 @@ _RANKS = ("prefill_dp_rank", "prefill_cp_rank", "target_tp_rank", "target_pp_ran
 _TOPOLOGY = Seat(-1, -1, -1, -1)
 _LIMITS = {"/route": ROUTE_LIMIT, "/register_dp_rank": ROOM_LIMIT, "/query_dp_ranks": QUERY_LIMIT}
 _PLAIN = {int}  # a bool is none
+_KEPT_BODY_NBYTES = 2048  # stock's has 600; a layout makes it longer
 _KEPT, _KEPT_NBYTES = 4096, 256  # one question can be written in many ways and at any length, by strangers too
 
 InstanceOf = Callable[[Scope], str]
 """For which instance a request speaks."""
 
-Handler = Callable[[Scope, bytes], Answer | Awaitable[Answer]]
+Handler = Callable[[Scope, bytes], Answer | Promise]
 
 
 def router(registrar: Registrar, instance: str = "default") -> APIRouter:
@@ -88,10 +90,9 @@ class Plain:
             return None
         try:
             _check_size(scope, len(body))
-            answer = handler(scope, body)
+            return handler(scope, body)
         except PdctlError as error:
             return self._refusal(error, scope)
-        return answer if isinstance(answer, Answer) else self._settled(answer, scope)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         answer: Answered
@@ -103,11 +104,16 @@ class Plain:
         if answer is not None:
             await (answer if isinstance(answer, Answer) else await answer).send(send)
 
-    async def _settled(self, awaited: Awaitable[Answer], scope: Scope) -> Answer:
-        try:
-            return await awaited
-        except PdctlError as error:
-            return self._refusal(error, scope)
+    def _telling(self, promise: Promise, scope: Scope) -> Told:
+        """How the registrar has the promise kept."""
+
+        def told(error: BaseException | None) -> None:
+            if error is None:
+                promise.keep(_OK)
+            else:
+                promise.keep(self._refusal(error, scope) if isinstance(error, PdctlError) else error)
+
+        return told
 
     def _refusal(self, error: PdctlError, scope: Scope) -> Answer:
         self._registrar.refused(error, scope["path"], peer_host(scope))
@@ -129,13 +135,14 @@ class Plain:
         api.routes.append(Route("/route", _MethodNotAllowed(), include_in_schema=False))
         return api
 
-    def _put_route(self, scope: Scope, body: bytes) -> Answer | Awaitable[Answer]:
-        claim = Claim(self._instance_of(scope), Announcement.from_body(parsed(body)), owner_of(scope))
-        return _OK if self._registrar.heard(claim) else self._register(claim)
-
-    async def _register(self, claim: Claim) -> Answer:
-        await self._registrar.register(claim)
-        return _OK
+    def _put_route(self, scope: Scope, body: bytes) -> Answer | Promise:
+        announcement = _announced(body) if len(body) <= _KEPT_BODY_NBYTES else _announced.__wrapped__(body)
+        claim = Claim(self._instance_of(scope), announcement, owner_of(scope))
+        if self._registrar.heard(claim):
+            return _OK
+        promise = Promise()
+        self._registrar.offer(claim, self._telling(promise, scope))
+        return promise
 
     def _get_route(self, scope: Scope, body: bytes) -> Answer:  # noqa: ARG002
         asked = self._instance_of(scope), scope["query_string"]
@@ -169,17 +176,15 @@ class Plain:
             self._kept[instance, query] = what, answer
         return answer
 
-    def _register_dp_rank(self, scope: Scope, body: bytes) -> Awaitable[Answer]:  # noqa: ARG002
+    def _register_dp_rank(self, scope: Scope, body: bytes) -> Promise:
         row = as_object(parsed(body))
         room = as_integer(needed(row, "bootstrap_room"), "bootstrap_room")
         dp_rank = as_integer(needed(row, "dp_rank"), "dp_rank")
         if not 0 <= dp_rank < MAX_SEATS:
             raise BadField("dp_rank", f"is {dp_rank}: ranks count from 0 to {MAX_SEATS - 1} at most")
-        return self._announce_room(room, dp_rank)
-
-    async def _announce_room(self, room: int, dp_rank: int) -> Answer:
-        await self._registrar.announce_room(room, dp_rank)
-        return _OK
+        promise = Promise()
+        self._registrar.offer_room(room, dp_rank, self._telling(promise, scope))
+        return promise
 
     def _query_dp_ranks(self, scope: Scope, body: bytes) -> Answer:  # noqa: ARG002
         rooms = needed(as_object(parsed(body)), "bootstrap_rooms")
@@ -208,6 +213,12 @@ class _MethodNotAllowed:
 
 async def _documented() -> None:
     """Stands in FastAPI's table for what `Plain` answers; never called."""
+
+
+@lru_cache(maxsize=1024)
+def _announced(body: bytes) -> Announcement:
+    """A rank that says itself again says it in the same bytes."""
+    return Announcement.from_body(parsed(body))
 
 
 def _ranks_sent(query: bytes) -> list[str]:
