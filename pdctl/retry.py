@@ -49,6 +49,8 @@ class RetryPolicy:
     full_jitter: False, "equal" jitter: a wait is drawn between half of its ceiling and the whole. Ranks that started
         together spread, and none hammers. True draws from 0 on: twice the spread, for the price of some waits that are
         hardly any; better where thousands lost the same registry at one moment.
+    full_first: True: the first wait, and what is added to a `Retry-After`, are drawn from 0 on whatever `full_jitter`
+        says of the other waits (`returning`).
     max_attempts: None, no bound: an engine that has loaded its weights for ten minutes should not throw them away
         because the registry was slow. Whoever wants an end says so, and says what it means.
     give_up_after_s: no attempt starts later than this after the first one started; None, no bound. The last wait is
@@ -64,6 +66,7 @@ class RetryPolicy:
     multiplier: float = 2.0
     max_wait_s: float = 30.0
     full_jitter: bool = False
+    full_first: bool = False
     max_attempts: int | None = None
     give_up_after_s: float | None = None
     max_retry_after_s: float = 120.0
@@ -90,7 +93,7 @@ class RetryPolicy:
 
     def wait_s(self, attempt: int, random: Random) -> float:
         """The wait after failure number `attempt` (from 1 on), drawn from `random`."""
-        return self._jittered_s(self.ceiling_s(attempt), random)
+        return self._jittered_s(self.ceiling_s(attempt), random, full=self.full_first and attempt == 1)
 
     def longest_wait_s(self, random: Random) -> float:
         """A wait for those who keep trying beyond the bounds."""
@@ -98,7 +101,8 @@ class RetryPolicy:
 
     def wait_after_hint_s(self, attempt: int, random: Random) -> float:
         """What is waited beyond a `Retry-After`."""
-        return self._jittered_s(min(self.ceiling_s(attempt), self.after_hint_s or math.inf), random)
+        ceiling_s = min(self.ceiling_s(attempt), self.after_hint_s or math.inf)
+        return self._jittered_s(ceiling_s, random, full=self.full_first)  # it makes up for whole seconds
 
     def returning(self, period_s: float) -> RetryPolicy:
         """The policy of one who was registered and said so every `period_s`, until the registry was lost.
@@ -110,14 +114,24 @@ class RetryPolicy:
         stretch is half a period (from a whole one of 10 s it was 3.4 times), but 5 s where the period allows: 2,000
         clients in 2.5 s are more than the registry's door lets in. A renewal that is lost alone is repeated after a
         quarter to a half of the period, on average.
+
+        Only the first wait has full jitter: it scatters them. Who draws every wait from 0 on is most likely to come
+        right after the outage, twice as likely as on average; drawn from the half on it is 1.3 times. Of 2,000 renewals
+        after a minute, which no door holds up, the fullest 100 ms held 2.3 times the mean so, and 1.8 times now.
         """
         stretch_s = min(max(period_s / 2, min(period_s, 5.0)), self.max_wait_s)
         return replace(
-            self, first_wait_s=stretch_s, multiplier=1.0, max_wait_s=stretch_s, full_jitter=True, after_hint_s=1.0
+            self,
+            first_wait_s=stretch_s,
+            multiplier=1.0,
+            max_wait_s=stretch_s,
+            full_jitter=False,
+            full_first=True,
+            after_hint_s=1.0,
         )
 
-    def _jittered_s(self, ceiling_s: float, random: Random) -> float:
-        return random.uniform(0.0 if self.full_jitter else ceiling_s / 2, ceiling_s)
+    def _jittered_s(self, ceiling_s: float, random: Random, *, full: bool = False) -> float:
+        return random.uniform(0.0 if full or self.full_jitter else ceiling_s / 2, ceiling_s)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Sequence
 from random import Random
+from statistics import median
 
 import pytest
 
@@ -91,6 +92,29 @@ def test_clients_that_all_knock_at_once_are_let_in_at_the_pace() -> None:
     assert len(came_in) == CLIENTS
     assert unevenness(came_in) <= 3
     assert max(came_in) < 12
+
+
+NO_DOOR = AdmissionPolicy(per_s=0)
+"""As for renewals."""
+
+
+@pytest.mark.parametrize("period_s", PERIODS_S)
+@pytest.mark.parametrize("outage_s", [*OUTAGES_S, 4.0])
+def test_renewals_come_back_spread_out_though_no_door_holds_them_up(outage_s: float, period_s: float) -> None:
+    random = Random(20261121)
+    policy = returning(period_s)
+    for lost_at in (lambda: next_renewal(period_s, random), lambda: policy.wait_s(1, random)):
+        knocked, _ = come_back(outage_s, policy, NO_DOOR, random, lost_at)
+        assert unevenness(knocked) <= 3
+
+
+def test_who_has_waited_for_long_is_no_likelier_to_come_at_once_than_later() -> None:
+    """Waits that are all drawn from 0 on hold 2.3 times the mean in the first moments."""
+    random, policy, worst = Random(20261121), returning(10.0), list[float]()
+    for _ in range(9):
+        knocked, _ = come_back(60.0, policy, NO_DOOR, random, lambda: next_renewal(10.0, random))
+        worst.append(unevenness(knocked))
+    assert median(worst) < 2
 
 
 @pytest.mark.parametrize("policy", [RetryPolicy(), RetryPolicy(full_jitter=True)], ids=["equal jitter", "full jitter"])

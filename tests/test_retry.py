@@ -63,6 +63,7 @@ policies = st.builds(
     multiplier=st.floats(1, 100),
     max_wait_s=st.floats(10, 1e4),
     full_jitter=st.booleans(),
+    full_first=st.booleans(),
 )
 
 
@@ -71,7 +72,8 @@ def test_a_wait_lies_between_its_floor_and_its_ceiling_whatever_the_attempt(
     policy: RetryPolicy, attempt: int, seed: int
 ) -> None:
     wait, ceiling = policy.wait_s(attempt, Random(seed)), policy.ceiling_s(attempt)
-    assert (0 if policy.full_jitter else ceiling / 2) <= wait <= ceiling <= policy.max_wait_s
+    full = policy.full_jitter or (policy.full_first and attempt == 1)
+    assert (0 if full else ceiling / 2) <= wait <= ceiling <= policy.max_wait_s
     assert policy.ceiling_s(attempt) <= policy.ceiling_s(attempt + 1)
 
 
@@ -342,10 +344,14 @@ def test_a_chain_that_bites_its_tail_ends() -> None:
     assert root_cause(first) == "second"
 
 
-async def test_who_returns_draws_each_wait_from_half_the_period_and_little_after_a_hint() -> None:
+async def test_who_returns_draws_the_first_wait_from_half_the_period_the_others_from_the_second_half_of_it() -> None:
     policy = RetryPolicy(give_up_after_s=3600).returning(20.0)
-    waits = [policy.wait_s(attempt, Random(7 * attempt)) for attempt in range(1, 200)]
-    assert min(waits) < 1 < 9 < max(waits) <= 10
+    firsts = [policy.wait_s(1, Random(seed)) for seed in range(200)]
+    assert min(firsts) < 1 < 9 < max(firsts) <= 10
+    later = [policy.wait_s(attempt, Random(7 * attempt)) for attempt in range(2, 200)]
+    assert 5 <= min(later) < 6 < 9 < max(later) <= 10
+    added = [policy.wait_after_hint_s(3, Random(seed)) for seed in range(200)]
+    assert min(added) < 0.1 < 0.9 < max(added) <= 1
     assert policy.give_up_after_s == 3600  # what the operator bounded stays bounded
     trial = Trial(failures=1)
     await trial.run(policy, wait_hint=lambda error: 7.0)

@@ -5,8 +5,7 @@ How many times the mean the fullest 100 ms hold, wherever they begin, until the 
 beside 3, the promise. `knock`: a question is put that will be answered; `back`: a client has its lease again. With its
 journal the registry knows the leases, and they are renewed; without one every client is told 404 and registers anew,
 at the turnstile's pace. Times are the clients' own, all in one process: two idle cores are needed, or what is measured
-is how that process stands still. What is asked while the new registry starts waits in its backlog and is answered at
-one moment, so that `back` begins with a lump as long as the start takes.
+is how that process stands still.
 """
 
 from __future__ import annotations
@@ -114,8 +113,8 @@ async def rounds(kept: bool) -> list[Row]:
                 await herd.now.complete.wait()
             if number:  # the first is how they came
                 ratios.append(herd.now.ratios())
-            herd.now = Return()
             await asyncio.to_thread(stack.close)
+            herd.now = Return()  # from here on nobody answers but the next registry
             if number < ROUNDS:
                 await asyncio.sleep(OUTAGE_S)
                 await asyncio.to_thread(
