@@ -137,6 +137,10 @@ class Prober:
     def failed(self, session: str, cause: Cause, detail: str) -> None:
         self._failed(session, cause, detail, None)
 
+    def succeeded(self, session: str) -> None:
+        """A transfer to `session` landed, of an engine that asks nobody before it begins one."""
+        self._tell(self._table.succeed(session, self._clock()))
+
     def registered(self, session: str, pointers: Sequence[int] = ()) -> None:
         life = Announced(session, tuple(pointers)) if pointers else None
         self._tell(self._table.registered(session, self._clock(), life))
@@ -178,6 +182,10 @@ class Prober:
     def announce(self, session: str, group: str = "") -> None:
         """The session is there, and of this group: see ProbePolicy.max_ejected."""
         self._tell(self._table.announce(session, self._clock(), group))
+
+    def succeeded(self, session: str) -> None:
+        """A transfer that went by another way than `passing` has landed: of one on trial, that is the proof."""
+        self._tell(self._table.succeed(session, self._clock()))
 
     def remember(self, session: str, card: PeerCard) -> None:
         """The card that a trusted session shows."""
