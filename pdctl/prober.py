@@ -183,10 +183,6 @@ class Prober:
         """The session is there, and of this group: see ProbePolicy.max_ejected."""
         self._tell(self._table.announce(session, self._clock(), group))
 
-    def succeeded(self, session: str) -> None:
-        """A transfer that went by another way than `passing` has landed: of one on trial, that is the proof."""
-        self._tell(self._table.succeed(session, self._clock()))
-
     def remember(self, session: str, card: PeerCard) -> None:
         """The card that a trusted session shows."""
         self._tell(self._table.remember(session, card, self._clock()))
