@@ -17,6 +17,8 @@ from pdctl.engine.canary import candidates
 from pdctl.engine.loopback import Directory, open_loopback
 from pdctl.engine.mooncake import MooncakeSettings, open_mooncake
 from pdctl.memory import Arena
+from tests.engine.cable import Cable
+from tests.engine.peer import be_reborn, be_stock
 from tests.engine.processes import Address, Child, Peers
 
 BLOCK = 1 << 16
@@ -43,13 +45,18 @@ class Far(Protocol):
     def stop(self) -> None: ...
     def resume(self) -> None: ...
     async def kill(self) -> None: ...
+    async def cut(self) -> None: ...
+    async def mend(self) -> None: ...
+    async def be_reborn(self) -> None: ...
+    async def be_stock(self) -> None: ...
 
 
 class Process:
     """A Mooncake peer in a process of its own."""
 
-    def __init__(self, child: Child, session: str) -> None:
+    def __init__(self, child: Child, session: str, cable: Cable | None = None) -> None:
         self._child = child
+        self._cable = cable
         self.session = session
         self.stop, self.resume = child.stop, child.resume
         self.pointer = 0
@@ -69,6 +76,20 @@ class Process:
 
     async def count(self, value: int) -> int:
         return int((await self._child.ask("count", pointer=self.pointer, value=value))["n"])
+
+    async def cut(self) -> None:
+        assert self._cable, "start it at the end of a cable"
+        await self._cable.cut()
+
+    async def mend(self) -> None:
+        assert self._cable
+        await self._cable.mend()
+
+    async def be_reborn(self) -> None:
+        await self._child.ask("be_reborn")
+
+    async def be_stock(self) -> None:
+        await self._child.ask("be_stock")
 
 
 class Neighbour:
@@ -106,6 +127,18 @@ class Neighbour:
     async def kill(self) -> None:
         self._directory.kill(self.session)
 
+    async def cut(self) -> None:
+        self._directory.cut(self.session)
+
+    async def mend(self) -> None:
+        self._directory.mend(self.session)
+
+    async def be_reborn(self) -> None:
+        be_reborn(self._engine)
+
+    async def be_stock(self) -> None:
+        await be_stock(self._engine)
+
 
 class Stage:
     """One adapter: `engine` is ours, `memory` is 4 MiB registered with it, `far()` starts a peer."""
@@ -122,7 +155,8 @@ class Stage:
         return self
 
     async def far(self, nbytes: int = 4 << 20, *, at: str | None = None) -> Far:
-        """`at`: the session of a peer that was killed, to take its place; "anywhere" for one that can be replaced."""
+        """`at`: the session of a peer that was killed, to take its place; "anywhere" for one that can be replaced;
+        "a cable" for one that can be cut off."""
         peer = await self._start(at)
         await peer.register(nbytes)
         return peer
@@ -161,6 +195,9 @@ async def mooncake_stage(
         stack.callback(peers.give_back, child)
         if at is None:
             return Process(child, child.session)
+        if at == "a cable":
+            cable = await stack.enter_async_context(Cable.to(child.session))
+            return Process(child, cable.session, cable)
         if at == "anywhere":
             address = await stack.enter_async_context(Address.listening())
             at = address.session
@@ -176,7 +213,7 @@ async def loopback_stage(stack: AsyncExitStack) -> Stage:
     engine = await stack.enter_async_context(open_loopback(directory, stall_s=STALL_S, block_limit=BLOCK))
 
     async def start(at: str | None) -> Neighbour:
-        port = None if at in (None, "anywhere") else int(str(at).rpartition(":")[2])
+        port = None if at in (None, "anywhere", "a cable") else int(str(at).rpartition(":")[2])
         return Neighbour(directory, await stack.enter_async_context(open_loopback(directory, port=port)))
 
     return await Stage(engine, stack, start).ready()

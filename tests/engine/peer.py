@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import secrets
 import sys
 from typing import Any
 
@@ -16,7 +17,9 @@ import numpy as np
 
 from pdctl.core.plan import CopyPlan
 from pdctl.engine.base import Engine
+from pdctl.engine.canary import MAGIC, Canary
 from pdctl.engine.mooncake import MooncakeSettings, open_mooncake
+from pdctl.engine.promises import PromisedEngine
 from pdctl.errors import PdctlError
 from pdctl.memory import Arena
 from tests.engine.processes import die_with_parent
@@ -29,6 +32,7 @@ class Commands:
         self.engine = engine
         self.bare = bare
         self.arenas: dict[int, tuple[Arena, Any]] = {}
+        self.is_stock = False
 
     async def register(self, nbytes: int, fill: int = 0) -> dict[str, Any]:
         arena = Arena(nbytes)
@@ -45,6 +49,9 @@ class Commands:
     async def empty(self) -> dict[str, Any]:
         for pointer in list(self.arenas):
             await self.unregister(pointer)
+        if self.is_stock:
+            await show(self.engine)
+            self.is_stock = False
         return {}
 
     async def poison(self) -> dict[str, Any]:
@@ -63,6 +70,19 @@ class Commands:
     async def bytes(self, pointer: int, first: int, nbytes: int) -> dict[str, Any]:
         return {"hex": self.arenas[pointer][1][first : first + nbytes].tobytes().hex()}
 
+    async def be_reborn(self) -> dict[str, Any]:
+        be_reborn(self.engine)
+        return {}
+
+    async def be_stock(self) -> dict[str, Any]:
+        await be_stock(self.engine)
+        self.is_stock = True
+        return {}
+
+    async def canary(self, first: int, nbytes: int) -> dict[str, Any]:
+        """Bytes of its canary, as it stands in its memory."""
+        return {"hex": canary_of(self.engine).view(first, nbytes).hex()}
+
     async def write(self, session: str, src: int, dst: int, nbytes: int) -> dict[str, Any]:
         await self.engine.write(session, CopyPlan.of((src, dst, nbytes)), deadline_s=10)
         return {}
@@ -78,6 +98,27 @@ async def main(settings: MooncakeSettings) -> None:
         while line := await reader.readline():
             asked = json.loads(line)
             print(json.dumps(await answer(commands, asked.pop("do"), asked)), flush=True)
+
+
+def canary_of(engine: Engine) -> Canary:
+    assert isinstance(engine, PromisedEngine)
+    return engine.canary
+
+
+def be_reborn(engine: Engine) -> None:
+    """As if a new life had everything of the old one: session, data port, regions, addresses. Not its boot id."""
+    canary_of(engine).view(len(MAGIC), 16)[:] = secrets.token_bytes(16)
+
+
+async def show(engine: Engine) -> None:
+    assert isinstance(engine, PromisedEngine)
+    await engine.show()
+
+
+async def be_stock(engine: Engine) -> None:
+    """An engine that is not ours registers what its callers do, and no more."""
+    assert isinstance(engine, PromisedEngine)
+    await engine._carrier.unregister(engine.canary.region)
 
 
 def bare(made: list[Any]) -> Any:
