@@ -371,17 +371,15 @@ class SendingRoom:
         return task
 
     async def _write_one(self, to: Destination, plan: CopyPlan) -> None:
-        blocked = self._of.gate.reason_blocked(to.session)
-        if blocked is not None:
-            self._fail(Event.TRANSFER_FAILED, str(SessionBlocked(to.session, blocked)))
-            return
+        """On trial, a session's writes wait for their turn: the trial's own end bounds that."""
         try:
-            await self._of.engine.write(to.session, plan, deadline_s=self._of.timeouts.transfer_s)
+            async with self._of.gate.passing(to.session):
+                await self._of.engine.write(to.session, plan, deadline_s=self._of.timeouts.transfer_s)
+        except SessionBlocked as refusal:
+            self._fail(Event.TRANSFER_FAILED, str(refusal))
         except TransferFailed as error:
             if not error.settled:
                 self._unsettled.add(to.session)
-            if error.cause.speaks_of_peer:
-                self._of.gate.failed(to.session, error.cause, error.detail)
             self._fail(Event.TRANSFER_FAILED, str(error))
         else:
             self._of.metrics.sent(plan.total)

@@ -122,6 +122,8 @@ class RigGate:
     blocked: dict[str, str] = field(default_factory=dict)
     told: list[tuple[str, Cause]] = field(default_factory=list)
     registrations: list[str] = field(default_factory=list)
+    pointers: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    passed: list[str] = field(default_factory=list)
 
     def reason_blocked(self, session: str) -> str | None:
         return self.blocked.get(session)
@@ -131,6 +133,7 @@ class RigGate:
 
     def registered(self, session: str, pointers: Sequence[int] = ()) -> None:
         self.registrations.append(session)
+        self.pointers[session] = tuple(pointers)
 
     @asynccontextmanager
     async def passing(self, session: str) -> AsyncIterator[None]:
@@ -141,6 +144,7 @@ class RigGate:
         except TransferFailed as failure:
             self.failed(session, failure.cause, failure.detail)
             raise
+        self.passed.append(session)
 
 
 async def let_others_run() -> None:

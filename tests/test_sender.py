@@ -12,6 +12,8 @@ import pytest
 
 from pdctl.core.address import Endpoint
 from pdctl.core.early import EarlyLimits
+from pdctl.core.layout import Region
+from pdctl.core.sessions import Depth, ProbePolicy, SessionTable, State
 from pdctl.core.transfer import Phase, RoomTimeouts
 from pdctl.core.wire import (
     NOT_REGISTERED,
@@ -23,8 +25,10 @@ from pdctl.core.wire import (
     Status,
     parse_to_decode,
 )
+from pdctl.engine.base import PeerCard, Proof
 from pdctl.errors import BadFrames, CallerError, Cause, IllegalEvent, RoomFailed, TransferFailed
 from pdctl.metrics import Metrics
+from pdctl.prober import Prober
 from pdctl.sender import Sender, SenderLimits, SendingRoom
 from tests.conftest import Clock
 from tests.room_rig import Memory, Post, Released, RigEngine, RigGate, let_others_run, memory
@@ -496,7 +500,7 @@ async def test_an_abort_after_success_is_acknowledged(rig: Rig) -> None:
 
 
 @pytest.mark.parametrize("cause", Cause)
-async def test_a_failed_transfer_ends_the_room_and_speaks_only_of_whom_it_speaks(rig: Rig, cause: Cause) -> None:
+async def test_a_failed_transfer_ends_the_room_and_the_gate_hears_of_it_with_its_cause(rig: Rig, cause: Cause) -> None:
     decode, given_back = rig.decode(), Released()
     decode.register()
     rig.engine.failures[decode.session] = TransferFailed(cause, decode.session, "as the test wants")
@@ -507,7 +511,7 @@ async def test_a_failed_transfer_ends_the_room_and_speaks_only_of_whom_it_speaks
             await room.send([0])
         with pytest.raises(RoomFailed, match="as the test wants"):
             await room.finish(0)
-    assert rig.gate.told == ([(decode.session, cause)] if cause.speaks_of_peer else [])
+    assert (rig.gate.told, rig.gate.passed) == ([(decode.session, cause)], [])
     _, status = await rig.told()
     assert isinstance(status, Status)
     assert (status.phase, "as the test wants" in (status.reason or "")) == (Phase.FAILED, True)
@@ -538,6 +542,106 @@ async def test_a_session_blocked_in_mid_room_is_not_written_to_again(rig: Rig) -
         with pytest.raises(RoomFailed, match="another room failed"):
             await room.send([1])
         assert len(rig.engine.written) == n_written
+
+
+async def test_the_gate_hears_of_every_write_that_landed(rig: Rig) -> None:
+    decode = rig.decode()
+    decode.register()
+    async with rig.sender.open(5) as room:
+        decode.name(5, [1])
+        await room.peers_ready()
+        await room.send([0])
+        await room.finish(0)
+    assert (rig.gate.told, rig.gate.passed) == ([], [decode.session, decode.session])
+
+
+async def test_the_gate_hears_where_the_memory_is_that_a_decode_rank_registers(rig: Rig) -> None:
+    decode = rig.decode()
+    decode.register()
+    pointers = (*decode.memory.kv_pool.pointers, *decode.memory.aux_pool.pointers)
+    assert rig.gate.pointers == {decode.session: pointers}
+
+
+# --- a session on trial, with the real gate
+
+
+class Asked:
+    """Every session answers as one and the same life, that has all of the memory there is."""
+
+    held: tuple[str, ...] = ()
+
+    async def prove(self, session: str, *, deadline_s: float) -> Proof:
+        return Proof(await self.card(session, deadline_s=deadline_s), Depth.IDENTITY, "descriptor compared")
+
+    async def card(self, session: str, *, deadline_s: float) -> PeerCard:
+        return PeerCard(session, 4711, (Region(1, 1 << 62),))
+
+
+@dataclass
+class Trial:
+    """Two rooms of one decode rank whose session is on trial, both about to send."""
+
+    rig: Rig
+    prober: Prober
+    decode: Decode
+    rooms: tuple[SendingRoom, SendingRoom]
+
+    async def both_send(self) -> list[asyncio.Task[None]]:
+        sends = [asyncio.create_task(room.send([0])) for room in self.rooms]
+        await until_busy(self.rig)
+        await let_others_run()
+        return sends
+
+
+@pytest.fixture
+async def trial(clock: Clock) -> AsyncIterator[Trial]:
+    engine, post, ours, metrics = RigEngine(), Post(), memory(seed=1), Metrics()
+    table: SessionTable[PeerCard] = SessionTable(ProbePolicy(good_answers=1), lambda: 0.5)
+    gate = Prober(table, Asked(), clock=clock, metrics=metrics)
+    async with Sender(engine, post.send, ours.kv_pool, ours.aux_pool, RANK, gate, PATIENT, clock, metrics) as sender:
+        rig = Rig(sender, engine, RigGate(), post, ours, metrics)
+        decode = rig.decode()
+        decode.register()
+        async with sender.open(5) as one, sender.open(6) as other:
+            for room in (one, other):
+                decode.name(room.room, [room.room])
+                await room.peers_ready()
+            gate.failed(decode.session, Cause.TIMED_OUT, "it was stopped")
+            assert (await gate.ask_now(decode.session)).standing.state is State.TRIAL
+            engine.hold.clear()
+            yield Trial(rig, gate, decode, (one, other))
+
+
+async def test_on_trial_one_room_writes_and_the_others_follow_its_success(trial: Trial) -> None:
+    sends = await trial.both_send()
+    assert trial.rig.engine.in_flight == 1
+    trial.rig.engine.hold.set()
+    await asyncio.gather(*sends)
+    assert trial.prober.standing(trial.decode.session).state is State.TRUSTED
+    assert (trial.decode.memory.kv[0][[5, 6]] == trial.rig.memory.kv[0][0]).all()
+
+
+async def test_on_trial_a_room_that_waits_fails_with_the_reason_when_the_first_write_fails(trial: Trial) -> None:
+    trial.rig.engine.failures[trial.decode.session] = TransferFailed(Cause.PEER_GONE, trial.decode.session, "again")
+    sends = await trial.both_send()
+    trial.rig.engine.hold.set()
+    first, second = await asyncio.gather(*sends, return_exceptions=True)
+    assert isinstance(first, RoomFailed)
+    assert "peer_gone" in str(first)
+    assert isinstance(second, RoomFailed)
+    assert "is blocked: peer gone (again)" in str(second)
+    assert trial.rig.engine.written == []
+
+
+async def test_on_trial_a_room_is_left_at_once_while_it_waits_for_its_turn(trial: Trial) -> None:
+    sends = await trial.both_send()
+    trial.decode.abort(6, generation=3)
+    with pytest.raises(RoomFailed, match="has given the room up"):
+        await asyncio.wait_for(sends[1], 5)
+    await let_others_run()
+    assert (await trial.rig.told())[1] == AbortAck(6, RANK, 3)
+    trial.rig.engine.hold.set()
+    await sends[0]
 
 
 async def test_the_first_cause_wins(rig: Rig) -> None:
