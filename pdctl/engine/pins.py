@@ -70,7 +70,10 @@ class Pin:
         return self.faith != self.lane.failures
 
     def take(self, lane: Lane) -> None:
-        """From now on by this lane. What is under way on another goes on there."""
+        """From now on by this lane. What is under way by another engine goes on there."""
+        before = self.lanes.get(lane.engine)
+        if before is not None and before is not lane:
+            before.close()
         self.lane = self.lanes[lane.engine] = lane
         self.faith = lane.failures
 
@@ -83,6 +86,7 @@ class Pin:
 class _Seen:
     """What one look at a peer has shown; `faith`: what the lane's failures were before it."""
 
+    lane: Lane
     card: PeerCard
     canary: Region | None
     depth: Depth
@@ -204,7 +208,7 @@ class Pins:
 
     async def _first(self, session: str, by: float) -> Pin:
         found = await self._describe(session, by, self._patience.ask_s)
-        pin = await self._made(session, found)
+        pin = await self._made(session, found, min(by, self._clock() + self._patience.ask_s))
         try:
             self._renew(pin, await self._seen(pin, by, knock=True, found=found))
         except _Silent as silence:
@@ -229,19 +233,20 @@ class Pins:
                 raise _Silent(failure) from failure
             raise
 
-    async def _made(self, session: str, found: Descriptor) -> Pin:
+    async def _made(self, session: str, found: Descriptor, by: float) -> Pin:
         """A pin that is meant by nobody yet. A scout's lane is taken over where it leads to the same data port."""
         scout = self._scouts.pop(session, None)
         if scout is not None and scout.card.data_port == found.card.data_port:
             return Pin(found.card, scout.lane, self._clock(), scout.lane.failures, None, scout.lanes, scout.remade_at)
         if scout is not None:
             scout.close()
-        lane = await self._carrier.lane(session, found, 0)
+        lane = await self._new_lane(session, found, 0, by)
         return Pin(found.card, lane, self._clock(), lanes={lane.engine: lane})
 
     async def _scout(self, session: str, until: float) -> Pin:
         """A stand-in for the pin of a peer that nobody has used: made for this proof, kept for its lanes only."""
-        pin = await self._made(session, await self._describe(session, until))
+        found = await self._describe(session, until)
+        pin = await self._made(session, found, self._share(until))
         self._scouts[session] = pin
         while len(self._scouts) > _MOST_SCOUTS:
             self._scouts.popitem(last=False)[1].close()
@@ -275,7 +280,7 @@ class Pins:
         raise AssertionError("the last attempt returns or raises")
 
     async def _reach(self, pin: Pin, lane: Lane, found: Descriptor, by: float, faith: int, *, deep: bool) -> _Seen:
-        seen = _Seen(replace(found.card, boot=pin.card.boot), None, Depth.IDENTITY, _COMPARED, faith)
+        seen = _Seen(lane, replace(found.card, boot=pin.card.boot), None, Depth.IDENTITY, _COMPARED, faith)
         if not self._carrier.capabilities.async_read:
             return seen
         canary, boot = await self._recognized(pin, lane, found, by)
@@ -323,15 +328,24 @@ class Pins:
         """By the first other way of ours that reaches the peer; transfers take it from now on."""
         for engine, cured in self._ways(pin, reason):
             try:
-                lane = await self._lane(pin, engine, until, anew=cured is STALE)
-                seen = await self._look(pin, lane, self._share(until), deep=True, knock=False)
+                seen = await self._look_by(pin, engine, until, anew=cured is STALE)
             except _OutOfReach:
                 continue
-            pin.take(lane)
-            self._renew(pin, seen)
             log.warning("a link was cured on this side", session=pin.session, cured=cured, engine=engine)
             return seen, cured
         raise reason.verdict() from reason
+
+    async def _look_by(self, pin: Pin, engine: int, until: float, *, anew: bool) -> _Seen:
+        lane = await self._lane(pin, engine, until, anew=anew)
+        try:
+            seen = await self._look(pin, lane, self._share(until), deep=True, knock=False)
+        except BaseException:
+            if anew:
+                lane.close()
+            raise
+        pin.take(seen.lane)
+        self._renew(pin, seen)
+        return seen
 
     def _ways(self, pin: Pin, reason: _OutOfReach) -> Iterator[tuple[int, str]]:
         """Engine object and what it would cure. A silent lane shares its connections with every other of its engine;
@@ -349,10 +363,21 @@ class Pins:
         self._check_life(pin, found)
         if anew:
             pin.remade_at = self._clock()
-        lane = await self._carrier.lane(pin.session, found, engine)
+        try:
+            lane = await self._new_lane(pin.session, found, engine, self._share(until))
+        except TransferFailed as failure:
+            raise _OutOfReach(failure) from failure
         if not anew:
             pin.lanes[engine] = lane
         return lane
+
+    async def _new_lane(self, session: str, found: Descriptor, engine: int, by: float) -> Lane:
+        try:
+            async with asyncio.timeout_at(by):
+                return await self._carrier.lane(session, found, engine)
+        except TimeoutError:
+            detail = "no way to its data port could be made in time: is it firewalled?"
+            raise TransferFailed(Cause.NO_DATA, session, detail) from None
 
     # --- time
 
