@@ -37,7 +37,8 @@ class AccessSettings:
 
     trust          who may speak without a token: networks, addresses, or the words private (loopback, private and
                    link-local ranges), loopback, any; separated by commas
-    token_file     lines of `name:token` or `name:sha256:<hex>`; with it, /v1 needs a token
+    token_file     lines of `name:token` or `name:sha256:<hex>`, of those who may drain and deregister what others
+                   have registered `name:admin:...`; with it, /v1 needs a token
     open_paths     what everybody may ask, token or not: probes and scrapers have none
     tls_cert       certificate chain, PEM; with it the service speaks TLS and nothing else
     tls_key        its key, PEM; where it does not stand in the same file

@@ -209,9 +209,9 @@ class Registrar:
         """A goodbye. Raises UnknownLease, Superseded, Occupied, JournalUnavailable."""
         await self._command(lambda registry, now: (None, registry.leave(instance, seat, epoch, owner, now)))
 
-    async def drain(self, instance: str, seat: Seat | None, grace_s: float) -> None:
-        """Nothing new for the rank, or the instance. Raises UnknownLease, JournalUnavailable."""
-        await self._command(lambda registry, now: (None, registry.drain(instance, seat, grace_s, now)))
+    async def drain(self, instance: str, seat: Seat | None, grace_s: float, owner: Owner | None = None) -> None:
+        """Nothing new for the rank, or the instance. Raises UnknownLease, Occupied, JournalUnavailable."""
+        await self._command(lambda registry, now: (None, registry.drain(instance, seat, grace_s, now, owner)))
 
     async def announce_room(self, room: int, dp_rank: int) -> None:
         """Raises LimitReached, JournalUnavailable."""

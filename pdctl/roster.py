@@ -100,13 +100,13 @@ class Roster:
     async def remove(self, engine: str, by: Owner) -> bool:
         """Forget a prefill; False when there is none.
 
-        Its own hosts and holders of a token may do so; others only when nobody is there any more. Raises Occupied.
+        Its own hosts and an admin's token may do so; others only when nobody is there any more. Raises Occupied.
         """
         prefill = self._fleet.find(engine)
         if prefill is None:
             return False
         async with self._turn(prefill.name):
-            foreign = [held for held in prefill.workers.values() if by.principal is None and held.host != by.host]
+            foreign = [held for held in prefill.workers.values() if not by.admin and held.host != by.host]
             found = await self._ask(foreign)
             for worker, presence in zip(foreign, found, strict=True):
                 if presence is Presence.THERE:
@@ -216,7 +216,7 @@ class Roster:
 def _not_theirs(worker: Worker, by: Owner) -> Occupied:
     return Occupied(
         f"engine {worker.engine_id!r} was registered from {worker.host} and still answers at {worker.addr}, and {by} "
-        "wants it forgotten: ask from that host or with a token, or stop the engine first",
+        "wants it forgotten: ask from that host or with a token of the admin role, or stop the engine first",
         holder=worker.host,
         claimant=by.host,
     )

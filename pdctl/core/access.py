@@ -41,6 +41,7 @@ MAX_TOKENS = 1000
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
 _TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*", re.ASCII)  # RFC 6750: what can stand in the header
+_ADMIN = "admin:"
 _DIGEST = re.compile(r"[0-9a-fA-F]{64}", re.ASCII)
 
 
@@ -81,21 +82,25 @@ class TrustList:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """Who holds which token: names, and digests that are not shown."""
+    """Who holds which token: names, and digests that are not shown. `admins` are names that have that role."""
 
     digests: tuple[tuple[str, bytes], ...] = field(repr=False)
+    admins: frozenset[str] = frozenset()
 
     @classmethod
     def parse(cls, text: str) -> Tokens:
-        """From lines of `name:token` or `name:sha256:<64 hex digits>`; `#` begins a comment.
+        """From lines of `name:token` or `name:sha256:<64 hex digits>`, an admin's `name:admin:...`; `#`: a comment.
 
         One name may stand twice, with its old token and its new one, while clients change over. Raises ConfigError that
         names the line, never what stands in it.
         """
         found: list[tuple[str, bytes]] = []
         holders: dict[bytes, str] = {}
+        roles: dict[str, bool] = {}
         for number, line in _lines(text):
-            name, digest = _holder(number, line)
+            name, is_admin, digest = _holder(number, line)
+            if roles.setdefault(name, is_admin) != is_admin:
+                raise ConfigError(f"line {number}: {name!r} is an admin in one line and none in another: choose one")
             if holders.setdefault(digest, name) != name:
                 raise ConfigError(f"line {number}: {name!r} has the token of {holders[digest]!r}: give each its own")
             found.append((name, digest))
@@ -103,7 +108,7 @@ class Tokens:
             raise ConfigError("there is no token in it: write at least one line name:token")
         if len(found) > MAX_TOKENS:
             raise ConfigError(f"{len(found)} tokens are more than {MAX_TOKENS}: let ranks of one instance share one")
-        return cls(tuple(found))
+        return cls(tuple(found), frozenset(name for name, is_admin in roles.items() if is_admin))
 
     def holder(self, token: str) -> str | None:
         """The name whose token this is; takes as long whichever it is, and where it is none."""
@@ -165,7 +170,7 @@ class Rules:
             return Denied(
                 Denial.BAD_TOKEN, "the token is not known here: send `Authorization: Bearer <token>` with a valid one"
             )
-        return Owner(caller.host, principal)
+        return Owner(caller.host, principal, principal in self.tokens.admins)
 
     def _by_address(self, path: str, caller: Owner, trusted: bool) -> Owner | Denied:
         if self.tokens is not None and is_native(path):
@@ -255,17 +260,20 @@ def _lines(text: str) -> Iterator[tuple[int, str]]:
             yield number, said
 
 
-def _holder(number: int, line: str) -> tuple[str, bytes]:
+def _holder(number: int, line: str) -> tuple[str, bool, bytes]:
+    """Its name, whether it is an admin, and the digest. No token has a colon, so that a role cannot be one."""
     name, colon, secret = line.partition(":")
     if not colon or not _NAME.fullmatch(name):
         raise ConfigError(f"line {number}: is not name:token; a name has letters, digits, dots, dashes, at most 64")
+    is_admin = secret.startswith(_ADMIN)
+    secret = secret.removeprefix(_ADMIN)
     if secret.startswith("sha256:"):
         digits = secret.removeprefix("sha256:")
         if not _DIGEST.fullmatch(digits):
             raise ConfigError(f"line {number}: sha256: needs 64 hex digits: `printf %s TOKEN | sha256sum` prints them")
-        return name, bytes.fromhex(digits)
+        return name, is_admin, bytes.fromhex(digits)
     try:
-        return name, _digest(check_token(secret))
+        return name, is_admin, _digest(check_token(secret))
     except ConfigError as error:
         raise ConfigError(f"line {number}: {error}") from None
 

@@ -54,6 +54,17 @@ def check_may_change(life: Life, owner: Owner | None) -> None:
         raise occupied(life, owner)
 
 
+def check_may_end(life: Life, owner: Owner | None) -> None:
+    """As `check_may_change`, for goodbyes and drains."""
+    if owner is not None and not owner.may_end(life.owner):
+        raise Occupied(
+            f"seat {life.seat} of {life.claim.instance} was registered by {life.owner}, and {owner} wants it gone: ask "
+            "from there, or with a token of the admin role",
+            holder=life.owner.host,
+            claimant=owner.host,
+        )
+
+
 def occupied(life: Life, claimant: Owner) -> Occupied:
     return Occupied(
         f"seat {life.seat} of {life.claim.instance} is held by {life.owner}, which lives, and was claimed from "

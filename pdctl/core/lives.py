@@ -49,10 +49,14 @@ class Standing(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """Who speaks: the host that the connection comes from, and the name of the token where there is one."""
+    """Who speaks: the host that the connection comes from, and the name of the token where there is one.
+
+    `admin`: the token has that role, by which its holder may end what others have registered. No row keeps it.
+    """
 
     host: str
     principal: str | None = None
+    admin: bool = field(default=False, compare=False)
 
     def __str__(self) -> str:
         return self.host if self.principal is None else f"{self.principal} at {self.host}"
@@ -60,6 +64,14 @@ class Owner:
     def may_change(self, row: Owner) -> bool:
         """Whether this one registered the row: by token where the row has one, else from the same host."""
         return self.host == row.host if row.principal is None else self.principal == row.principal
+
+    def may_end(self, row: Owner) -> bool:
+        """Whether this one may say goodbye for it."""
+        return self.admin or self.may_change(row)
+
+    def may_drain(self, row: Owner) -> bool:
+        """As `may_end`; where nobody has a token, whoever is let in at all is an operator."""
+        return self.principal is None or self.may_end(row)
 
 
 @dataclass(frozen=True, slots=True)

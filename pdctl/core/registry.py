@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from pdctl.core.address import Endpoint
 from pdctl.core.agenda import Agenda
-from pdctl.core.claims import check_may_change, not_held, place
+from pdctl.core.claims import check_may_change, check_may_end, not_held, place
 from pdctl.core.instances import Incarnation, InstanceView, Loss
 from pdctl.core.lives import Change, ChangeKind, Claim, Life, Owner, Record
 from pdctl.core.route import Seat
@@ -205,24 +205,33 @@ class Registry:
 
     def leave(self, instance: str, seat: Seat, epoch: int | None, owner: Owner | None, now: float) -> list[Change]:
         """A goodbye; `epoch` None: whoever holds the seat. Raises as `renew`."""
-        view, life = self._holder(instance, seat, epoch, owner)
-        return self._end(view, [Loss(life, ChangeKind.LEFT, "said goodbye", now)], now)
+        view, life = self._holder(instance, seat, epoch, None)
+        check_may_end(life, owner)
+        by_another = owner is not None and not owner.may_change(life.owner)
+        why = f"was deregistered by {owner}" if by_another else "said goodbye"
+        return self._end(view, [Loss(life, ChangeKind.LEFT, why, now)], now)
 
-    def drain(self, instance: str, seat: Seat | None, grace_s: float, now: float) -> list[Change]:
+    def drain(
+        self, instance: str, seat: Seat | None, grace_s: float, now: float, owner: Owner | None = None
+    ) -> list[Change]:
         """Nothing new for the rank in `seat`, or for all of the instance; gone after `grace_s` at the latest.
 
-        Raises UnknownLease where nobody is.
+        `owner`: who asks; None: one of us. Raises UnknownLease where nobody is, and Occupied.
         """
         view = self._views.get(instance)
         lives = [life for life in (view.lives if view else ()) if seat is None or life.seat == seat]
         if view is None or not lives:
             what = f"instance {instance}" if seat is None else f"seat {seat} of {instance}"
             raise UnknownLease(f"nobody is registered as {what}: nothing is there to drain")
+        for life in lives:
+            if owner is not None and not owner.may_drain(life.owner):
+                check_may_end(life, owner)
         changes = []
         for life in lives:
             draining = life.draining(grace_s, now)
             view = self._put(view, self._of(view, life).seating(draining), draining)
-            changes.append(self._change(ChangeKind.DRAINING, draining))
+            why = None if owner is None else f"{owner} asked for it"
+            changes.append(self._change(ChangeKind.DRAINING, draining, why=why))
         self._write(view)
         return changes
 

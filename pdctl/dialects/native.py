@@ -145,14 +145,14 @@ def _add_ranks(api: APIRouter, registrar: Registrar) -> None:
 
 def _add_drains(api: APIRouter, registrar: Registrar) -> None:
     how: dict[str, Any] = {
-        "responses": fails(400, 404, 408, 413, 503),
+        "responses": fails(400, 404, 408, 409, 413, 503),
         "openapi_extra": takes(_DRAIN, required=False),
     }
 
     async def drain(request: Request, instance: str, seat: Seat | None) -> Response:
         body = await received(request.receive, BODY_LIMIT)
         said = as_body(_DRAIN, body) if body else Drain()
-        await registrar.drain(check_name(instance, "instance"), seat, said.grace_s)
+        await registrar.drain(check_name(instance, "instance"), seat, said.grace_s, owner_of(request.scope))
         return JSONResponse({"revision": registrar.revision, "grace_s": said.grace_s})
 
     @api.post("/instances/{instance}/drain", summary="Nothing new for this instance; gone when it is done", **how)

@@ -137,8 +137,22 @@ def test_a_name_may_have_an_old_token_and_a_new_one() -> None:
     assert {tokens.holder(SECRET), tokens.holder(OTHER)} == {"prefill"}
 
 
+def test_who_has_the_admin_role_says_the_file_and_nothing_else() -> None:
+    digest = hashlib.sha256(OTHER.encode()).hexdigest()
+    third = SECRET + "-third"
+    tokens = Tokens.parse(f"ops:admin:{SECRET}\nops:admin:sha256:{digest}\nadmin:{third}\n")
+    admitted = [Rules(PRIVATE, tokens).admit(NATIVE, IN, True, f"Bearer {each}") for each in (SECRET, OTHER, third)]
+    owners = [each for each in admitted if isinstance(each, Owner)]
+    assert [(each.principal, each.admin) for each in owners] == [("ops", True), ("ops", True), ("admin", False)]
+    assert not Owner("10.0.0.1", "ops").admin
+
+
 def test_no_token_is_in_any_text() -> None:
     assert SECRET not in repr(TOKENS)
+    for text in (f"a:root:{SECRET}", f"a:admin:b:{SECRET}"):
+        with pytest.raises(ConfigError) as refusal:
+            Tokens.parse(text)
+        assert SECRET not in str(refusal.value)
     for text in (f"bad name:{SECRET}", f"{SECRET}", f"a:{SECRET}\nb:{SECRET}", f"a:{SECRET} x", "a:sha256:" + "f" * 63):
         with pytest.raises(ConfigError) as refusal:
             Tokens.parse(text)
@@ -155,6 +169,10 @@ def test_no_token_is_in_any_text() -> None:
         (f"a:{SECRET}\nb:{SECRET}", "line 2: 'b' has the token of 'a'"),
         (f"{SECRET}{SECRET}", "line 1: is not name:token"),
         ("a:sha256:12", "64 hex digits"),
+        ("a:admin:sha256:12", "64 hex digits"),
+        ("a:admin:short", "line 1: the token has 5 characters"),
+        ("admin:short", "line 1: the token has 5 characters"),
+        (f"a:admin:{SECRET}\na:{OTHER}", "line 2: 'a' is an admin in one line and none in another"),
         ("\n".join(f"n{i}:{SECRET}{i}" for i in range(MAX_TOKENS + 1)), f"more than {MAX_TOKENS}"),
     ],
 )

@@ -169,6 +169,63 @@ def test_a_name_changes_its_role_when_nobody_is_left_of_the_old_one_or_it_drains
     assert seen(registry).role == "prefill"
 
 
+MAY_END: dict[str, tuple[str | None, Owner, bool, bool]] = {
+    # the row's token, who asks -> may drain it?, may deregister it?
+    "own token": ("ci", Owner(ELSEWHERE, "ci"), True, True),
+    "another token": ("ci", Owner(HOME, "other"), False, False),
+    "an admin": ("ci", Owner(ELSEWHERE, "ops", admin=True), True, True),
+    "stock, own host, some token": (None, Owner(HOME, "other"), True, True),
+    "stock, another host, some token": (None, Owner(ELSEWHERE, "other"), False, False),
+    "stock, an admin": (None, Owner(ELSEWHERE, "ops", admin=True), True, True),
+    "no tokens here, own host": (None, Owner(HOME), True, True),
+    "no tokens here, another host": (None, Owner(ELSEWHERE), True, False),
+}
+
+
+@pytest.mark.parametrize(("principal", "asks", "may_drain", "may_leave"), MAY_END.values(), ids=MAY_END)
+@pytest.mark.parametrize("seat", [Seat(0, 0, 1, 0), None], ids=["rank", "instance"])
+def test_who_may_end_what(
+    seat: Seat | None, principal: str | None, asks: Owner, may_drain: bool, may_leave: bool
+) -> None:
+    registry = complete(TP2, principal=principal, ttl_s=60.0)
+    before = registry.revision
+    if may_drain:
+        changes = registry.drain("a", seat, 60.0, 1.0, asks)
+        assert {change.why for change in changes} == {f"{asks} asked for it"}
+        assert len(changes) == (1 if seat else 2)
+    else:
+        with pytest.raises(Occupied, match="with a token of the admin role"):
+            registry.drain("a", seat, 60.0, 1.0, asks)
+        assert (registry.revision, seen(registry).draining) == (before, False)
+    if may_leave:
+        (change, *_) = registry.leave("a", Seat(0, 0, 0, 0), None, asks, 2.0)
+        assert change.why == ("said goodbye" if not asks.admin else f"was deregistered by {asks}")
+    else:
+        with pytest.raises(Occupied, match="with a token of the admin role"):
+            registry.leave("a", Seat(0, 0, 0, 0), None, asks, 2.0)
+        assert len(seen(registry).alive) == 2
+
+
+def test_an_instance_of_several_owners_is_drained_whole_or_not_at_all() -> None:
+    registry = Registry()
+    for tp, name in ((0, "mine"), (1, "theirs")):
+        registry.claim(claim(tp, TP2, principal=name), now=0.0)
+    with pytest.raises(Occupied, match="seat dp0/cp0/tp1/pp0 of a was registered by theirs at"):
+        registry.drain("a", None, 60.0, 1.0, Owner(HOME, "mine"))
+    assert not any(life.is_draining for life in seen(registry).alive.values())
+
+
+def test_an_admin_keeps_nobodys_lease_alive() -> None:
+    """Nor takes a seat: who ends a rank does not have to be able to be one."""
+    registry = complete(TP2, principal="ci", ttl_s=60.0)
+    admin = Owner(HOME, "ops", admin=True)
+    epoch = seen(registry).alive[Seat(0, 0, 0, 0)].epoch
+    with pytest.raises(Occupied):
+        registry.renew("a", Seat(0, 0, 0, 0), epoch, admin, 1.0)
+    with pytest.raises(Occupied):
+        registry.claim(replace(claim(0, TP2, port=50000), owner=admin), now=1.0)
+
+
 OWNERS = {
     # (holder's ttl, holder's witness, holder's principal), (claimant's host, principal) -> taken?
     "stock, own host": ((None, False, None), (HOME, None), True),

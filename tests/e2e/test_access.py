@@ -149,6 +149,44 @@ async def test_a_row_is_changed_by_its_owner_only(files: Path) -> None:
         assert (await tell(ours_too, "DELETE", seat))[0] == 200
 
 
+async def test_an_operator_with_the_admin_role_ends_what_others_have_registered(files: Path) -> None:
+    theirs, admins = "the-token-of-somebody-else", "the-token-of-an-operator"
+    change(files / "tokens", f"prefill:{TOKEN}\nother:{theirs}\nops:admin:{admins}\n")
+    row = Registration.of(ROW, ttl_s=60.0).to_body()
+    vllm = {"engine_id": "p", "dp_rank": 0, "tp_rank": 0, "pp_rank": 0}
+    async with served("--token-file", f"{files}/tokens") as url, aiohttp.ClientSession() as http:
+        v1, seat = f"{url}/v1", f"{url}/v1/instances/a/ranks/{SEAT}"
+
+        async def tell(token: str, method: str, url: str, body: object = None) -> tuple[int, str]:
+            headers = {"Authorization": f"Bearer {token}"}
+            async with http.request(method, url, json=body, headers=headers) as answer:
+                return answer.status, await answer.text()
+
+        status, granted = await tell(TOKEN, "PUT", seat, row)
+        assert status == 200
+        for path in (f"{v1}/instances/a/drain", f"{seat}/drain"):
+            status, said = await tell(theirs, "POST", path)
+            assert (status, "a token of the admin role" in said) == (409, True), said
+        renewal = {"epoch": json.loads(granted)["epoch"]}
+        assert (await tell(admins, "POST", f"{seat}/renew", renewal))[0] == 409, "its lease is not theirs to keep alive"
+        assert (await tell(admins, "POST", f"{v1}/instances/a/drain"))[0] == 200
+        assert '"draining"' in (await tell(TOKEN, "POST", f"{seat}/renew", renewal))[1]
+        assert (await tell(theirs, "DELETE", seat))[0] == 409
+        assert (await tell(admins, "DELETE", seat))[0] == 200
+        assert (await tell(admins, "DELETE", seat))[0] == 404
+        elsewhere = aiohttp.TCPConnector(local_addr=("127.0.0.2", 0))
+        with socket.create_server(("127.0.0.2", 0)) as worker:
+            row = vllm | {"addr": f"tcp://127.0.0.2:{worker.getsockname()[1]}"}
+            async with (
+                aiohttp.ClientSession(connector=elsewhere) as there,
+                there.post(f"{url}/register", json=row) as it,
+            ):
+                assert it.status == 200, await it.text()
+            status, said = await tell(theirs, "DELETE", f"{v1}/engines/p")
+            assert (status, "a token of the admin role" in said) == (409, True), said
+            assert (await tell(admins, "DELETE", f"{v1}/engines/p"))[0] == 200
+
+
 async def eventually(ask: Callable[[], Awaitable[T]], is_so: Callable[[T], bool]) -> None:
     async with asyncio.timeout(SOON_S):
         while True:
