@@ -524,7 +524,7 @@ class WatchEnd(StrEnum):
 
 
 class WatchMetrics:
-    """Readers of `/v1/watch`."""
+    """Readers of `/v1/watch` and `/v1/sessions/watch`, together."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._open = Gauge("pdctl_watch_streams_open", "Streams of changes open now.", registry=registry)
@@ -536,8 +536,11 @@ class WatchMetrics:
         )
         self._ended = {reason: ended.labels(reason) for reason in WatchEnd}
 
-    def watchers(self, n_open: int) -> None:
-        self._open.set(n_open)
+    def came(self) -> None:
+        self._open.inc()
+
+    def went(self) -> None:
+        self._open.dec()
 
     def ended(self, reason: WatchEnd) -> None:
         self._ended[reason].inc()

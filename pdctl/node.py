@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import ssl
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,13 +18,12 @@ from random import SystemRandom
 from typing import Any
 
 import structlog
-from starlette.types import ASGIApp
+from fastapi import APIRouter
 
 from pdctl import config, logs, server
 from pdctl.admission import Turnstile
 from pdctl.client import RegistryClient
 from pdctl.config import ServeSettings, Settings
-from pdctl.core.access import Rules
 from pdctl.core.address import Endpoint
 from pdctl.core.admission import Admission
 from pdctl.core.layout import Pool, Region
@@ -34,16 +32,15 @@ from pdctl.core.naming import SESSION_KEY
 from pdctl.core.registry import Registry
 from pdctl.core.rooms import EXTENSIONS, RoomBook
 from pdctl.core.route import Announcement, Seat, Shape
-from pdctl.core.sessions import SessionTable
 from pdctl.core.witness import Verdict, WitnessPolicy, WitnessTable
-from pdctl.credentials import AccessSettings, Reloaded, follow, listening, rules, server_tls
 from pdctl.dialects import native, sglang
+from pdctl.door import Door, open_door
 from pdctl.engine.asking import Asking
-from pdctl.engine.base import Engine, PeerCard
+from pdctl.engine.base import Engine
 from pdctl.engine.mooncake import open_mooncake
-from pdctl.errors import ConfigError, LayoutMismatch, NotReady
-from pdctl.guard import Guard
+from pdctl.errors import ConfigError, LayoutMismatch, NotReady, PdctlError
 from pdctl.lease import Lease, LeaseTerms, NoLeases
+from pdctl.links import Links
 from pdctl.metrics import Metrics
 from pdctl.peer import PeerLink, open_link
 from pdctl.persistence.open import MEMORY, SQLITE, open_journal
@@ -114,7 +111,7 @@ class Sidecar:
 async def sidecar(settings: Settings) -> AsyncIterator[Sidecar]:
     """The service of `pdctl serve`. Raises ConfigError and AddressTaken before anything else is opened."""
     metrics = Metrics()
-    door = _door(settings.access, metrics)
+    door = open_door(settings.access, metrics)
     async with AsyncExitStack() as stack:
         socks = [stack.enter_context(closing(sock)) for sock in bind_all(settings.serve)]
         longest_s = settings.serve.room_ttl_s * (1 + EXTENSIONS)
@@ -131,14 +128,20 @@ async def sidecar(settings: Settings) -> AsyncIterator[Sidecar]:
         news = native.broadcast(registrar, metrics, settings.watch, others.engines)
         others.tell(registrar, news)
         ours = native.router(registrar, news, others.engines)
-        routers = [plain.router(), *others.routers(registrar, instance), ours]
+        links = Links.open(settings, Asking(), metrics, native.refusing(registrar))
+        registrar.subscribe(links.heard)
+        routers = [plain.router(), *others.routers(registrar, instance), ours, links.router]
         inner = sglang.in_front(plain, server.app(routers, metrics, unready=registrar.unready))
         service = Turnstile(inner, Admission(settings.admission), time.monotonic, metrics)
         witness = _witness(settings.witness, registrar, metrics)
         http = door.services(service, socks, settings.serve.grace_s)
-        files = follow(*door.files)
-        loops = {"news": news.run(), "keys": others.watch(), "vllm": others.roster.watch()}
-        async with beside(**http, **loops, sweep=registrar.sweep(), files=files, witness=witness):
+        loops = {
+            "listening": registrar.listen(),
+            "news": news.run(),
+            "keys": others.watch(),
+            "vllm": others.roster.watch(),
+        }
+        async with beside(**http, **loops, **links.loops, sweep=registrar.sweep(), witness=witness):
             for sock in socks:
                 server.listen(sock)  # last: see `server.bind`
             urls = [f"http://{server.bound(sock)}" for sock in socks[1:]]
@@ -182,47 +185,6 @@ def journal_url(serve: ServeSettings) -> str:
             "or --journal memory:, which forgets with the process"
         ) from error
     return f"{SQLITE}{directory / f'registry-{serve.port}.journal'}"
-
-
-@dataclass(frozen=True, slots=True)
-class _Door:
-    """What every listener of the service is behind. `tls`: None for plain HTTP."""
-
-    rules: Reloaded[Rules]
-    certificate: Reloaded[ssl.SSLContext] | None
-    tls: ssl.SSLContext | None
-    metrics: Metrics
-
-    @property
-    def files(self) -> list[Reloaded[Any]]:
-        return [self.rules] if self.certificate is None else [self.rules, self.certificate]
-
-    @property
-    def scheme(self) -> str:
-        return "http" if self.tls is None else "https"
-
-    def services(
-        self, api: ASGIApp, socks: Sequence[socket.socket], grace_s: float
-    ) -> dict[str, Coroutine[Any, Any, None]]:
-        """What serves `api`, by name. All sockets but the first are for stock engines, which speak no TLS."""
-        if self.tls is None:
-            return {"http": server.serve(self._around(api), *socks, grace_s=grace_s)}
-        own, *listeners = socks
-        services = {"https": server.serve(self._around(api), own, grace_s=grace_s, tls=self.tls)}
-        if listeners:
-            services["http"] = server.serve(self._around(api, stock_only=True), *listeners, grace_s=grace_s)
-        return services
-
-    def _around(self, api: ASGIApp, *, stock_only: bool = False) -> Guard:
-        return Guard(api, lambda: self.rules.value, self.metrics.access, time.monotonic, stock_only=stock_only)
-
-
-def _door(settings: AccessSettings, metrics: Metrics) -> _Door:
-    certificate = server_tls(settings)
-    door = _Door(rules(settings), certificate, None if certificate is None else listening(certificate), metrics)
-    for files in door.files:
-        metrics.access.follow(files.what, lambda files=files: files.trouble is not None)  # type: ignore[misc]
-    return door
 
 
 async def register(settings: Settings) -> None:
@@ -307,12 +269,18 @@ async def prefill_node(
     the link stops, and is `registered` only while the registry says so. Raises EngineUnavailable, AddressTaken,
     RegistrationGaveUp, Superseded, ...
     """
-    clock = time.monotonic
     async with _rank(settings, arena, str(seat), "prefill") as rank:
-        table: SessionTable[PeerCard] = SessionTable(settings.probe, SystemRandom().random)
-        prober = Prober(table, Asking(rank.engine), clock=clock, metrics=rank.metrics, known=rank.engine.card)
+        links = Links.open(settings, Asking(rank.engine), rank.metrics, _refused, rank.engine.card)
         sender = Sender(
-            rank.engine, rank.link.send, kv, aux, _rank_id(seat, shape), prober, settings.room, clock, rank.metrics
+            rank.engine,
+            rank.link.send,
+            kv,
+            aux,
+            _rank_id(seat, shape),
+            links.prober,
+            settings.room,
+            time.monotonic,
+            rank.metrics,
         )
         client = RegistryClient(settings.node.registry, policy=settings.retry, credentials=settings.client)
         async with sender, client:
@@ -320,8 +288,8 @@ async def prefill_node(
             unready = lambda: [] if client.registered else [f"not registered at {client.url}"]  # noqa: E731
             async with beside(
                 link=rank.link.serve(sender.handle),
-                prober=prober.run(),
-                http=rank.http(unready),
+                **links.loops,
+                **rank.http(unready, links.router),
             ):
                 # within the others: withdrawn before the link stops listening
                 terms = LeaseTerms(
@@ -332,7 +300,7 @@ async def prefill_node(
                     metadata={SESSION_KEY: rank.engine.session},
                 )
                 async with beside(registration=_hold_prefill(client, terms, settings)):
-                    yield PrefillNode(sender, rank.engine, prober, client, rank.metrics_url)
+                    yield PrefillNode(sender, rank.engine, links.prober, client, rank.metrics_url)
 
 
 @dataclass(frozen=True, slots=True)
@@ -402,7 +370,7 @@ async def decode_node(
                 client = RegistryClient(registry, policy=settings.retry, credentials=settings.client)
                 listed = _Listed(await stack.enter_async_context(client), settings)
             http = rank.http(list if listed is None else listed.unready)
-            await stack.enter_async_context(beside(link=rank.link.serve(receiver.handle), http=http))
+            await stack.enter_async_context(beside(link=rank.link.serve(receiver.handle), **http))
             if listed is not None:
                 terms = LeaseTerms(
                     settings.node.decode_instance,
@@ -414,6 +382,11 @@ async def decode_node(
                 )
                 await stack.enter_async_context(beside(registration=listed.hold(terms)))
             yield DecodeNode(receiver, rank.engine, rank.metrics_url, shape, tp_rank, settings, listed)
+
+
+def _refused(error: PdctlError, path: str, peer: str) -> PdctlError:
+    log.warning("request refused", path=path, peer=peer, detail=str(error))
+    return error
 
 
 def check_plain_pair(prefill: Shape, decode: Shape) -> None:
@@ -454,20 +427,22 @@ class _Rank:
     link: PeerLink
     metrics: Metrics
     sock: socket.socket
+    door: Door
     grace_s: float
 
     @property
     def metrics_url(self) -> str:
-        return f"http://{server.bound(self.sock)}/metrics"
+        return f"{self.door.scheme}://{server.bound(self.sock)}/metrics"
 
-    async def http(self, unready: Callable[[], list[str]]) -> None:
-        """Serve this rank's own /livez, /readyz and /metrics."""
-        await server.serve(server.app([], self.metrics, unready), self.sock, grace_s=self.grace_s)
+    def http(self, unready: Callable[[], list[str]], *routers: APIRouter) -> dict[str, Coroutine[Any, Any, None]]:
+        """What serves this rank's own /livez, /readyz, /metrics and `routers`, by name."""
+        return self.door.services(server.app(routers, self.metrics, unready), [self.sock], self.grace_s)
 
 
 @asynccontextmanager
 async def _rank(settings: Settings, arena: Region, name: str, role: str) -> AsyncIterator[_Rank]:
     host, metrics = settings.node.host, Metrics()
+    door = open_door(settings.access, metrics)
     sock = server.bind(host, settings.node.http_port)
     with closing(sock), logs.rank_bound(name, role=role):
         async with (
@@ -475,4 +450,4 @@ async def _rank(settings: Settings, arena: Region, name: str, role: str) -> Asyn
             open_link(host, metrics=metrics) as link,
         ):
             await engine.register(arena)
-            yield _Rank(engine, link, metrics, sock, settings.serve.grace_s)
+            yield _Rank(engine, link, metrics, sock, door, settings.serve.grace_s)

@@ -88,7 +88,7 @@ def broadcast(
 
 def router(registrar: Registrar, news: Broadcast | None = None, others: Others | None = None) -> APIRouter:
     """`news`: without it, nothing can be watched. `others` are listed beside the registry's own."""
-    api = APIRouter(prefix="/v1", tags=["pdctl"], route_class=route_class(_refusing(registrar)))
+    api = APIRouter(prefix="/v1", tags=["pdctl"], route_class=route_class(refusing(registrar)))
     _add_ranks(api, registrar)
     _add_drains(api, registrar)
     _add_lists(api, registrar, news, others)
@@ -208,8 +208,8 @@ def _add_watch(api: APIRouter, news: Broadcast) -> None:
         return news.response(-1 if cursor is None else news.read_cursor(cursor), peer_of(request))
 
 
-def _refusing(registrar: Registrar) -> Refused:
-    """Counts what is refused, and names fields as these bodies do."""
+def refusing(registrar: Registrar) -> Refused:
+    """Counts what is refused under /v1, and names fields as these bodies do."""
 
     def refused(error: PdctlError, path: str, peer: str) -> PdctlError:
         told = in_our_words(error) if isinstance(error, BadField) else error

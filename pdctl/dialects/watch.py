@@ -192,12 +192,12 @@ class Broadcast:
     def counted(self) -> Iterator[None]:
         """One watcher more, as long as this lasts."""
         self._watchers += 1
-        self._counts.watchers(self._watchers)
+        self._counts.came()
         try:
             yield
         finally:
             self._watchers -= 1
-            self._counts.watchers(self._watchers)
+            self._counts.went()
 
     def ended(self, end: WatchEnd, peer: str, seen: int) -> None:
         self._counts.ended(end)
