@@ -410,7 +410,7 @@ class SessionTable(Generic[ShownT]):
 
     def _failed_again(self, record: _Record[ShownT], block: _Block, entry: Entry | None, now: float) -> None:
         """While it is blocked: what began before is a symptom of the same; what began since (panic) is worse news."""
-        if _older(entry, block.number):
+        if block.dropped or _older(entry, block.number):
             return
         block.good = 0
         if record.asking:
@@ -430,6 +430,7 @@ class SessionTable(Generic[ShownT]):
             now - since, questions, was, State.DROPPED,
         )  # fmt: skip
         self._become(record, block)
+        self._touch(record, now)
         return [news]
 
     # How: back
@@ -496,6 +497,7 @@ class SessionTable(Generic[ShownT]):
         if was is State.DROPPED:
             record.life = None
         self._become(record, None)
+        self._touch(record, now)
         return _endings(ChangeKind.LIFTED, record, was, held, detail, now)
 
     # How: asking
@@ -596,6 +598,7 @@ class SessionTable(Generic[ShownT]):
         return record, changes
 
     def _touch(self, record: _Record[ShownT], now: float) -> None:
+        """Wanted now, and last in its order: whoever changes to the other order has to come last there."""
         record.wanted_at = now
         self._order(record.state).move_to_end(record.session)
 
