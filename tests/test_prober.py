@@ -25,6 +25,7 @@ from pdctl.engine import handshake
 from pdctl.engine.asking import Asking
 from pdctl.engine.base import PeerCard, Proof
 from pdctl.errors import Cause, LimitReached, SessionBlocked, TransferFailed
+from pdctl.lag import LoopLag
 from pdctl.metrics import Metrics
 from pdctl.prober import Prober
 
@@ -130,11 +131,12 @@ async def probing(
     policy: ProbePolicy = POLICY,
     clock: Callable[[], float] = time.monotonic,
     known: Callable[[str], PeerCard | None] = pinned,
+    lag: LoopLag | None = None,
 ) -> AsyncIterator[Bench]:
     registry = CollectorRegistry()
     table: SessionTable[PeerCard] = SessionTable(policy, random.Random(1).random)
     asks = ask if isinstance(ask, Asking) else By(ask)
-    prober = Prober(table, asks, clock=clock, metrics=Metrics(registry), known=known)
+    prober = Prober(table, asks, clock=clock, metrics=Metrics(registry), known=known, lag=lag)
     task = asyncio.create_task(prober.run(), name="prober under test")
     try:
         yield Bench(prober, table, registry, task)
@@ -313,6 +315,7 @@ async def test_whoever_registers_is_looked_at_once_and_another_process_is_then_k
     async with listening(Peer(regions=[4096])) as peer, probing(known=lambda _: None) as bench:
         bench.prober.registered(peer.session, [4096, 4100])
         await until(lambda: peer.asked == 1)
+        await until(lambda: not asking_for("first look at"))
         peer.data_port += 1
         bench.block(peer.session)
         await until(lambda: bench.prober.standing(peer.session).state is State.DROPPED)
@@ -333,13 +336,13 @@ async def test_a_look_at_the_life_before_says_nothing_of_the_one_that_registered
         looks.append(asyncio.get_running_loop().create_future())
         return await looks[-1]
 
-    async with probing(ask, known=lambda _: None) as bench:
+    async with probing(ask, replace(POLICY, max_concurrent=2), known=lambda _: None) as bench:
         bench.prober.registered("a:1")
         await until(lambda: len(looks) == 1)
         bench.prober.registered("a:1")
+        looks[0].set_result(PeerCard("a:1", 15001, ()))
         await until(lambda: len(looks) == 2)
         looks[1].set_result(PeerCard("a:1", 15002, ()))
-        looks[0].set_result(PeerCard("a:1", 15001, ()))
         await until(lambda: not asking_for("first look at"))
         bench.block("a:1")
         await until(lambda: len(looks) == 3)
@@ -495,7 +498,8 @@ async def test_a_registration_lets_those_go_who_wait_for_a_trial() -> None:
             await each.task
 
 
-async def test_a_blocked_session_that_is_wanted_is_asked_sooner_than_its_wait() -> None:
+@pytest.mark.parametrize("admitted", [True, False], ids=["by a transfer", "by a request"])
+async def test_a_blocked_session_that_is_wanted_is_asked_sooner_than_its_wait(admitted: bool) -> None:
     policy = replace(POLICY, multiplier=1e6, max_interval_s=60.0, wanted_interval_s=0.05)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         session = f"127.0.0.1:{listener.getsockname()[1]}"
@@ -503,9 +507,12 @@ async def test_a_blocked_session_that_is_wanted_is_asked_sooner_than_its_wait() 
         bench.block(session)
         await until(lambda: bench.probes("refused") == 1)
         assert (bench.prober.standing(session).next_question_s or 0) > 10
-        with pytest.raises(SessionBlocked):
-            async with bench.prober.passing(session):
-                raise AssertionError
+        if admitted:
+            with pytest.raises(SessionBlocked):
+                async with bench.prober.passing(session):
+                    raise AssertionError
+        else:
+            assert bench.prober.reason_blocked(session) is not None
         await until(lambda: bench.probes("refused") == 2)
 
 
@@ -618,6 +625,27 @@ async def test_after_our_own_stall_a_time_out_blocks_nobody_and_a_refusal_still_
         assert bench.prober.doubting
         assert bench.count("pdctl_session_doubt") == 1
         assert len([line for line in lines if "the fault may be here" in line["event"]]) == 1
+
+
+class Late(LoopLag):
+    """A meter whose next tick is overdue, and has not come yet."""
+
+    late_s = 0.5
+
+    async def run(self, tell: Callable[[float], None]) -> None:
+        await asyncio.Event().wait()
+
+
+async def test_our_lateness_counts_before_the_meter_itself_has_had_its_turn() -> None:
+    async with probing(never, lag=Late(time.monotonic)) as bench:
+        await failing(bench, "slow:1", Cause.TIMED_OUT)
+        assert bench.prober.reason_blocked("slow:1") is None
+    async with probing(
+        answers_in_turn(TransferFailed(Cause.TIMED_OUT, "a:1", "late")), lag=Late(time.monotonic)
+    ) as bench:
+        assert not bench.prober.doubting
+        await bench.prober.ask_now("a:1")
+        assert bench.prober.doubting
 
 
 async def test_a_question_that_ran_out_while_we_were_stalled_does_not_count() -> None:
