@@ -15,7 +15,7 @@ here and nowhere else. No wire is spoken here: the dialects translate.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Generator, Iterable, Sequence
 from functools import partial
 from typing import Any, Generic, NoReturn, TypeVar
 
@@ -24,6 +24,7 @@ import structlog
 from pdctl.core.access import check_advertised
 from pdctl.core.address import Endpoint
 from pdctl.core.instances import InstanceView
+from pdctl.core.listening import SHARE, Attention, rest_s
 from pdctl.core.lives import PREFILL, Change, ChangeKind, Claim, Life, Owner
 from pdctl.core.registry import Registry
 from pdctl.core.rooms import RoomBook
@@ -48,7 +49,7 @@ TICK_BUDGET = 200  # lives; about 2 ms
 CROWD = 16
 """More changes of one kind to one instance at a time are one line: a line costs more than all the rest of a change."""
 STALLED_S = 1.0
-"""A loop that wakes so much too late (stopped, swapped out, starved) has heard nobody meanwhile: leases begin anew."""
+"""A loop that was stopped for so long is worth a warning, whatever it endangers (core.listening)."""
 
 T = TypeVar("T")
 Told = Callable[[BaseException | None], None]
@@ -111,7 +112,7 @@ class _Offered:
 
 
 class Registrar:
-    """Dialects call it; `sweep` runs beside the server."""
+    """Dialects call it; `sweep` and `listen` run beside the server."""
 
     def __init__(
         self,
@@ -126,6 +127,7 @@ class Registrar:
         """`first_epoch`: where to begin when the journal has kept nothing; in an era of its own (core.lives)."""
         self._registry = registry
         self._first_epoch = first_epoch
+        self._attention = Attention()
         self._rooms = rooms
         self._journal = journal
         self._counts = metrics.registry
@@ -233,19 +235,33 @@ class Registrar:
 
     async def sweep(self) -> NoReturn:
         """End what time has ended, a slice at a time; until cancelled."""
-        loop = asyncio.get_running_loop()
         while True:
             settled = self._rooms.expire(self._clock(), SWEEP_BUDGET)
             if self._registry.next_deadline <= self._clock() or self._registry.full or self._unwritten:
-                await self._observe(lambda registry, now: (None, registry.tick(now, TICK_BUDGET)))
+                await self._observe(self._end)
             more = settled == SWEEP_BUDGET
             wait_s = 0.0 if more else min(SWEEP_EVERY_S, max(0.0, self._registry.next_deadline - self._clock()))
-            asleep_at = loop.time()  # not our clock: a test that turns its own is not asleep
             await asyncio.sleep(wait_s)
-            late_s = loop.time() - asleep_at - wait_s
-            if late_s > STALLED_S:
-                log.warning("the loop was stalled: all leases begin anew", seconds=round(late_s, 1))
-                await self._observe(lambda registry, now: (None, registry.forgive(now)))
+
+    async def listen(self, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep) -> NoReturn:
+        """Notice when nobody has been listened to, and begin the leases anew that it endangers; until cancelled."""
+        while True:
+            wait_s = rest_s(self._registry.shortest_ttl_s)
+            self._attention.rests(self._clock(), wait_s)
+            await sleep(wait_s)
+            missed_s = self._attention.missed_s(self._clock())
+            if self._registry.forgive(self._clock(), missed_s):  # pulses alone, so that no group need be waited for
+                tell = log.warning if missed_s > STALLED_S else log.info
+                tell(
+                    "the loop was stalled: leases begin anew",
+                    up_to_s=round(missed_s * SHARE, 1),
+                    stalled_s=round(missed_s, 2),
+                )
+
+    def _end(self, registry: Registry, now: float) -> tuple[None, list[Change]]:
+        """What is over; but first see to it that somebody was listening: the loop may have been stopped just now."""
+        registry.forgive(now, self._attention.missed_s(now))
+        return None, registry.tick(now, TICK_BUDGET)
 
     # Reading
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import contextlib
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
 from structlog.testing import capture_logs
 
 from pdctl.core.address import Endpoint
+from pdctl.core.listening import rest_s
 from pdctl.core.lives import Change, Claim, Owner
 from pdctl.core.registry import Registry
 from pdctl.core.rooms import RoomBook
@@ -135,3 +138,73 @@ async def test_the_sweep_empties_the_rooms_and_lets_others_run_meanwhile(clock: 
     await asyncio.wait({sweeping})
     assert turns >= 10
     assert sweeping.cancelled()
+
+
+class Stopped(Exception):
+    pass
+
+
+async def stop_for(clock: Clock, registrar: Registrar, stops_s: Sequence[float]) -> None:
+    """Listen, by a clock turned by hand, while the process is stopped for so long in each of the loop's rests."""
+    left = iter(stops_s)
+
+    async def sleep(for_s: float) -> None:
+        try:
+            clock.forward(for_s + next(left))
+        except StopIteration:
+            raise Stopped from None
+
+    with contextlib.suppress(Stopped):
+        await registrar.listen(sleep)
+
+
+async def swept(registrar: Registrar, until: Callable[[], bool]) -> bool:
+    """Whether the sweep brings this about, which it does at once or not at all: nothing here waits for a disk."""
+    sweeping = asyncio.create_task(registrar.sweep())
+    for _ in range(20):
+        await asyncio.sleep(0)
+    sweeping.cancel()
+    await asyncio.wait({sweeping})
+    return until()
+
+
+@pytest.mark.parametrize("ttl_s", [0.5, 2.0, 15.0])
+async def test_a_stop_that_a_lease_cannot_bear_begins_it_anew_and_is_told(
+    registrar: Registrar, clock: Clock, ttl_s: float
+) -> None:
+    await registrar.register(claim(0, ttl_s=ttl_s))
+    with capture_logs() as logs:
+        await stop_for(clock, registrar, [0.0, 0.9 * ttl_s, 0.0])
+    assert told(logs) == ["the loop was stalled: leases begin anew"]
+    assert logs[0]["log_level"] == ("warning" if 0.9 * ttl_s > 1 else "info")
+    rest = rest_s(ttl_s)
+    await stop_for(clock, registrar, [0.0] * int(0.7 * ttl_s / rest))
+    assert not await swept(registrar, lambda: not alive(registrar))
+    await stop_for(clock, registrar, [0.0] * math.ceil(0.3 * ttl_s / rest))
+    assert await swept(registrar, lambda: not alive(registrar))
+
+
+async def test_hiccups_that_a_lease_can_bear_do_not_keep_a_silent_rank(registrar: Registrar, clock: Clock) -> None:
+    await registrar.register(claim(0, ttl_s=15.0))
+    with capture_logs() as logs:
+        await stop_for(clock, registrar, [1.0] * 10)
+    assert told(logs) == []
+    assert await swept(registrar, lambda: not alive(registrar))
+
+
+async def test_a_stop_just_before_a_lease_is_judged_is_no_silence_of_the_rank(
+    registrar: Registrar, clock: Clock
+) -> None:
+    """The sweep may come to run before the loop's own look at the clock."""
+    await registrar.register(claim(0, ttl_s=2.0))
+    listening = asyncio.create_task(registrar.listen())
+    await asyncio.sleep(0)
+    clock.forward(60.0)
+    assert not await swept(registrar, lambda: not alive(registrar))
+    listening.cancel()
+    await asyncio.wait({listening})
+
+
+def alive(registrar: Registrar) -> int:
+    view = registrar.view("a")
+    return len(view.alive) if view else 0

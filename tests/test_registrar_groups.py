@@ -320,15 +320,16 @@ async def test_a_registry_that_stood_still_ends_no_lease_for_it(disk: Disk) -> N
     """While the process was stopped nobody could renew: its clients must not pay for that."""
     registrar = Registrar(Registry(), RoomBook(), disk, Metrics(), time.monotonic)
     life = await registrar.register(claim(ttl_s=1.0))
-    sweeping = asyncio.create_task(registrar.sweep())
+    running = [asyncio.create_task(loop) for loop in (registrar.listen(), registrar.sweep())]
     await asyncio.sleep(0)
     time.sleep(2.5)  # noqa: ASYNC251  # the stop itself
     for _ in range(20):
         await asyncio.sleep(0)
     assert held(registrar) == {FIRST: life}
     await registrar.renew("a", FIRST, life.epoch, life.owner)
-    sweeping.cancel()
-    await asyncio.wait({sweeping})
+    for task in running:
+        task.cancel()
+    await asyncio.wait(running)
 
 
 async def test_ten_thousand_leases_end_in_slices(disk: Disk, clock: Clock) -> None:

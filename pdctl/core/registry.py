@@ -26,6 +26,7 @@ from pdctl.core.address import Endpoint
 from pdctl.core.agenda import Agenda
 from pdctl.core.claims import check_may_change, check_may_end, not_held, place
 from pdctl.core.instances import Incarnation, InstanceView, Loss
+from pdctl.core.listening import SHARE
 from pdctl.core.lives import Change, ChangeKind, Claim, Life, Owner, Record
 from pdctl.core.route import Seat
 from pdctl.errors import ConfigError, LimitReached, TooLarge, UnknownLease
@@ -120,6 +121,7 @@ class Registry:
         self._agenda = Agenda()
         self._emptied: deque[tuple[float, str]] = deque()  # (when to look again, instance), soonest first
         self._n_remembered = 0
+        self.shortest_ttl_s = math.inf  # no lease is shorter; one that was may be over
         self._made: list[Change] | None = None  # a draft's changes
 
     def __iter__(self) -> Iterator[InstanceView]:
@@ -272,12 +274,19 @@ class Registry:
             changes += self._end(self._views[name], losses, now)
         return changes + self._forget(now)
 
-    def forgive(self, now: float) -> list[Change]:
-        """Nobody was listening until now: every lease begins anew, since who spoke meanwhile was not heard."""
-        for view in self._views.values():
-            for life in view.lives:
-                life.pulse.spoke_at = now
-        return []
+    def forgive(self, now: float, missed_s: float = math.inf) -> bool:
+        """Nobody was listening for `missed_s` until now: leases that this has put in danger begin anew, since who spoke
+        meanwhile was not heard. Whether there were any.
+        """
+        up_to_s = missed_s * SHARE
+        if up_to_s < self.shortest_ttl_s:
+            return False
+        leased = [life for view in self._views.values() for life in view.lives if life.ttl_s is not None]
+        self.shortest_ttl_s = min((life.claim.ttl_s or math.inf for life in leased), default=math.inf)
+        in_danger = [life for life in leased if life.claim.ttl_s is not None and life.claim.ttl_s <= up_to_s]
+        for life in in_danger:
+            life.pulse.spoke_at = now
+        return bool(in_danger)
 
     # Restarts
 
@@ -294,7 +303,7 @@ class Registry:
             view = InstanceView(name, served, forming[-1] if forming else None, epoch, revision)
             self._write(view, now)
             for life in view.lives:
-                self._agenda.put(life.next_event, name, life.seat, life.epoch)
+                self._schedule(name, life)
 
     # Drafts
 
@@ -315,6 +324,7 @@ class Registry:
         self.revision, self.last_epoch = draft.revision, draft.last_epoch
         self._views.update(draft._views.own)
         self._n_remembered = draft._n_remembered
+        self.shortest_ttl_s = min(self.shortest_ttl_s, draft.shortest_ttl_s)
         self._agenda.take(draft._agenda)
         self._emptied.extend(draft._emptied)
         for change in draft._made:
@@ -418,8 +428,14 @@ class Registry:
         return next(each for each in view.incarnations if each.number == life.incarnation)
 
     def _put(self, view: InstanceView, incarnation: Incarnation, life: Life) -> InstanceView:
-        self._agenda.put(life.next_event, view.name, life.seat, life.epoch)
+        self._schedule(view.name, life)
         return view.having(incarnation, life.epoch)
+
+    def _schedule(self, name: str, life: Life) -> None:
+        ttl_s = life.claim.ttl_s
+        if ttl_s is not None and ttl_s < self.shortest_ttl_s:
+            self.shortest_ttl_s = ttl_s
+        self._agenda.put(life.next_event, name, life.seat, life.epoch)
 
     def _change(self, kind: ChangeKind, life: Life, before: Life | None = None, why: str | None = None) -> Change:
         self.revision += 1

@@ -292,12 +292,15 @@ async def test_a_wall_clock_that_jumps_by_years_ends_no_lease_and_keeps_none(tmp
         assert registry.complaints() == []
 
 
-async def test_a_registry_that_stood_still_for_longer_than_the_leases_takes_everybody_back(registry: Service) -> None:
+@pytest.mark.parametrize("ttl_s", [0.5, 2.5])
+async def test_a_registry_that_stood_still_for_longer_than_the_leases_takes_everybody_back(
+    registry: Service, ttl_s: float
+) -> None:
     """A paused machine: nobody could renew, so that the silence proves nothing of the ranks."""
     async with party(registry.url) as who:
-        epochs = [granted(await who.claim(40_000 + tp, tp=tp, size=3, ttl_s=2.5)) for tp in range(3)]
+        epochs = [granted(await who.claim(40_000 + tp, tp=tp, size=3, ttl_s=ttl_s)) for tp in range(3)]
         signalled(registry, signal.SIGSTOP)
-        await asyncio.sleep(4.0)
+        await asyncio.sleep(1.6 * ttl_s)
         pending = [asyncio.create_task(who.renew(epoch, tp=tp)) for tp, epoch in enumerate(epochs)]
         signalled(registry, signal.SIGCONT)
         assert [(await answer)[0] for answer in pending] == [200, 200, 200]
