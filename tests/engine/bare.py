@@ -96,6 +96,36 @@ def queue_overflows(session: str, pointer: int, blocks: int) -> None:
     heard()
 
 
+def wedges(session: str, pointer: int) -> None:
+    """H2. Full queues, again and again, until nothing reaches the peer any more; then another engine is made."""
+    blocks = 4096
+    local, here = Buffer(blocks * 4096, b"\x01"), engine()
+    at, there = ([first + n * 4096 for n in range(blocks)] for first in (local.at, pointer))
+    for _ in range(300):
+        here.batch_transfer_sync_write(session, at, there, [4096] * blocks)
+        if not any(_reaches(here, session, local.at, pointer, within_s) for within_s in (0.2, 2.0)):
+            break
+    say(
+        probe=here.send_probe(session),
+        first=_reaches(here, session, local.at, pointer, 0.5),
+        second=_reaches(engine(), session, local.at, pointer, 0.5),
+    )
+    heard()
+
+
+def _reaches(here: Any, session: str, local: int, remote: int, within_s: float) -> bool:
+    """Whether one byte can be read, by any number of tries."""
+    until = time.monotonic() + within_s
+    while time.monotonic() < until:
+        ticket = here.batch_transfer_async_read(session, [local], [remote], [1])
+        while ticket and (status := here.transfer_check_status(ticket)) == 0 and time.monotonic() < until:
+            time.sleep(0.001)
+        if ticket and status == 1:
+            return True
+        time.sleep(0.01)
+    return False
+
+
 def first_open_blocks_all(hung: str, well: str, pointer: int) -> None:
     """H3. `well` is open already; what does the first word to `hung` do to it?"""
     local, here = Buffer(MIB, b"\x01"), engine()

@@ -121,6 +121,19 @@ def test_h2_the_bare_engine_reports_failure_for_a_long_batch_and_delivers_of_it(
         assert counted(far, pointer, 1) > 4096, "blocks of a batch that had failed; how many differs from run to run"
 
 
+def test_h2_the_bare_engine_wedges_and_a_second_one_in_the_same_process_does_not_share_it(far: Child) -> None:
+    """A matter of chance: 1 to 15 batches in 6 rounds, with queues as narrow as these. The probe says 0 = healthy."""
+    narrow = {
+        "MC_TCP_MAX_QUEUED_TRANSFERS_PER_PEER": "1",
+        "MC_TCP_MAX_PENDING_ADMISSIONS_PER_PEER": "1024",
+        "MC_TCP_ADMISSION_TIMEOUT_MS": "600000",
+    }
+    pointer = far.ask_now("register", nbytes=16 * MIB)["pointer"]
+    with bare("wedges", session=far.session, pointer=pointer, environ=narrow) as it:
+        found = it.hello
+        assert (found["probe"], found["first"], found["second"]) == (0, False, True), found
+
+
 async def test_h2_any_number_of_blocks_goes_through_a_bounded_window(peers: Peers) -> None:
     spy = Spy(window=16)
     async with AsyncExitStack() as stack:
