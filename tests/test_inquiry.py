@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
+from pathlib import Path
 
+import aiohttp
 import pytest
 
 from tests.faults.test_links import peers
+from tests.service import service
 from tests.test_cli import ended
+from tests.test_node import fleet
 
 
 async def test_a_peer_that_works_is_proven_by_data_and_exits_0() -> None:
@@ -66,3 +71,36 @@ async def test_a_service_that_is_not_there_is_told_from_a_session_that_does_not_
             status, out, err = await ended(*command, "--at", at)
             assert (status, out) == (69, "")
             assert at in err
+
+
+async def test_a_services_table_is_listed_asked_and_lifted(tmp_path: Path) -> None:
+    with peers(1) as peer, service(tmp_path / "log") as running:
+        at = ["--at", running.url]
+        assert (await ended("sessions", *at))[:2] == (0, "no session is known there\n")
+        async with aiohttp.ClientSession() as http, http.put(f"{running.url}/v1/sessions/{peer.session}") as answer:
+            assert answer.status == 200
+        status, out, _ = await ended("probe", peer.session, *at)
+        assert (status, out.startswith(f"{peer.session} works: identity (descriptor compared), ")) == (0, True)
+        peer.stop()
+        status, out, _ = await ended("probe", peer.session, *at)
+        assert (status, "does not work (timed out: " in out) == (1, True)
+        async with (
+            aiohttp.ClientSession() as http,
+            http.post(f"{running.url}/v1/sessions/{peer.session}/failures", json={"detail": "reset"}) as answer,
+        ):
+            assert answer.status == 200
+        status, out, _ = await ended("sessions", *at, "--state", "blocked")
+        assert (status, out.split()[:2]) == (0, [peer.session, "blocked"])
+        assert "peer gone (reset)" in out
+        status, out, _ = await ended("sessions", *at, "--lift", peer.session, "--json")
+        assert (status, json.loads(out)["sessions"][0]["state"]) == (0, "trusted")
+
+
+async def test_a_prefill_rank_shows_its_own_links() -> None:
+    async with fleet() as (_, prefill, _, decode, _):
+        prefill.prober.announce(decode.engine.session)
+        at = ["--at", prefill.metrics_url.removesuffix("/metrics")]
+        status, out, _ = await ended("sessions", *at)
+        assert (status, out.split()) == (0, [decode.engine.session, "trusted", "trusted"])
+        status, out, _ = await ended("probe", decode.engine.session, *at)
+        assert (status, out.startswith(f"{decode.engine.session} works: data (")) == (0, True)
