@@ -26,18 +26,39 @@ class Direction(Enum):
 
 
 @dataclass(slots=True, eq=False)
+class Way:
+    """What one block at a time goes by: a name under which the engine knows the peer.
+
+    `sure`: a connection stands behind it, and to the life that is meant.
+    """
+
+    name: str
+    sure: bool
+
+
+@dataclass(slots=True, eq=False)
 class Lane:
     """One life of a peer, as the carrier knows it, and alone writes it.
 
     `failures` counts failed blocks; `proven`: a block has landed since the last of them. `engine`: by which of the
-    carrier's engine objects; 0 is the one that peers know.
+    carrier's engine objects; 0 is the one that peers know. `idle`: ways that no block is on; `names`: for more of them,
+    without end. `greets`: a new way is tried by reading one byte, before a block may go by it. `over`: how the life
+    ended, in words, None while it has not; `was_cut`: whether it may live on all the same.
     """
 
-    name: str
+    names: Iterator[str]
     engine: int = 0
     failures: int = 0
     proven: bool = False
+    greets: bool = False
+    idle: list[Way] = field(default_factory=list)
+    closed: bool = False
+    over: Callable[[], str | None] = field(default=lambda: None)
+    was_cut: Callable[[], bool] = field(default=lambda: False)
     close: Callable[[], None] = field(default=lambda: None)
+
+    def way(self) -> Way:
+        return self.idle.pop() if self.idle else Way(next(self.names), sure=not self.greets)
 
 
 @dataclass(slots=True, eq=False)

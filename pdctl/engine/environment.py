@@ -101,6 +101,7 @@ def environment(settings: MooncakeSettings) -> dict[str, str]:
         **({"MC_FORCE_TCP": "1"} if settings.forces_tcp else {}),
         "MC_TCP_PROGRESS_TIMEOUT_SEC": stall,
         "MC_TCP_STATUS_TIMEOUT_SEC": stall,
+        "MC_TCP_LANES_PER_PEER": "1",  # each way of ours is a peer of its own there (ways.py)
         "MC_TCP_MAX_QUEUED_TRANSFERS_PER_PEER": str(ENOUGH),
         "MC_TCP_MAX_PENDING_ADMISSIONS_PER_PEER": str(ENOUGH),
         "MC_TCP_ADMISSION_TIMEOUT_MS": "600000",

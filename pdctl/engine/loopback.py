@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import itertools
 import mmap
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -179,7 +180,7 @@ class _Carrier:
 
     async def lane(self, session: str, found: Descriptor, engine: int) -> Lane:  # noqa: ARG002  there is one
         """To the life that answered, as a connection would be: who comes later to the address is not on it."""
-        lane = Lane(session)
+        lane = Lane(itertools.repeat(session))
         life = self._directory._find(session)
         if life is None or life.card.data_port != found.card.data_port:
             raise TransferFailed(Cause.PEER_GONE, session, "it was killed just after it answered")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib
+import itertools
 import os
 import sys
 import threading
@@ -30,10 +31,12 @@ from pdctl.engine import handshake, wheel
 from pdctl.engine.base import Capabilities, Engine
 from pdctl.engine.blocks import Direction, Lane, Transfer
 from pdctl.engine.environment import MooncakeSettings, environment, prepare
-from pdctl.engine.handshake import Descriptor, Introduction
+from pdctl.engine.handshake import Descriptor
 from pdctl.engine.mover import Calls as MoverCalls
 from pdctl.engine.mover import Mover
 from pdctl.engine.promises import PromisedEngine, outlast
+from pdctl.engine.tether import Tether
+from pdctl.engine.ways import Introduction, Serial
 from pdctl.errors import Cause, EngineUnavailable, TransferFailed
 
 __all__ = ["MooncakeSettings", "environment", "open_mooncake"]
@@ -199,7 +202,7 @@ class _Carrier:
         self._factory = factory
         self._bind_device = bind_device
         self._loop = asyncio.get_running_loop()
-        self._names: set[str] = set()
+        self._serial = Serial()
         self._registering = ThreadPoolExecutor(1, "pdctl-register")
         self._first = _Motor(settings)
         self._motors = {0: self._first}
@@ -240,9 +243,23 @@ class _Carrier:
         asks the peer, and a peer that hangs between our question and its own still costs all 61 s (H3)."""
         await self._running(session, engine)
         if not self._settings.forces_tcp:
-            return Lane(session)
-        introduction = await Introduction.listening(found.opening, self._settings.loopback, self._names)
-        return Lane(introduction.name, engine, close=introduction.close)
+            return Lane(itertools.repeat(session))
+        deadline_s = self._settings.handshake_timeout_s
+        tether = await Tether.tie(session, found.host, found.card.data_port, deadline_s=deadline_s)
+        try:
+            introduction = await Introduction.listening(found.opening, self._settings.loopback, self._serial)
+        except BaseException:
+            tether.close()
+            raise
+        lane = Lane(introduction.names, engine, greets=self.capabilities.async_read)
+        lane.over, lane.was_cut = lambda: tether.over, lambda: tether.was_cut
+        lane.close = lambda: self._leave(lane, tether, introduction)
+        return lane
+
+    def _leave(self, lane: Lane, tether: Tether, introduction: Introduction) -> None:
+        tether.close()
+        introduction.close()
+        self._motors[lane.engine].mover.leave(lane)
 
     def add(self, transfer: Transfer) -> None:
         self._motors[transfer.lane.engine].mover.add(transfer)

@@ -6,6 +6,11 @@ bounded window for each peer, because past 2048 blocks the engine wedges for eve
 that are not 0 and not yet terminal, because the engine dereferences them (H10, H11). Peers take turns, and so do the
 transfers of one peer. Never spins: between two looks it sleeps.
 
+One block a way. What the engine has to queue, it sends by the next connection that it gets, a second later if need be:
+of blocks submitted before a peer was killed, three were written into the process that came after it (measured, H6). So
+a block is only given to a way that nothing else is on, whose connection is known to stand, while the peer's tether
+holds: it reaches that process, or none.
+
 Knows no asyncio beyond "tell that loop"; knows no sessions, only the names under which the engine knows peers.
 """
 
@@ -13,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import threading
 import time
 from collections import deque
@@ -21,12 +27,15 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from pdctl.engine.blocks import Direction, Lane, Transfer, Verdict
+from pdctl.engine.blocks import Block, Direction, Lane, Transfer, Verdict, Way
 from pdctl.errors import Cause
 
 log = structlog.get_logger(__name__)
 
 DONE, PENDING = 1, 0
+# Greetings are read to here, and nothing is ever read from here. Not the mover's own: an engine outlives its mover.
+_NOWHERE = ctypes.create_string_buffer(64)
+_NO_MEMORY = 8  # an address that no peer has registered: asked for it, the peer hangs up, and so the way is closed
 Submit = Callable[[str, int, int, int], int]
 
 # 200 us keeps 16 blocks of 64 KiB in flight at full speed; a transfer that has not moved for 50 ms is looked at less.
@@ -39,6 +48,10 @@ class Calls:
 
     submit: Mapping[Direction, Submit]
     check: Callable[[int], int]
+
+    def greet(self, way: Way, remote: int) -> int:
+        """Read one byte from `remote` to nowhere: whoever answers, no harm is done."""
+        return self.submit[Direction.READ](way.name, ctypes.addressof(_NOWHERE), remote, 1)
 
 
 class Mover:
@@ -56,6 +69,8 @@ class Mover:
         self._carried: set[Transfer] = set()
         self._over: Verdict | None = None
         self._quiet_since = 0.0
+        self._leaving: deque[Lane] = deque()
+        self._parting: list[int] = []
 
     def add(self, transfer: Transfer) -> None:
         self._inbox.append(transfer)
@@ -63,6 +78,11 @@ class Mover:
         if self._over is not None:  # nobody looks into the inbox any more
             transfer.stop(*self._over)
             self._tell(transfer)
+
+    def leave(self, lane: Lane) -> None:
+        """That life is not meant any more: its connections are closed, as they come to rest."""
+        self._leaving.append(lane)
+        self._news.set()
 
     def nudge(self) -> None:
         """Look again at once: something was stopped."""
@@ -95,6 +115,12 @@ class Mover:
         moved = [window.turn(prune=news) for window in self._windows.values()]
         for lane in [lane for lane, window in self._windows.items() if window.empty]:
             del self._windows[lane]
+            self._part(lane)
+        while self._leaving:
+            lane = self._leaving.popleft()
+            lane.closed = True
+            self._part(lane)
+        self._parting = [ticket for ticket in self._parting if self._calls.check(ticket) == PENDING]
         self._pause(moved=any(moved) or news)
 
     def _admit(self) -> None:
@@ -105,8 +131,15 @@ class Mover:
                 self._windows[transfer.lane] = _Window(self._window, self._stall_s, self._calls, self._tell)
             self._windows[transfer.lane].add(transfer)
 
+    def _part(self, lane: Lane) -> None:
+        """Close what stands to a life that is over. The engine keeps a connection that it is never asked to use."""
+        while lane.idle and lane.greets and (lane.closed or lane.over()):
+            ticket = self._calls.greet(lane.idle.pop(), _NO_MEMORY)
+            if ticket:
+                self._parting.append(ticket)
+
     def _pause(self, *, moved: bool) -> None:
-        if not self._windows:
+        if not self._windows and not self._parting:
             self._news.wait()
             return
         now = time.monotonic()
@@ -121,6 +154,17 @@ class Mover:
             self._loop.call_soon_threadsafe(transfer.settle)
 
 
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A block on its way; or a greeting, and the block that goes after it."""
+
+    ticket: int
+    transfer: Transfer
+    way: Way
+    since: float
+    then: Block | None = None
+
+
 @dataclass(slots=True)
 class _Window:
     """What one peer has in flight, at most `size` blocks, and what waits for room."""
@@ -130,7 +174,7 @@ class _Window:
     calls: Calls
     tell: Callable[[Transfer], None]
     waiting: deque[Transfer] = field(default_factory=deque)
-    flying: list[tuple[int, Transfer, float]] = field(default_factory=list)
+    flying: list[_Flight] = field(default_factory=list)
 
     @property
     def empty(self) -> bool:
@@ -176,31 +220,53 @@ class _Window:
                 self._tell_if_at_rest([transfer])
 
     def _submit(self, transfer: Transfer) -> None:
-        block = next(transfer.blocks)
-        ticket = self.calls.submit[transfer.direction](transfer.lane.name, *block)
+        block, way = next(transfer.blocks), transfer.lane.way()
         transfer.submitted += 1
+        if way.sure:
+            self._send(transfer, way, block)
+        else:
+            self._took(self.calls.greet(way, block[1]), transfer, way, block)
+
+    def _send(self, transfer: Transfer, way: Way, block: Block) -> None:
+        end = transfer.lane.over()
+        if end is not None:
+            transfer.lane.idle.append(way)
+            self._failed(transfer, Cause.PEER_GONE, end)
+            return
+        self._took(self.calls.submit[transfer.direction](way.name, *block), transfer, way)
+
+    def _took(self, ticket: int, transfer: Transfer, way: Way, then: Block | None = None) -> None:
         if ticket == 0:  # refused: there is no ticket, and asking after ticket 0 is a segmentation fault (H10)
             self._failed(transfer, Cause.REFUSED, f"the engine took no block {transfer.submitted} of {transfer.total}")
             return
         transfer.in_flight += 1
-        self.flying.append((ticket, transfer, time.monotonic()))
+        self.flying.append(_Flight(ticket, transfer, way, time.monotonic(), then))
 
     def _poll(self) -> None:
         looked, self.flying = self.flying, []
         ended = []
-        for n, (ticket, transfer, since) in enumerate(looked):
-            status = self.calls.check(ticket)
+        for flight in looked:
+            status = self.calls.check(flight.ticket)
             if status == PENDING:
-                self.flying.append(looked[n])
+                self.flying.append(flight)
                 continue
             # Terminal: the engine has freed the ticket, it must never be asked for again (H10).
-            transfer.in_flight -= 1
-            ended.append((transfer, status, since))
-        for transfer, status, since in ended:
-            transfer.lane.proven |= status == DONE
-            if status != DONE:
-                self._failed(transfer, *self._diagnosis(transfer, time.monotonic() - since))
-            self._tell_if_at_rest([transfer])
+            flight.transfer.in_flight -= 1
+            ended.append((flight, status))
+        for flight, status in ended:
+            if status == DONE:
+                self._arrived(flight)
+            else:  # and its connection is closed: the way is not used again
+                self._failed(flight.transfer, *self._diagnosis(flight.transfer, time.monotonic() - flight.since))
+            self._tell_if_at_rest([flight.transfer])
+
+    def _arrived(self, flight: _Flight) -> None:
+        transfer, flight.way.sure = flight.transfer, True
+        transfer.lane.proven = True
+        if flight.then is not None and transfer.verdict is None:
+            self._send(transfer, flight.way, flight.then)
+        else:
+            transfer.lane.idle.append(flight.way)
 
     def _diagnosis(self, transfer: Transfer, age_s: float) -> Verdict:
         which = f"one of {transfer.total} blocks"

@@ -60,6 +60,7 @@ class Pin:
     canary: Region | None = None
     lanes: dict[int, Lane] = field(default_factory=dict)
     remade_at: float = -math.inf
+    closed: bool = False
 
     @property
     def session(self) -> str:
@@ -67,17 +68,25 @@ class Pin:
 
     @property
     def doubted(self) -> bool:
-        return self.faith != self.lane.failures
+        return self.faith != self.lane.failures or self.lane.over() is not None
 
     def take(self, lane: Lane) -> None:
         """From now on by this lane. What is under way by another engine goes on there."""
         before = self.lanes.get(lane.engine)
         if before is not None and before is not lane:
             before.close()
-        self.lane = self.lanes[lane.engine] = lane
+        self.keep(lane)
+        self.lane = lane
         self.faith = lane.failures
 
+    def keep(self, lane: Lane) -> None:
+        """For as long as the pin stands; it may have been forgotten while the lane was made."""
+        self.lanes[lane.engine] = lane
+        if self.closed:
+            lane.close()
+
     def close(self) -> None:
+        self.closed = True
         for lane in self.lanes.values():
             lane.close()
 
@@ -236,7 +245,7 @@ class Pins:
     async def _made(self, session: str, found: Descriptor, by: float) -> Pin:
         """A pin that is meant by nobody yet. A scout's lane is taken over where it leads to the same data port."""
         scout = self._scouts.pop(session, None)
-        if scout is not None and scout.card.data_port == found.card.data_port:
+        if scout is not None and scout.card.data_port == found.card.data_port and scout.lane.over() is None:
             return Pin(found.card, scout.lane, self._clock(), scout.lane.failures, None, scout.lanes, scout.remade_at)
         if scout is not None:
             scout.close()
@@ -267,6 +276,8 @@ class Pins:
             faith = lane.failures
             found = found or await self._describe(pin.session, by, at_most_s)
             self._check_life(pin, found)
+            if (end := lane.over()) is not None:
+                lane, faith = await self._tied_anew(pin, lane, found, end), 0
             if knock:
                 await self._carrier.knock(pin.session, found, min(self._left(by), at_most_s))
             try:
@@ -278,6 +289,18 @@ class Pins:
                     raise _OutOfReach(failure) from failure
             found = None
         raise AssertionError("the last attempt returns or raises")
+
+    async def _tied_anew(self, pin: Pin, lane: Lane, found: Descriptor, end: str) -> Lane:
+        """A lane to whoever holds the data port now. Who that is, only a boot id can say: of two processes of a stock
+        peer that got the same ports and addresses, nothing tells the second from the first but that the first ended."""
+        if pin.canary is None and not lane.was_cut():
+            raise _changed(pin.session, f"{end}; nothing that answers there can show to be the same")
+        lane.close()
+        anew = await self._carrier.lane(pin.session, found, lane.engine)
+        pin.keep(anew)
+        if pin.lane is lane:
+            pin.lane, pin.faith = anew, -1  # until the look that this is for has seen who it is
+        return anew
 
     async def _reach(self, pin: Pin, lane: Lane, found: Descriptor, by: float, faith: int, *, deep: bool) -> _Seen:
         seen = _Seen(lane, replace(found.card, boot=pin.card.boot), None, Depth.IDENTITY, _COMPARED, faith)
@@ -357,7 +380,7 @@ class Pins:
             yield (here + step) % engines, WEDGED
 
     async def _lane(self, pin: Pin, engine: int, until: float, *, anew: bool) -> Lane:
-        if engine in pin.lanes and not anew:
+        if engine in pin.lanes and not anew and pin.lanes[engine].over() is None:
             return pin.lanes[engine]
         found = await self._describe(pin.session, until)
         self._check_life(pin, found)
@@ -368,7 +391,7 @@ class Pins:
         except TransferFailed as failure:
             raise _OutOfReach(failure) from failure
         if not anew:
-            pin.lanes[engine] = lane
+            pin.keep(lane)
         return lane
 
     async def _new_lane(self, session: str, found: Descriptor, engine: int, by: float) -> Lane:
@@ -401,8 +424,8 @@ class Pins:
         return self._clock() + self._left(until) / 2
 
 
-def _changed(session: str) -> TransferFailed:
-    return TransferFailed(Cause.PEER_CHANGED, session, "another process answers there now: let it register anew")
+def _changed(session: str, how: str = "another process answers there now") -> TransferFailed:
+    return TransferFailed(Cause.PEER_CHANGED, session, f"{how}: let it register anew")
 
 
 def _rejected(session: str, plan: CopyPlan, bad: int, card: PeerCard) -> TransferFailed:

@@ -9,6 +9,7 @@ import socket
 import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 from pdctl.engine import handshake
 from pdctl.engine.handshake import Kind
@@ -22,6 +23,7 @@ class Cable:
         self._port = int(port)
         self._there = 0
         self._ways: set[asyncio.StreamWriter] = set()
+        self._carrying: set[asyncio.Task[Any]] = set()
         self._flowing = asyncio.Event()
         self._flowing.set()
         self._server: asyncio.Server | None = None
@@ -43,6 +45,8 @@ class Cable:
             finally:
                 await it.cut()
                 it.unclog()
+                if it._carrying:
+                    await asyncio.wait(it._carrying, timeout=5)
 
     async def cut(self) -> None:
         """Nothing listens there any more, and what was connected is not."""
@@ -93,6 +97,10 @@ class Cable:
 
     async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
+        task = asyncio.current_task()
+        assert task
+        self._carrying.add(task)
+        task.add_done_callback(self._carrying.discard)
         self._ways.add(writer)
         with contextlib.suppress(OSError):
             there, back = await asyncio.open_connection(self._host, self._there)

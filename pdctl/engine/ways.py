@@ -1,0 +1,120 @@
+"""
+The names under which our own engine gets to know one life of a peer, each a way of its own to it.
+
+The engine asks whoever has a name; that is us, who have asked the peer before. So its first use of a peer takes a
+millisecond even if the peer has stopped since (61 s otherwise, all other peers included), and no stale descriptor is
+ever met: the engine caches them by name for ever, and no name comes twice.
+
+A way is one connection. The engine keys its connections by the text of the peer's host, so each way spells the host as
+no other does (127.0.0.1 and 0177.0.0.01 lead to the same place). Of a host with few spellings (most of IPv6) some are
+used again, and then ways share what the engine knows of their connections.
+
+Never asks a peer anything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import itertools
+import json
+import struct
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+from pdctl.core.address import Endpoint
+from pdctl.engine.handshake import Kind
+
+_LENGTH = struct.Struct("<Q")
+_OCTAL_ZEROS = 31  # with them an octet has 32 spellings, and an address a million
+
+
+def spelled(host: str, n: int) -> str:
+    """The numeric address in its n-th spelling, counted round; 0 is the usual one."""
+    if ":" in host:
+        groups = [f"{int(part, 16):x}" for part in ipaddress.ip_address(host).exploded.split("%")[0].split(":")]
+        return ":".join(_digits([[group.rjust(width, "0") for width in range(len(group), 5)] for group in groups], n))
+    return ".".join(_digits([[part, *_octals(int(part))] for part in host.split(".")], n))
+
+
+def _octals(part: int) -> Iterator[str]:
+    return ("0" * zeros + f"{part:o}" for zeros in range(1, _OCTAL_ZEROS + 1))
+
+
+def _digits(parts: list[list[str]], n: int) -> Iterator[str]:
+    for part in parts:
+        n, choice = divmod(n, len(part))
+        yield part[choice]
+
+
+class Serial:
+    """Numbers for all ways of one process's engines, and the names that were given away."""
+
+    def __init__(self) -> None:
+        self._count = itertools.count()
+        self._given: set[str] = set()
+
+    def number(self) -> int:
+        return next(self._count)
+
+    def name(self, host: str, port: int) -> str:
+        """From any thread; a name that was never given before."""
+        while True:
+            name = str(Endpoint(spelled(host, self.number()), port))
+            if name not in self._given:
+                self._given.add(name)
+                return name
+
+
+class Introduction:
+    """Answers whatever is asked under its names with a descriptor that is known already."""
+
+    _server: asyncio.Server
+    _port: int
+
+    def __init__(self, opening: bytes, host: str, serial: Serial) -> None:
+        self._opening: dict[str, Any] = json.loads(opening)
+        self._host = host
+        self._serial = serial
+
+    @classmethod
+    async def listening(cls, opening: bytes, host: str, serial: Serial) -> Introduction:
+        """At a port of the loopback `host`."""
+        it = cls(opening, host, serial)
+        it._server = await asyncio.get_running_loop().create_server(lambda: _Answering(it._answer), host, 0)
+        it._port = it._server.sockets[0].getsockname()[1]
+        return it
+
+    @property
+    def names(self) -> Iterator[str]:
+        """Without end; from any thread."""
+        while True:
+            yield self._serial.name(self._host, self._port)
+
+    def close(self) -> None:
+        self._server.close()
+
+    def _answer(self) -> bytes:
+        n = self._serial.number()
+        # The engine retires the connections to a peer when its host changes, and knows the peer by the name that the
+        # descriptor has, so no two descriptors have one name (else each block made a connection of its own: measured).
+        body = {**self._opening, "name": f"way {n}", "tcp_data_host": spelled(self._opening["tcp_data_host"], n)}
+        text = bytes([Kind.METADATA]) + json.dumps(body).encode() + b"\n"
+        return _LENGTH.pack(len(text)) + text
+
+
+class _Answering(asyncio.Protocol):
+    """One question, whole or in pieces, and its answer."""
+
+    def __init__(self, answer: Callable[[], bytes]) -> None:
+        self._answer = answer
+        self._asked = bytearray()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        self._asked += data
+        if len(self._asked) >= _LENGTH.size and len(self._asked) >= _LENGTH.size + _LENGTH.unpack_from(self._asked)[0]:
+            self._transport.write(self._answer())
+            self._transport.close()
