@@ -36,7 +36,7 @@ class Ask(Protocol):
     def __call__(self, session: str, *, deadline_s: float) -> Awaitable[PeerCard | Proof]: ...
 
 
-POLICY = ProbePolicy(interval_s=0.02, max_interval_s=0.08, deadline_s=2.0, jitter=0.0, good_answers=1)
+POLICY = ProbePolicy(interval_s=0.02, max_interval_s=0.08, deadline_s=2.0, jitter=0.0, good_answers=1, trial_s=600.0)
 
 
 def pinned(session: str, data_port: int = 15001) -> PeerCard:
