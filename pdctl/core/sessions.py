@@ -226,7 +226,6 @@ class SessionTable(Generic[ShownT]):
         """This is what the peer shows of itself. Learned after a failure it says nothing of the life that failed."""
         record, changes = self._wanted(session, now)
         if record.block is None:
-            record.well_at = now
             changes += self._learn(record, life, now)
         return changes + self._panic()
 
@@ -535,7 +534,7 @@ class SessionTable(Generic[ShownT]):
     def _learn(self, record: _Record[ShownT], life: ShownT, now: float) -> list[Change]:
         if record.life is not None and not record.life.same_life(life):
             return self._drop(record, "another process, or another life, answers there", now)
-        record.life = life
+        record.life, record.well_at = life, now
         return []
 
     # How: the table

@@ -67,7 +67,7 @@ class Expected:
     hold_until: float = 0.0
     relapse: bool = False
     well_at: float | None = None  # when it was well last, as the doubt sees it
-    ever_well: bool = False
+    last_well: float | None = None  # as far as anything has shown it
     strikes: int = 0
     ejections: int = 0
     trial_until: float | None = None
@@ -165,7 +165,7 @@ class SessionsAgainstAModel(RuleBasedStateMachine):
         e.relapse, e.hold_until = e.ejections > 0, self.now + hold_s
         e.ejections = min(e.ejections + 1, 3)  # 3, 6, 10 (cut from 12): no more need be remembered
         e.state, e.cause, e.tries, e.good, e.asked_at = State.BLOCKED, cause, 0, 0, self.now
-        e.well_at = self.now if e.ever_well else None
+        e.well_at = None if e.last_well is None else self.now
         e.trial_until, e.on_trial, e.out_no = None, set(), self.order()
         self.plan(e, self.policy.interval_s)
 
@@ -192,7 +192,7 @@ class SessionsAgainstAModel(RuleBasedStateMachine):
     def let_back(self, e: Expected, depth: Depth) -> None:
         relapse = e.relapse
         self.trust(e)
-        e.strikes, e.healthy_since, e.ever_well = 0, self.now, True
+        e.strikes, e.healthy_since, e.last_well = 0, self.now, self.now
         e.returned_no = self.order()
         if relapse or depth is not Depth.DATA:
             e.state, e.trial_until, e.trial_no = State.TRIAL, self.now + self.policy.trial_s, e.returned_no
@@ -223,7 +223,7 @@ class SessionsAgainstAModel(RuleBasedStateMachine):
         self.happened(self.table.registered(session, self.now, life), lifts=True)
         e = self.want(session)
         self.lift(e)
-        e.life, e.ever_well = life, True
+        e.life, e.last_well = life, self.now
 
     @rule(session=st.sampled_from(SESSIONS))
     def a_hand_lifts(self, session: str) -> None:
@@ -240,16 +240,14 @@ class SessionsAgainstAModel(RuleBasedStateMachine):
     def a_card_is_seen(self, session: str, pid: int) -> None:
         self.happened(self.table.remember(session, Process(pid), self.now))
         e = self.want(session)
-        if e.state in OUT:
-            return
-        e.ever_well = True
-        self.learn(e, Process(pid))
+        if e.state not in OUT:
+            self.learn(e, Process(pid))
 
     def learn(self, e: Expected, life: Process) -> None:
         if e.life not in (None, life):
             self.drop(e)
         else:
-            e.life = life
+            e.life, e.last_well = life, self.now
 
     @rule(session=st.sampled_from(SESSIONS))
     def a_request_wants_it(self, session: str) -> None:
@@ -308,7 +306,7 @@ class SessionsAgainstAModel(RuleBasedStateMachine):
         if e is None or (no is not None and no < e.lifted_no):
             return
         if no is None or no > e.returned_no:
-            e.ever_well = True
+            e.last_well = self.now
         if e.state is State.TRIAL and (no is None or no > e.trial_no):
             self.trust(e)
 
@@ -369,7 +367,8 @@ class SessionsAgainstAModel(RuleBasedStateMachine):
         if life and e.life not in (None, life):
             self.drop(e)
         elif e.state is not State.BLOCKED:
-            e.life = life or e.life
+            if life:
+                self.learn(e, life)
         elif life is None or e.life is None or depth is Depth.HANDSHAKE:
             e.good = 0
             self.not_proven(e, None)
@@ -399,7 +398,7 @@ class SessionsAgainstAModel(RuleBasedStateMachine):
         if e is None or e.asking != question:
             return None
         e.asking = None
-        well_at = e.well_at if e.state in OUT else (self.now if e.ever_well else None)
+        well_at = e.well_at if e.state in OUT else e.last_well
         if cause not in (Cause.TIMED_OUT, Cause.LOCAL):
             self.words[question.session] = (False, self.now + self.policy.doubt_window_s)
         elif cause is Cause.TIMED_OUT and well_at is not None:
