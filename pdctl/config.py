@@ -27,6 +27,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from pdctl.client import Exhaustion
 from pdctl.core.address import Endpoint
 from pdctl.core.admission import AdmissionPolicy
+from pdctl.core.draining import DrainPolicy
 from pdctl.core.fleet import FleetPolicy
 from pdctl.core.lives import LONGEST_TTL_S, SHORTEST_TTL_S
 from pdctl.core.metadata import KeyLimits
@@ -232,6 +233,7 @@ class Settings(BaseSettings):
     access: AccessSettings = AccessSettings()
     admission: AdmissionPolicy = AdmissionPolicy()
     witness: WitnessPolicy = WitnessPolicy()
+    drain: DrainPolicy = DrainPolicy()
     client: Credentials = Credentials()
     limits: RegistryLimits = RegistryLimits()
     node: NodeSettings = NodeSettings()

@@ -20,12 +20,13 @@ from typing import Any
 import structlog
 from fastapi import APIRouter
 
-from pdctl import config, logs, server
+from pdctl import config, drainer, logs, server
 from pdctl.admission import Turnstile
 from pdctl.client import RegistryClient
 from pdctl.config import ServeSettings, Settings
 from pdctl.core.address import Endpoint
 from pdctl.core.admission import Admission
+from pdctl.core.draining import DrainPolicy
 from pdctl.core.layout import Pool, Region
 from pdctl.core.lives import ERA, Life
 from pdctl.core.naming import SESSION_KEY
@@ -37,7 +38,7 @@ from pdctl.dialects import native, sglang
 from pdctl.door import Door, open_door
 from pdctl.engine.asking import Asking
 from pdctl.engine.base import Engine
-from pdctl.engine.mooncake import open_mooncake
+from pdctl.engine.mooncake import by_name, open_mooncake
 from pdctl.errors import ConfigError, LayoutMismatch, NotReady, PdctlError
 from pdctl.lease import Lease, LeaseTerms, NoLeases
 from pdctl.links import Links
@@ -141,7 +142,8 @@ async def sidecar(settings: Settings) -> AsyncIterator[Sidecar]:
             "keys": others.watch(),
             "vllm": others.roster.watch(),
         }
-        async with beside(**http, **loops, **links.loops, sweep=registrar.sweep(), witness=witness):
+        others_asked = {"witness": witness, "drains": _drains(settings.drain, registrar)}
+        async with beside(**http, **loops, **links.loops, **others_asked, sweep=registrar.sweep()):
             for sock in socks:
                 server.listen(sock)  # last: see `server.bind`
             urls = [f"http://{server.bound(sock)}" for sock in socks[1:]]
@@ -170,6 +172,18 @@ async def _witness(policy: WitnessPolicy, registrar: Registrar, metrics: Metrics
         witness = Witness(table, watched, tell, ask, clock=time.monotonic, metrics=metrics)
         registrar.subscribe(witness.lives_changed)
         await witness.run()
+
+
+async def _drains(policy: DrainPolicy, registrar: Registrar) -> None:
+    """End the drains of stock engines that have nothing under way; idle where nobody has said how to ask them."""
+    if not policy.loads_url:
+        await asyncio.Event().wait()
+    async with drainer.asking() as ask:
+        drains = drainer.Drainer(policy, registrar.view, registrar.drained, ask, time.monotonic)
+        registrar.subscribe(drains.lives_changed)
+        for view in registrar.views():
+            drains.follow(view.name)  # who drained before this process began
+        await drains.run()
 
 
 def journal_url(serve: ServeSettings) -> str:
@@ -270,7 +284,8 @@ async def prefill_node(
     RegistrationGaveUp, Superseded, ...
     """
     async with _rank(settings, arena, str(seat), "prefill") as rank:
-        links = Links.open(settings, Asking(rank.engine), rank.metrics, _refused, rank.engine.card)
+        asking = Asking(rank.engine, by_name(replace(settings.engine, host=settings.node.host)))
+        links = Links.open(settings, asking, rank.metrics, _refused, rank.engine.card)
         sender = Sender(
             rank.engine,
             rank.link.send,

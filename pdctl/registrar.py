@@ -15,7 +15,7 @@ here and nowhere else. No wire is spoken here: the dialects translate.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Generator, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Generator, Iterable, Sequence
 from functools import partial
 from typing import Any, Generic, NoReturn, TypeVar
 
@@ -214,6 +214,10 @@ class Registrar:
     async def drain(self, instance: str, seat: Seat | None, grace_s: float, owner: Owner | None = None) -> None:
         """Nothing new for the rank, or the instance. Raises UnknownLease, Occupied, JournalUnavailable."""
         await self._command(lambda registry, now: (None, registry.drain(instance, seat, grace_s, now, owner)))
+
+    async def drained(self, instance: str, epochs: Collection[int]) -> None:
+        """These have nothing under way any more, so that their drain is over. Raises JournalUnavailable."""
+        await self._command(lambda registry, now: (None, registry.drained(instance, epochs, now)))
 
     async def announce_room(self, room: int, dp_rank: int) -> None:
         """Raises LimitReached, JournalUnavailable."""

@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -236,6 +236,13 @@ class Registry:
             changes.append(self._change(ChangeKind.DRAINING, draining, why=why))
         self._write(view)
         return changes
+
+    def drained(self, instance: str, epochs: Collection[int], now: float) -> list[Change]:
+        """These of those that drain have nothing under way any more, whatever is left of the grace."""
+        view = self._views.get(instance)
+        over = [life for life in (view.lives if view else ()) if life.epoch in epochs and life.is_draining]
+        losses = [Loss(life, ChangeKind.DRAINED, "was drained: its engine has nothing under way", now) for life in over]
+        return self._end(view, losses, now) if view is not None and losses else []
 
     # What is seen rather than asked for
 

@@ -93,7 +93,7 @@ class WitnessPolicy:
         if not 0 <= self.jitter < 1:
             raise ConfigError(f"witness jitter is {self.jitter}: give a share from 0 up to, not including, 1")
         if self.http_url:
-            _check_template(self.http_url)
+            check_template(self.http_url, "witness http_url")
 
     @property
     def enabled(self) -> bool:
@@ -106,7 +106,7 @@ class WitnessPolicy:
             yield Target(Means.TCP, str(life.address), host, port)
         http_port = life.announcement.prefill_http_port
         if self.http_url and (http_port is not None or "{http_port}" not in self.http_url):
-            yield Target(Means.HTTP, _filled(self.http_url, host, http_port, life.claim.instance), host)
+            yield Target(Means.HTTP, filled(self.http_url, host, http_port, life.claim.instance), host)
 
 
 @dataclass(frozen=True, slots=True)
@@ -372,19 +372,21 @@ class WitnessTable:
 _ASKED = {Means.TCP: "connecting to", Means.HTTP: "asking"}
 
 
-def _filled(template: str, host: str, http_port: int | None, instance: str) -> str:
+def filled(template: str, host: str, http_port: int | None, instance: str) -> str:
+    """The URL of one rank."""
     return template.format(host=f"[{host}]" if ":" in host else host, http_port=http_port, instance=instance)
 
 
-def _check_template(template: str) -> None:
+def check_template(template: str, name: str) -> None:
+    """Raise ConfigError, which calls it `name`, for a template that makes no URL."""
     try:
-        url = urlsplit(_filled(template, "10.0.0.1", 30000, "default"))
+        url = urlsplit(filled(template, "10.0.0.1", 30000, "default"))
         valid = url.scheme in ("http", "https") and bool(url.hostname)
         _ = url.port
     except (ValueError, KeyError, IndexError, AttributeError):
         valid = False
     if not valid:
         raise ConfigError(
-            f"witness http_url is {template!r}: write a URL in which {{host}}, {{http_port}} and {{instance}} stand "
+            f"{name} is {template!r}: write a URL in which {{host}}, {{http_port}} and {{instance}} stand "
             "for a rank's, as http://{host}:{http_port}/health"
         )
