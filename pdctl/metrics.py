@@ -298,8 +298,8 @@ class RegistryMetrics:
         self._rooms = Gauge("pdctl_registry_rooms", "Bootstrap rooms held.", registry=registry)
         self.follow(list, int)
 
-    def changed(self, kind: SeatChangeKind) -> None:
-        self._changes[kind].inc()
+    def changed(self, kind: SeatChangeKind, times: int = 1) -> None:
+        self._changes[kind].inc(times)
 
     def looked_up(self, what: Lookup, found: Found, times: int = 1) -> None:
         self._lookups[what, found] += times

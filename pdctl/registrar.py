@@ -444,9 +444,9 @@ class Registrar:
     def _tell(self, changes: Sequence[Change]) -> None:
         crowds: dict[tuple[ChangeKind, str], list[Change]] = {}
         for change in changes:
-            self._counts.changed(change.kind)
             crowds.setdefault((change.kind, change.instance), []).append(change)
-        for crowd in crowds.values():
+        for (kind, _), crowd in crowds.items():
+            self._counts.changed(kind, len(crowd))
             if len(crowd) <= CROWD:
                 for change in crowd:
                     _log(change)

@@ -62,11 +62,13 @@ class Endpoint:
         return is_loopback(self.host)
 
 
+@lru_cache(maxsize=4096)
 def is_wildcard(host: str) -> bool:
     ip = _ip(host)
     return host == "*" or (ip is not None and ip.is_unspecified)
 
 
+@lru_cache(maxsize=4096)
 def is_loopback(host: str) -> bool:
     ip = _ip(host)
     return host.lower() in ("localhost", "localhost.") or (ip is not None and ip.is_loopback)
