@@ -1,5 +1,5 @@
 """
-Mooncake's peer-to-peer handshake, spoken in asyncio: ask a peer who it is, and answer for one.
+Mooncake's peer-to-peer handshake, spoken in asyncio: ask a peer who it is.
 
 Wire (MOONCAKE_FACTS 1.5): u64le length, which counts the next byte | u8 kind | JSON. One question a connection.
 
@@ -18,7 +18,7 @@ import socket
 import struct
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any, cast
+from typing import Any
 
 from pdctl.core.address import Endpoint
 from pdctl.core.layout import Region
@@ -121,53 +121,6 @@ async def knock(session: str, found: Descriptor, *, deadline_s: float) -> None:
     writer.transport.abort()
     with contextlib.suppress(OSError):
         await writer.wait_closed()
-
-
-class Introduction(asyncio.Protocol):
-    """Answers one question, whatever it asks, with a descriptor that is known already; then stops listening.
-
-    This is how our own engine gets to know a peer: it asks us, and we have asked the peer before. So its first open
-    of a peer takes a millisecond even if the peer has stopped since (61 s otherwise, all other peers included), and
-    a new life of a peer gets a new `name`, under which no stale descriptor is cached.
-    """
-
-    name: str
-    _server: asyncio.Server
-
-    def __init__(self, opening: bytes) -> None:
-        self._answer = _LENGTH.pack(len(opening) + 1) + bytes([Kind.METADATA]) + opening
-        self._asked = bytearray()
-
-    @classmethod
-    async def listening(cls, opening: bytes, host: str, used: set[str]) -> Introduction:
-        """At a port of the loopback `host` whose name is not in `used`, to which it is added.
-
-        The engine caches descriptors by name for ever, so no name may come again.
-        """
-        for _ in range(64):
-            it = cls(opening)
-            it._server = await asyncio.get_running_loop().create_server(lambda it=it: it, host, 0, backlog=1)  # type: ignore[misc]
-            it.name = str(Endpoint(host, it._server.sockets[0].getsockname()[1]))
-            if it.name not in used:
-                used.add(it.name)
-                return it
-            it.close()
-        raise TransferFailed(
-            Cause.LOCAL, host, "no loopback port is left that was not used before: restart this process"
-        )
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
-
-    def data_received(self, data: bytes) -> None:
-        self._asked += data
-        if len(self._asked) >= _LENGTH.size and len(self._asked) >= _LENGTH.size + _LENGTH.unpack_from(self._asked)[0]:
-            self._transport.write(self._answer)
-            self._transport.close()
-            self.close()
-
-    def close(self) -> None:
-        self._server.close()
 
 
 async def _ask(host: str, port: int, kind: Kind, body: dict[str, Any]) -> Answer:

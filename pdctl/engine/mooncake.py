@@ -2,8 +2,8 @@
 The engine port over Mooncake's TransferEngine. Its return codes end here.
 
 What may touch the engine is in `_Calls`, eight calls; what the hazards of MOONCAKE_FACTS ask for around them is in
-docs/hazards.md, one row each. Never uses the engine's batch calls with more than one block, its probe, its notifies,
-its store, or anything else that can block, crash or hold the interpreter lock.
+docs/hazards.md, one row each. Never uses the engine's batch calls with more than one block, its notifies, its store, or
+anything else that can block, crash or hold the interpreter lock; its probe only where nothing else can ask (`by_name`).
 
 Threads: the mover (mover.py) owns the engine; one more registers memory, because RDMA pins pages for seconds.
 """
@@ -28,6 +28,7 @@ import structlog
 from pdctl.core.address import Endpoint
 from pdctl.core.layout import Region
 from pdctl.engine import handshake, wheel
+from pdctl.engine.asking import SendProbe
 from pdctl.engine.base import Capabilities, Engine
 from pdctl.engine.blocks import Direction, Lane, Transfer
 from pdctl.engine.environment import MooncakeSettings, environment, prepare
@@ -39,7 +40,7 @@ from pdctl.engine.tether import Tether
 from pdctl.engine.ways import Introduction, Serial
 from pdctl.errors import Cause, EngineUnavailable, TransferFailed
 
-__all__ = ["MooncakeSettings", "environment", "open_mooncake"]
+__all__ = ["MooncakeSettings", "by_name", "environment", "open_mooncake"]
 
 log = structlog.get_logger(__name__)
 
@@ -84,6 +85,35 @@ async def open_mooncake(
             log.error("blocks did not come to rest: the engine is destroyed", session=engine.session)
         await carrier.close()
         wheel.keep_until_exit(engine.canary)  # a peer's nonce may still be on its way to it (H12)
+
+
+def by_name(
+    settings: MooncakeSettings,
+    *,
+    importer: Callable[[str], ModuleType] = importlib.import_module,
+    environ: MutableMapping[str, str] | None = None,
+) -> SendProbe | None:
+    """The engine's own question, for sessions that are no `host:port` (asking.py); None where the wheel has none.
+
+    It is put by an engine object that does nothing else, made by the thread that asks first and kept until the process
+    exits: it has no region and no block, so a question that hangs in it fences nothing and delays no transfer.
+    """
+    make = _factory(importer)
+    if not hasattr(make, "send_probe"):
+        return None
+    once, made = threading.Lock(), list[Any]()
+
+    def send_probe(session: str) -> int:
+        with once:
+            if not made:
+                prepare(settings, os.environ if environ is None else environ, loaded=False)
+                engine = make()
+                _Calls(engine).initialize(settings)
+                wheel.keep_until_exit(engine)
+                made.append(engine)
+        return int(made[0].send_probe(session))
+
+    return send_probe
 
 
 def _factory(importer: Callable[[str], ModuleType]) -> Callable[[], Any]:

@@ -40,6 +40,7 @@ Submit = Callable[[str, int, int, int], int]
 
 # 200 us keeps 16 blocks of 64 KiB in flight at full speed; a transfer that has not moved for 50 ms is looked at less.
 _BRISK_S, _CALM_S, _CALM_AFTER_S = 200e-6, 2e-3, 50e-3
+_GOODBYE_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +98,7 @@ class Mover:
         try:
             while not self._ending:
                 self._turn()
+            self._part_from_all()
         except Exception:
             log.exception("the mover thread failed")
         return not self._carried and not self._inbox
@@ -116,11 +118,7 @@ class Mover:
         for lane in [lane for lane, window in self._windows.items() if window.empty]:
             del self._windows[lane]
             self._part(lane)
-        while self._leaving:
-            lane = self._leaving.popleft()
-            lane.closed = True
-            self._part(lane)
-        self._parting = [ticket for ticket in self._parting if self._calls.check(ticket) == PENDING]
+        self._part_from_those_left()
         self._pause(moved=any(moved) or news)
 
     def _admit(self) -> None:
@@ -130,6 +128,21 @@ class Mover:
             if transfer.lane not in self._windows:
                 self._windows[transfer.lane] = _Window(self._window, self._stall_s, self._calls, self._tell)
             self._windows[transfer.lane].add(transfer)
+
+    def _part_from_all(self) -> None:
+        """At the end, of engines that are kept until the process ends. A peer that hangs keeps its connections."""
+        until = time.monotonic() + _GOODBYE_S
+        self._part_from_those_left()
+        while self._parting and time.monotonic() < until:
+            time.sleep(_BRISK_S)
+            self._part_from_those_left()
+
+    def _part_from_those_left(self) -> None:
+        while self._leaving:
+            lane = self._leaving.popleft()
+            lane.closed = True
+            self._part(lane)
+        self._parting = [ticket for ticket in self._parting if self._calls.check(ticket) == PENDING]
 
     def _part(self, lane: Lane) -> None:
         """Close what stands to a life that is over. The engine keeps a connection that it is never asked to use."""

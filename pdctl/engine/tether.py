@@ -1,9 +1,9 @@
 """
 One idle connection to a peer's data port, held for as long as its process is meant: it ends when that process does.
 
-An engine keeps an idle connection for ever, stopped or not (watched for 25 minutes; nothing in it closes one), and the
-kernel closes it when the process dies, before anybody else can listen there. So a tether that is whole says that no
-other process has taken the port since it was tied, and a look at it costs less than submitting a block does.
+An engine keeps an idle connection for ever, stopped or not (watched for 45 minutes; no timer of its closes one), and
+the kernel closes it when the process dies, together with the port. So a tether that is whole says that no other process
+has taken the port since it was tied, and a look at it costs about what submitting a block does.
 
 Never says a word on the connection, never waits except to tie it.
 """

@@ -31,9 +31,11 @@ _OCTAL_ZEROS = 31  # with them an octet has 32 spellings, and an address a milli
 
 def spelled(host: str, n: int) -> str:
     """The numeric address in its n-th spelling, counted round; 0 is the usual one."""
+    host, percent, zone = host.partition("%")
     if ":" in host:
-        groups = [f"{int(part, 16):x}" for part in ipaddress.ip_address(host).exploded.split("%")[0].split(":")]
-        return ":".join(_digits([[group.rjust(width, "0") for width in range(len(group), 5)] for group in groups], n))
+        groups = [f"{int(part, 16):x}" for part in ipaddress.ip_address(host).exploded.split(":")]
+        parts = [[group.rjust(width, "0") for width in range(len(group), 5)] for group in groups]
+        return ":".join(_digits(parts, n)) + percent + zone
     return ".".join(_digits([[part, *_octals(int(part))] for part in host.split(".")], n))
 
 

@@ -6,16 +6,15 @@ import asyncio
 import json
 import struct
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
 
 import pytest
 
 from pdctl.core.layout import Region
 from pdctl.engine import handshake
-from pdctl.engine.handshake import Introduction, Kind
-from pdctl.errors import Cause, TransferFailed
+from pdctl.engine.handshake import Kind
+from pdctl.errors import Cause
 from tests.engine.conftest import registered
 from tests.engine.processes import Peers
 from tests.engine.test_contract import failure
@@ -121,54 +120,3 @@ async def test_a_peer_cannot_send_our_bytes_to_another_host() -> None:
     """Its descriptor says 10.0.0.9; who was asked is 127.0.0.1."""
     async with answering(reply(SOUND)) as session:
         assert json.loads((await handshake.metadata(session, deadline_s=5)).opening)["tcp_data_host"] == "127.0.0.1"
-
-
-# --- introductions
-
-
-async def asked_of(name: str) -> dict[str, Any]:
-    host, port = name.rsplit(":", 1)
-    answer = await handshake.ask(host.strip("[]"), int(port), Kind.METADATA, {}, deadline_s=2)
-    return answer.body
-
-
-async def test_an_introduction_answers_once_with_what_it_was_given() -> None:
-    it = await Introduction.listening(json.dumps(SOUND).encode(), "127.0.0.1", set())
-    assert await asked_of(it.name) == SOUND
-    with pytest.raises(TransferFailed) as caught:
-        await asked_of(it.name)
-    assert caught.value.cause is Cause.REFUSED
-
-
-async def test_an_introduction_waits_for_the_whole_question() -> None:
-    it = await Introduction.listening(b"{}", "127.0.0.1", set())
-    reader, writer = await asyncio.open_connection(*it.name.split(":"))
-    question = reply({"a": 1})
-    for part in (question[:5], question[5:10]):
-        writer.write(part)
-        await writer.drain()
-        with pytest.raises(TimeoutError):
-            await asyncio.wait_for(reader.readexactly(1), 0.05)
-    writer.write(question[10:])
-    assert await reader.readexactly(8) == struct.pack("<Q", 3)
-    writer.close()
-    await writer.wait_closed()
-
-
-async def test_no_name_is_given_twice_though_ports_are_free_again() -> None:
-    """The engine caches by name for ever: a name given again would lead to the peer that had it before."""
-    used: set[str] = set()
-    names = []
-    for _ in range(50):
-        it = await Introduction.listening(b"{}", "127.0.0.1", used)
-        names.append(it.name)
-        it.close()
-    assert len(set(names)) == 50 == len(used)
-
-
-async def test_when_every_name_was_used_it_is_this_sides_fault() -> None:
-    class All(set[str]):
-        __contains__: Callable[..., bool] = lambda self, name: True
-
-    error = await failure(Introduction.listening(b"{}", "127.0.0.1", All()))
-    assert error.cause is Cause.LOCAL
