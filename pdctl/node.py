@@ -38,7 +38,7 @@ from pdctl.dialects import native, sglang
 from pdctl.door import Door, open_door
 from pdctl.engine.asking import Asking
 from pdctl.engine.base import Engine
-from pdctl.engine.mooncake import open_mooncake
+from pdctl.engine.mooncake import by_name, open_mooncake
 from pdctl.errors import ConfigError, LayoutMismatch, NotReady, PdctlError
 from pdctl.lease import Lease, LeaseTerms, NoLeases
 from pdctl.links import Links
@@ -284,7 +284,8 @@ async def prefill_node(
     RegistrationGaveUp, Superseded, ...
     """
     async with _rank(settings, arena, str(seat), "prefill") as rank:
-        links = Links.open(settings, Asking(rank.engine), rank.metrics, _refused, rank.engine.card)
+        asking = Asking(rank.engine, by_name(replace(settings.engine, host=settings.node.host)))
+        links = Links.open(settings, asking, rank.metrics, _refused, rank.engine.card)
         sender = Sender(
             rank.engine,
             rank.link.send,

@@ -8,15 +8,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from types import ModuleType
 
 import pytest
 from structlog.testing import capture_logs
 
 from pdctl.core.layout import Region
 from pdctl.core.sessions import Depth
-from pdctl.engine import wheel
 from pdctl.engine.asking import Asking, ProbeThreads
 from pdctl.engine.base import PeerCard, Proof
+from pdctl.engine.mooncake import MooncakeSettings, by_name
 from pdctl.errors import Cause, TransferFailed
 from tests.engine.processes import Peers
 from tests.engine.test_contract import failure
@@ -229,12 +230,9 @@ def test_an_answer_that_comes_after_the_loop_has_closed_troubles_nobody(probing:
 
 
 async def test_the_real_send_probe_answers_of_living_and_dead_peers_and_is_held_by_a_stopped_one(peers: Peers) -> None:
-    from mooncake.engine import TransferEngine
-
-    engine = TransferEngine()
-    assert engine.initialize("127.0.0.1", "P2PHANDSHAKE", "tcp", "") == 0
-    wheel.keep_until_exit(engine)
-    threads = ProbeThreads(engine.send_probe)
+    probe = by_name(MooncakeSettings())
+    assert probe is not None
+    threads = ProbeThreads(probe)
     stopped, living = peers.take(), peers.take()
     assert await threads.ask(living.session, deadline_s=5) == 0
     assert await threads.ask("127.0.0.1:1", deadline_s=5) == -102
@@ -247,3 +245,45 @@ async def test_the_real_send_probe_answers_of_living_and_dead_peers_and_is_held_
     await until(lambda: not threads.held)
     for each in (stopped, living):
         peers.give_back(each)
+
+
+class Wheel(ModuleType):
+    """A wheel whose engines are slow to open, and are counted."""
+
+    def __init__(self) -> None:
+        super().__init__("mooncake.engine")
+        opened = self.opened = list[object]()
+
+        class TransferEngine:
+            def initialize(self, *_: str) -> int:
+                time.sleep(0.05)
+                opened.append(self)
+                return 0
+
+            def get_rpc_port(self) -> int:
+                return 15000
+
+            def transfer_submit_write(self) -> None: ...
+
+            def transfer_check_status(self) -> None: ...
+
+            def send_probe(self, session: str) -> int:
+                return len(opened)
+
+        self.TransferEngine = TransferEngine
+
+
+async def test_the_engine_that_asks_by_name_is_made_by_the_first_question_and_only_once() -> None:
+    installed, environ = Wheel(), dict[str, str]()
+    probe = by_name(MooncakeSettings(), importer=lambda _: installed, environ=environ)
+    assert probe is not None
+    assert installed.opened == []
+    threads = ProbeThreads(probe)
+    assert await asyncio.gather(*(threads.ask(name, deadline_s=5) for name in "abcd")) == [1, 1, 1, 1]
+    assert environ["MC_FORCE_TCP"] == "1"
+
+
+def test_a_wheel_without_send_probe_asks_nobody_by_name() -> None:
+    installed = Wheel()
+    del installed.TransferEngine.send_probe
+    assert by_name(MooncakeSettings(), importer=lambda _: installed) is None
