@@ -176,9 +176,9 @@ class Link:
         self.now = until
 
     def next_at(self) -> float:
-        asked = () if self.asking is None else (self.asking[0],)
-        due = () if self.table.next_due is None else (self.table.next_due,)
-        return min([self.request_at, *asked, *due])
+        moments = [self.request_at, *([] if self.asking is None else [self.asking[0]])]
+        due = self.table.next_due
+        return min(moments if due is None else [*moments, due])
 
     def answer(self, question: Question) -> None:
         up = self.up(self.now)

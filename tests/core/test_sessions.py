@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from pdctl.core.sessions import (
+    AT_ONCE,
     Change,
     ChangeKind,
     Depth,
@@ -769,6 +770,15 @@ def test_a_dropped_session_outlives_idleness() -> None:
 def test_the_card_of_an_idle_session_goes_without_a_word() -> None:
     sessions = known()
     assert sessions.tick(1e6) == []
+    assert len(sessions) == 0
+
+
+def test_a_crowd_of_idle_sessions_is_forgotten_some_at_a_time() -> None:
+    names = [f"s{i}" for i in range(AT_ONCE + 1)]
+    sessions = known(*names)
+    sessions.tick(1e6)
+    assert len(sessions) == 1
+    sessions.tick(1e6)
     assert len(sessions) == 0
 
 
