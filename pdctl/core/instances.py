@@ -26,6 +26,7 @@ class Loss:
     kind: ChangeKind
     why: str
     at: float
+    after: int = 0  # the registry's last epoch then
 
     @property
     def may_return(self) -> bool:
@@ -72,7 +73,7 @@ class Incarnation:
 
         That is: nobody is left; or it was complete, and each of its DP groups has lost a rank.
         """
-        if not self.lost or any(life.since > self._last_loss_at for life in self.alive.values()):
+        if not self.lost or self._newest > max(loss.after for loss in self.lost.values()):
             return None
         groups = {seat.dp for seat in self.lost}
         if self.alive and not (self.was_complete and len(groups) == self.shape.dp_size):
@@ -85,9 +86,9 @@ class Incarnation:
 
     @property
     def kept(self) -> Iterator[Life]:
-        """Every life of it that a journal still keeps."""
+        """Every life of it that a journal still keeps: all that are remembered."""
         yield from self.alive.values()
-        yield from self.returnable
+        yield from (loss.life for loss in self.lost.values())
 
     @property
     def newest_at(self) -> float:
@@ -95,8 +96,8 @@ class Incarnation:
         return max((life.since for life in self.alive.values()), default=-math.inf)
 
     @property
-    def _last_loss_at(self) -> float:
-        return max(loss.at for loss in self.lost.values())
+    def _newest(self) -> int:
+        return max((life.epoch for life in self.alive.values()), default=-1)
 
     def fits(self, claim: Claim) -> bool:
         shape = claim.announcement.shape

@@ -123,18 +123,34 @@ class Pulse:
 
 
 @dataclass(frozen=True, slots=True)
+class Ending:
+    """How a life was lost, as far as it matters after a restart.
+
+    after         the registry's last epoch then: whoever has a higher one has come since
+    of_complete   whether its incarnation had been complete
+    """
+
+    kind: ChangeKind
+    after: int
+    of_complete: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Record:
-    """What a journal keeps of a life: everything but times."""
+    """What a journal keeps of a life: everything but times. Of one that is over, until its seat is taken again or its
+    instance forgotten: who was known to be dead is known to be dead after a restart.
+    """
 
     claim: Claim
     epoch: int
     incarnation: int
     grace_s: float | None = None  # draining, with this grace
-    lost: str | None = None  # the witness says it is dead, and may find it again
+    lost: str | None = None  # why it is over
+    ending: Ending | None = None
 
     def to_row(self) -> dict[str, Any]:
         """As JSON can write it."""
-        claim, shape = self.claim, self.claim.shape
+        claim = self.claim
         announced = claim.announcement.to_body()
         return {
             "instance": claim.instance,
@@ -149,7 +165,13 @@ class Record:
             "incarnation": self.incarnation,
             "grace_s": self.grace_s,
             "lost": self.lost,
-        } | ({} if shape.page_size is not None else {"no_page_size": True})
+        } | self._odd_fields()
+
+    def _odd_fields(self) -> dict[str, Any]:
+        """Those that most rows do without."""
+        ending = self.ending
+        said = {} if ending is None else {"ending": [ending.kind.value, ending.after, ending.of_complete]}
+        return said | ({} if self.claim.shape.page_size is not None else {"no_page_size": True})
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> Record:
@@ -169,7 +191,15 @@ class Record:
             incarnation=row["incarnation"],
             grace_s=row["grace_s"],
             lost=row["lost"],
+            ending=_ending(row.get("ending")),
         )
+
+
+def _ending(said: Any) -> Ending | None:
+    if said is None:
+        return None
+    kind, after, of_complete = said
+    return Ending(ChangeKind(kind), after, of_complete)
 
 
 def _announcement(row: Mapping[str, Any]) -> Announcement:
@@ -206,8 +236,8 @@ class Life:
         pulse = Pulse(now, suspected=record.claim.ttl_s is not None)
         return cls(record.claim, record.epoch, record.incarnation, now, pulse, record.grace_s, until)
 
-    def record(self, lost: str | None = None) -> Record:
-        return Record(self.claim, self.epoch, self.incarnation, self.grace_s, lost)
+    def record(self, lost: str | None = None, ending: Ending | None = None) -> Record:
+        return Record(self.claim, self.epoch, self.incarnation, self.grace_s, lost, ending)
 
     @property
     def announcement(self) -> Announcement:
@@ -289,7 +319,8 @@ ENDINGS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What happened to whom. `before` is the life that lost the seat to this one: its end.
+    """What happened to whom. `before` is the life that was in the seat until this one: its end, if it had not ended.
+    `ending`: how the life is remembered from now on.
 
     `revision` rises with every Change of the registry, and goes on rising after a restart.
     """
@@ -299,6 +330,7 @@ class Change:
     revision: int
     before: Life | None = None
     why: str | None = None
+    ending: Ending | None = None
 
     @property
     def instance(self) -> str:
@@ -310,8 +342,12 @@ class Change:
 
     @property
     def is_end(self) -> bool:
-        """Whether a journal lets go of `life`; otherwise it keeps `record`."""
         return self.kind in ENDINGS
+
+    @property
+    def is_dropped(self) -> bool:
+        """Whether a journal lets go of `life`; otherwise it keeps `record`."""
+        return self.is_end and self.ending is None
 
     @property
     def is_kept(self) -> bool:
@@ -320,4 +356,5 @@ class Change:
 
     @property
     def record(self) -> Record:
-        return self.life.record(self.why if self.kind is ChangeKind.LOST else None)
+        is_lost = self.ending is not None or self.kind is ChangeKind.LOST
+        return self.life.record(self.why if is_lost else None, self.ending)

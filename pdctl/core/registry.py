@@ -27,7 +27,7 @@ from pdctl.core.agenda import Agenda
 from pdctl.core.claims import check_may_change, check_may_end, not_held, place
 from pdctl.core.instances import Incarnation, InstanceView, Loss
 from pdctl.core.listening import SHARE
-from pdctl.core.lives import Change, ChangeKind, Claim, Life, Owner, Record
+from pdctl.core.lives import Change, ChangeKind, Claim, Ending, Life, Owner, Record
 from pdctl.core.route import Seat
 from pdctl.errors import ConfigError, LimitReached, TooLarge, UnknownLease
 
@@ -182,7 +182,9 @@ class Registry:
         view = self._views.get(claim.instance)
         for incarnation in view.incarnations if view else ():
             life = incarnation.alive.get(claim.seat)
-            if life is not None and life.claim == claim:
+            if life is None or life.claim.announcement.address.port != claim.announcement.address.port:
+                continue  # a rank that was started again: to compare all of it takes ten times as long
+            if life.claim == claim:
                 return life
         return None
 
@@ -367,9 +369,10 @@ class Registry:
         if held is None and loss is None:
             self._check_place("max_ranks", self._n_remembered)
         self.last_epoch += 1
-        before = held or (loss.life if loss and loss.may_return else None)
+        before = held or (loss.life if loss else None)
+        is_replaced = held is not None or (loss is not None and loss.may_return)
         life = Life.begin(claim, self.last_epoch, incarnation.number, now)
-        changes = [self._change(ChangeKind.REPLACED if before else ChangeKind.SEATED, life, before)]
+        changes = [self._change(ChangeKind.REPLACED if is_replaced else ChangeKind.SEATED, life, before)]
         stale = view.forming
         if stale is not None and incarnation.number not in (stale.number, view.served.number):
             changes += [self._change(ChangeKind.SUPERSEDED, gone) for gone in stale.kept]
@@ -381,8 +384,9 @@ class Registry:
         """Write a view whose incarnations have grown or shrunk: serve the forming one when its turn has come."""
         changes: list[Change] = []
         served, forming = view.served, view.forming
-        if forming is not None and not any(forming.kept):
+        if forming is not None and not forming.alive and not any(forming.returnable):
             view = replace(view, forming=None)
+            changes += [self._change(ChangeKind.SUPERSEDED, gone) for gone in forming.kept]
         elif forming is not None and forming.alive and (forming.is_complete or not served.alive):
             view = replace(view, served=forming, forming=None)
             changes += [self._change(ChangeKind.SUPERSEDED, gone) for gone in served.kept]
@@ -395,9 +399,12 @@ class Registry:
 
     def _end(self, view: InstanceView, losses: list[Loss], now: float) -> list[Change]:
         """Lives are over; at once for all of them, so that thousands cost one view."""
-        changes = [self._change(loss.kind, loss.life, why=loss.why) for loss in losses]
+        changes, after = [], self.last_epoch
         for incarnation in view.incarnations:
-            mine = [loss for loss in losses if loss.life.incarnation == incarnation.number]
+            mine = [replace(loss, after=after) for loss in losses if loss.life.incarnation == incarnation.number]
+            for loss in mine:
+                ending = Ending(loss.kind, after, incarnation.was_complete)
+                changes.append(self._change(loss.kind, loss.life, why=loss.why, ending=ending))
             if mine:
                 view = view.having(incarnation.losing(mine))
         first = next(view.lives, losses[0].life)
@@ -444,9 +451,16 @@ class Registry:
             self.shortest_ttl_s = ttl_s
         self._agenda.put(life.next_event, name, life.seat, life.epoch)
 
-    def _change(self, kind: ChangeKind, life: Life, before: Life | None = None, why: str | None = None) -> Change:
+    def _change(
+        self,
+        kind: ChangeKind,
+        life: Life,
+        before: Life | None = None,
+        why: str | None = None,
+        ending: Ending | None = None,
+    ) -> Change:
         self.revision += 1
-        change = Change(kind, life, self.revision, before, why)
+        change = Change(kind, life, self.revision, before, why, ending)
         if self._made is not None:
             self._made.append(change)
         self._let_go(change)
@@ -492,7 +506,8 @@ class Registry:
             if next(view.under_witness, None) is not None and not self.full:
                 self._emptied.append((now + REMEMBER_S, name))
             else:
-                changes += [self._change(ChangeKind.FORGOTTEN, life) for life in view.under_witness]
+                forgotten = [life for incarnation in view.incarnations for life in incarnation.kept]
+                changes += [self._change(ChangeKind.FORGOTTEN, life) for life in forgotten]
                 self._n_remembered -= view.n_remembered
                 del self._views[name]
         return changes
@@ -508,10 +523,13 @@ def _over(life: Life, now: float) -> Loss | None:
 
 def _restored(number: int, records: list[Record], now: float) -> Incarnation:
     shape, role = records[0].claim.shape, records[0].claim.role
-    lives = {record.epoch: Life.restored(record, now) for record in records}
-    lost = [
-        Loss(lives[record.epoch], ChangeKind.LOST, record.lost, now) for record in records if record.lost is not None
-    ]
-    alive = [lives[record.epoch] for record in records if record.lost is None]
-    complete = len(records) == shape.n_seats
-    return Incarnation(number, shape, role, was_complete=complete).losing(lost).seating(*alive)
+    lost, alive, was_complete = list[Loss](), list[Life](), False
+    unsaid = Ending(ChangeKind.LOST, max(record.epoch for record in records), of_complete=False)
+    for record in records:
+        life, ending = Life.restored(record, now), record.ending or unsaid
+        if record.lost is None:
+            alive.append(life)
+        else:
+            lost.append(Loss(life, ending.kind, record.lost, now, ending.after))
+            was_complete |= ending.of_complete
+    return Incarnation(number, shape, role, was_complete=was_complete).losing(lost).seating(*alive)

@@ -37,7 +37,7 @@ class Journal(Protocol):
     async def append(self, changes: Sequence[Change], rooms: Sequence[Room] = ()) -> None:
         """Keep all of it or nothing, and return when it is as safe as this journal makes it.
 
-        For each change in order: a `before` is dropped (by its epoch); then `life` is dropped when `is_end`, else
+        For each change in order: a `before` is dropped (by its epoch); then `life` is dropped when `is_dropped`, else
         `record` is kept, by its epoch, instead of what was kept of that epoch. The highest epoch and the highest
         revision seen are kept for good. Of a room the last DP rank counts; rooms
         that are over may go, by the journal's own monotonic time. Raises JournalUnavailable with the cause;

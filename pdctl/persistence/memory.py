@@ -45,7 +45,7 @@ class MemoryJournal:
     def _keep(self, change: Change) -> None:
         if change.before is not None:
             self._records.pop(change.before.epoch, None)
-        if change.is_end:
+        if change.is_dropped:
             self._records.pop(change.life.epoch, None)
         else:
             self._records[change.life.epoch] = change.record

@@ -43,7 +43,7 @@ class Rows:
 
     def take(self, changes: Iterable[Change]) -> None:
         """All of them, or none where one cannot be written."""
-        for change, row in [(change, None if change.is_end else encoded(change.record)) for change in changes]:
+        for change, row in [(change, None if change.is_dropped else encoded(change.record)) for change in changes]:
             if change.before is not None:
                 self.lives[change.before.epoch] = None
             self.lives[change.life.epoch] = row

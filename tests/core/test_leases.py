@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pytest
 
 from pdctl.core.address import Endpoint
-from pdctl.core.lives import Change, ChangeKind, Claim, Owner, Standing
-from pdctl.core.registry import Registry
+from pdctl.core.lives import Change, ChangeKind, Claim, Owner, Record, Standing
+from pdctl.core.registry import REMEMBER_S, Registry
 from pdctl.core.route import Announcement, Seat, Shape
 from pdctl.errors import Occupied, PdctlError, Refused, Superseded, UnknownLease
 
@@ -314,3 +315,73 @@ def test_a_draft_that_is_dropped_leaves_a_suspect_one() -> None:
     assert case.registry.view(NAME) == before
     assert case.registry.revision == revision  # its numbers are not given again
     assert [change.kind for change in renew(case)] == [K.RECOVERED]
+
+
+def again(registry: Registry, changes: list[Change]) -> Registry:
+    """As a journal that was told of `changes` brings it back."""
+    kept: dict[int, Record] = {}
+    for change in changes:
+        if change.before is not None:
+            kept.pop(change.before.epoch, None)
+        if change.is_dropped:
+            kept.pop(change.life.epoch, None)
+        elif change.is_kept:
+            kept[change.life.epoch] = change.record
+    restarted = Registry()
+    records = [Record.from_row(json.loads(json.dumps(kept[epoch].to_row()))) for epoch in sorted(kept)]
+    restarted.restore(records, registry.last_epoch, registry.revision, now=0.0)
+    return restarted
+
+
+def health(registry: Registry) -> str | None:
+    view = registry.view(NAME)
+    assert view is not None
+    return view.health(1.0)
+
+
+@pytest.mark.parametrize("how", ["expired", "left", "drained"])
+def test_a_registry_that_was_restarted_knows_who_was_dead_until_somebody_comes(how: str) -> None:
+    """Decodes ask for it: a 200 for a prefill that is gone holds their requests until they time out."""
+    registry = Registry()
+    changes = [each for tp in range(3) for each in registry.claim(claim(tp, port=40000 + tp), now=0.0).changes]
+    if how == "expired":
+        for tp in (1, 2):
+            registry.renew(NAME, Seat(0, 0, tp, 0), tp + 1, None, now=9.0)
+        changes += registry.tick(TTL_S)
+    elif how == "left":
+        changes += registry.leave(NAME, SEAT, 1, None, now=1.0)
+    else:
+        changes += registry.drain(NAME, SEAT, GRACE_S, now=1.0)
+        changes += registry.renew(NAME, SEAT, 1, None, now=1.0, rooms=0).changes
+    restarted = again(registry, changes)
+    assert health(registry) is not None
+    told = health(restarted)
+    assert told is not None
+    assert told.partition(",")[0] == health(registry).partition(",")[0]  # type: ignore[union-attr]
+    if how == "drained":
+        with pytest.raises(Superseded, match="was drained"):
+            restarted.renew(NAME, SEAT, 1, None, now=1.0)
+    restarted.renew(NAME, Seat(0, 0, 1, 0), 2, None, now=1.0)
+    assert health(restarted) is not None, "that the others live was known before"
+    changes += registry.claim(claim(port=50000), now=11.0).changes
+    assert (health(registry), health(again(registry, changes))) == (None, None)
+
+
+def test_an_instance_that_comes_back_one_by_one_is_starting_after_a_restart_too() -> None:
+    registry = Registry()
+    changes = [each for tp in range(3) for each in registry.claim(claim(tp, port=40000 + tp), now=0.0).changes]
+    changes += registry.tick(TTL_S / 2) + registry.tick(TTL_S)
+    assert health(again(registry, changes)) is not None
+    changes += registry.claim(claim(2, port=50002), now=TTL_S).changes
+    restarted = again(registry, changes)
+    assert (health(registry), health(restarted)) == (None, None)
+    assert [change.kind for change in restarted.tick(600.0) if change.kind is K.FORGOTTEN] == []
+
+
+def test_a_journal_lets_go_of_the_dead_when_their_instance_is_forgotten() -> None:
+    registry = Registry()
+    changes = registry.claim(claim(), now=0.0).changes
+    for now in (TTL_S / 2, TTL_S, TTL_S + REMEMBER_S):
+        changes += registry.tick(now)
+    assert [change.kind for change in changes] == [K.SEATED, K.SUSPECTED, K.EXPIRED, K.FORGOTTEN]
+    assert len(again(registry, changes)) == 0

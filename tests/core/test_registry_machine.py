@@ -43,7 +43,7 @@ class Row:
     witnessed: bool = False
     until: float | None = None
     fate: str = "alive"  # or how it was lost
-    lost_at: float = 0.0
+    lost_after: int = 0
 
     @property
     def address(self) -> tuple[str, int]:
@@ -130,8 +130,8 @@ class Model:
             self.rows.append(replace(mine, epoch=self.last_epoch, incarnation=own, since=now, spoke_at=now))
         self.settle(now)
 
-    def lose(self, row: Row, fate: str, now: float) -> None:
-        self.change(row, fate=fate, lost_at=now)
+    def lose(self, row: Row, fate: str) -> None:
+        self.change(row, fate=fate, lost_after=self.last_epoch)
 
     def settle(self, now: float) -> None:
         self.completed |= {number for number in self.forms if self.complete(number)}
@@ -149,15 +149,14 @@ class Model:
     def pass_time(self, now: float) -> None:
         for row in self.alive():
             if row.until is not None and row.until <= now:
-                self.lose(row, "drained", now)
+                self.lose(row, "drained")
             elif row.ttl_s is not None and row.spoke_at + row.ttl_s <= now:
-                self.lose(row, "expired", now)
+                self.lose(row, "expired")
             elif row.ttl_s is not None and row.spoke_at + row.ttl_s / 2 <= now:
                 self.change(row, suspected=True)
         self.settle(now)
 
     def restart(self, now: float) -> None:
-        self.rows = [row for row in self.rows if row.fate in ("alive", "lost")]
         self.rows = [
             replace(
                 row,
@@ -166,12 +165,9 @@ class Model:
                 suspected=row.ttl_s is not None,
                 witnessed=False,
                 until=None if row.until is None else now + GRACE_S,
-                lost_at=now,
             )
             for row in self.rows
         ]
-        self.forms = {number: form for number, form in self.forms.items() if any(self.in_(number))}
-        self.completed = {number for number in self.forms if len(self.in_(number)) == self.forms[number][0]}
         self.empty_since = now if self.rows and not self.alive() else None
 
     def in_(self, number: int) -> list[Row]:
@@ -182,7 +178,7 @@ class Model:
         served = min(self.forms)
         lost = [row for row in self.in_(served) if row.fate != "alive"]
         alive = self.alive(served)
-        if not lost or any(row.since > max(each.lost_at for each in lost) for row in alive):
+        if not lost or any(row.epoch > max(each.lost_after for each in lost) for row in alive):
             return False
         return not alive or served in self.completed
 
@@ -228,7 +224,7 @@ class RegistryMachine(RuleBasedStateMachine):
         def renewed() -> None:
             assert row is not None
             if rooms == 0 and row.until is not None:
-                self.model.lose(row, "drained", self.now)
+                self.model.lose(row, "drained")
                 self.model.settle(self.now)
             else:
                 self.model.change(row, spoke_at=self.now, suspected=False)
@@ -246,7 +242,7 @@ class RegistryMachine(RuleBasedStateMachine):
 
         def left() -> None:
             assert row is not None
-            self.model.lose(row, "left", self.now)
+            self.model.lose(row, "left")
             self.model.settle(self.now)
 
         self.command(
@@ -276,7 +272,7 @@ class RegistryMachine(RuleBasedStateMachine):
         if row.fate == "alive":
             row = self.model.change(row, witnessed=alive)
             if not alive:
-                self.model.lose(row, "lost", self.now)
+                self.model.lose(row, "lost")
         elif alive:
             self.model.change(row, fate="alive", witnessed=True, spoke_at=self.now)
         self.model.settle(self.now)
@@ -301,6 +297,9 @@ class RegistryMachine(RuleBasedStateMachine):
         records = [self.kept[epoch] for epoch in sorted(self.kept)]
         self.registry.restore(records, before.last_epoch, before.revision, self.now)
         self.model.restart(self.now)
+        assert [view.name for view in self.registry if view.health(self.now)] == [
+            view.name for view in before if view.health(self.now)
+        ]
 
     def forgotten(self) -> None:
         since = self.model.empty_since
@@ -343,7 +342,7 @@ class RegistryMachine(RuleBasedStateMachine):
             self.epoch = max(self.epoch, change.life.epoch)
             if change.before is not None:
                 self.kept.pop(change.before.epoch, None)
-            if change.is_end:
+            if change.is_dropped:
                 self.kept.pop(change.life.epoch, None)
             elif change.is_kept:
                 self.kept[change.life.epoch] = change.record
@@ -405,7 +404,7 @@ class RegistryMachine(RuleBasedStateMachine):
         assert lost == {(r.epoch, r.fate) for r in self.model.in_(incarnation.number) if r.fate != "alive"}
 
     @invariant()
-    def a_journal_holds_exactly_who_can_still_speak(self) -> None:
+    def a_journal_holds_exactly_who_is_remembered(self) -> None:
         view = self.registry.view(NAME)
         kept = {life.epoch for each in (view.incarnations if view else ()) for life in each.kept}
         assert set(self.kept) == kept

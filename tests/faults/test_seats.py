@@ -307,6 +307,25 @@ async def test_a_registry_that_stood_still_for_longer_than_the_leases_takes_ever
         assert (await who.topology())[0] == 200
 
 
+async def test_who_was_known_to_be_dead_is_known_to_be_dead_after_a_restart_until_it_comes_again(
+    tmp_path: Path,
+) -> None:
+    with reserve_port() as reserved:
+        port = ("--port", str(reserved.getsockname()[1]))
+        with serving(tmp_path, *port) as registry:
+            async with party(registry.url) as who:
+                granted(await who.claim(40_000, ttl_s=0.5))
+                granted(await who.claim(40_100, instance="other", ttl_s=60.0))
+                await until(lambda: is_status(lambda: who._ask("GET", "/health"), 503))
+                signalled(registry, signal.SIGKILL)
+        with serving(tmp_path, *port) as registry:
+            async with party(registry.url) as who:
+                status, why = await who._ask("GET", "/health")
+                assert (status, "was silent for its whole lease" in why) == (503, True)
+                granted(await who.claim(40_001, ttl_s=60.0))
+                assert (await who._ask("GET", "/health"))[0] == 200
+
+
 async def announce(who: Party, number: int) -> None:
     assert await who._ask("POST", "/register_dp_rank", json={"bootstrap_room": number, "dp_rank": 0}) == (200, "OK")
 

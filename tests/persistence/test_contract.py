@@ -194,7 +194,7 @@ def expected(changes: list[Change]) -> Kept:
     for each in changes:
         if each.before is not None:
             kept.pop(each.before.epoch, None)
-        if each.is_end:
+        if each.is_dropped:
             kept.pop(each.life.epoch, None)
         else:
             kept[each.life.epoch] = each.record
