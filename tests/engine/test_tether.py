@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
+from typing import Any
 
 import psutil
 import pytest
@@ -219,6 +220,62 @@ async def test_each_block_in_flight_has_a_connection_of_its_own(peers: Peers) ->
         await stage.engine.write(far.session, stage.plan(far, MIB, block=4096), deadline_s=5)
         await stage.engine.write(far.session, stage.plan(far, MIB, block=4096), deadline_s=5)
         assert len(connections_to(port)) == 6 + 1, "and the tether"
+
+
+class Recorder:
+    """The real engine, and by which name each block went: ("read" or "write", name, nbytes)."""
+
+    def __init__(self) -> None:
+        self.given: list[tuple[str, str, int]] = []
+        self.on: dict[str, int] = {}
+        self.crowded: list[str] = []
+
+    def make(self) -> Any:
+        from mooncake.engine import TransferEngine
+
+        recorder = self
+
+        class Recorded(TransferEngine):  # type: ignore[misc, unused-ignore]
+            def transfer_submit_write(self, name: str, local: int, remote: int, nbytes: int) -> int:
+                recorder.given.append(("write", name, nbytes))
+                return recorder.took(name, super().transfer_submit_write(name, local, remote, nbytes))
+
+            def batch_transfer_async_read(self, name: str, local: object, remote: object, nbytes: list[int]) -> int:
+                recorder.given.append(("read", name, nbytes[0]))
+                return recorder.took(name, super().batch_transfer_async_read(name, local, remote, nbytes))
+
+            def transfer_check_status(self, ticket: int) -> int:
+                status = int(super().transfer_check_status(ticket))
+                if status:
+                    recorder.on = {name: other for name, other in recorder.on.items() if other != ticket}
+                return status
+
+        return Recorded()
+
+    def took(self, name: str, ticket: int) -> int:
+        if name in self.on:
+            self.crowded.append(name)
+        self.on[name] = ticket
+        return ticket
+
+
+async def test_no_two_blocks_are_on_one_way_and_each_way_is_tried_by_a_byte_first(peers: Peers) -> None:
+    """What the engine has to queue or to connect for, it may send to whoever listens there a second later."""
+    recorder = Recorder()
+    async with AsyncExitStack() as stack:
+        stage = await mooncake_stage(stack, peers, window=8, factory=recorder.make)
+        far = await stage.far()
+        for _ in range(3):
+            await stage.engine.write(far.session, stage.plan(far), deadline_s=5)
+        far.stop()
+        await failure(stage.engine.write(far.session, stage.plan(far), deadline_s=20))
+        far.resume()
+        await stage.engine.write(far.session, stage.plan(far), deadline_s=10)
+    assert not recorder.crowded
+    first = {name: (what, nbytes) for what, name, nbytes in reversed(recorder.given)}
+    assert set(first.values()) == {("read", 1)}
+    assert len(first) > 8, "ways whose block has failed are not used again"
+    assert sum(what == "write" for what, _, _ in recorder.given) >= 4 * 64
 
 
 async def test_a_hung_peer_is_at_rest_after_one_stall_however_many_blocks_it_has(peers: Peers) -> None:
