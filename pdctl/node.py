@@ -24,12 +24,12 @@ from pdctl import config, drainer, logs, server
 from pdctl.admission import Turnstile
 from pdctl.client import RegistryClient
 from pdctl.config import ServeSettings, Settings
-from pdctl.core.address import Endpoint
 from pdctl.core.admission import Admission
 from pdctl.core.draining import DrainPolicy
-from pdctl.core.layout import Pool, Region
+from pdctl.core.layout import RankPools, Region
 from pdctl.core.lives import ERA, Life
 from pdctl.core.naming import SESSION_KEY
+from pdctl.core.pairing import Paired, dp_rank_of, pair, rank_id
 from pdctl.core.registry import Registry
 from pdctl.core.rooms import EXTENSIONS, RoomBook
 from pdctl.core.route import Announcement, Seat, Shape
@@ -39,7 +39,7 @@ from pdctl.door import Door, open_door
 from pdctl.engine.asking import Asking
 from pdctl.engine.base import Engine
 from pdctl.engine.mooncake import by_name, open_mooncake
-from pdctl.errors import ConfigError, LayoutMismatch, NotReady, PdctlError
+from pdctl.errors import ConfigError, NotReady, PdctlError
 from pdctl.lease import Lease, LeaseTerms, NoLeases
 from pdctl.links import Links
 from pdctl.metrics import Metrics
@@ -275,9 +275,9 @@ class PrefillNode:
 
 @asynccontextmanager
 async def prefill_node(
-    settings: Settings, *, kv: Pool, aux: Pool, arena: Region, seat: Seat, shape: Shape
+    settings: Settings, *, pools: RankPools, arena: Region, seat: Seat, shape: Shape
 ) -> AsyncIterator[PrefillNode]:
-    """A prefill rank in `seat`: `arena` holds both pools, and is all that peers may reach.
+    """A prefill rank in `seat`: `arena` holds all its pools, and is all that peers may reach.
 
     It takes a lease when its memory is registered and its link listens, renews it while it lives, gives it back before
     the link stops, and is `registered` only while the registry says so. Raises EngineUnavailable, AddressTaken,
@@ -289,9 +289,8 @@ async def prefill_node(
         sender = Sender(
             rank.engine,
             rank.link.send,
-            kv,
-            aux,
-            _rank_id(seat, shape),
+            pools,
+            rank_id(seat, shape),
             links.prober,
             settings.room,
             time.monotonic,
@@ -320,13 +319,13 @@ async def prefill_node(
 
 @dataclass(frozen=True, slots=True)
 class DecodeNode:
-    """A decode rank that is open: `pair` says where a room's prefill rank is, `receiver` opens the room there."""
+    """A decode rank that is open: `pair` says which prefill ranks send a room, `receiver` opens the room there."""
 
     receiver: Receiver
     engine: Engine
     metrics_url: str
     shape: Shape
-    tp_rank: int
+    seat: Seat
     _settings: Settings
     _listed: _Listed | None = None
 
@@ -335,42 +334,46 @@ class DecodeNode:
         """Whether the registry that was given has this rank, by its last answer."""
         return self._listed is not None and self._listed.client.registered
 
-    async def pair(self, registry: str, room: int) -> Endpoint:
-        """The control link of the prefill rank that will send `room` to this one.
+    async def pair(self, registry: str, room: int) -> Paired:
+        """The control links of the prefill ranks that will send `room` to this one.
 
-        Asked anew for every room (two requests of a millisecond): a prefill that was replaced is found by the next one,
+        Asked anew for every room (requests of a millisecond): a prefill that was replaced is found by the next one,
         and no stale address can be kept. Raises NotReady, Unreachable, and LayoutMismatch with both values.
         """
         async with RegistryClient(registry, policy=self._settings.retry, credentials=self._settings.client) as client:
             shape = await client.topology()
-            check_plain_pair(shape, self.shape)
-            return await client.rank(Seat(await _dp_rank(client, shape, room), 0, self.tp_rank, 0))
+            kind = self.receiver.pools.layout.kind
+            pairing = pair(shape, self.shape, self.seat.tp, self.seat.pp, kind).at(await _dp_rank(client, shape, room))
+            at = await asyncio.gather(*map(client.rank, (*pairing.senders, *pairing.dummies)))
+        n = pairing.responses
+        ranks = frozenset(rank_id(seat, shape) for seat in pairing.senders)
+        return Paired(tuple(at[:n]), tuple(at[n:]), pairing.required, n, ranks)
 
 
 @asynccontextmanager
 async def decode_node(
     settings: Settings,
     *,
-    kv: Pool,
-    aux: Pool,
+    pools: RankPools,
     arena: Region,
     shape: Shape,
     tp_rank: int = 0,
+    pp_rank: int = 0,
     registry: str | None = None,
 ) -> AsyncIterator[DecodeNode]:
-    """A decode rank; `shape` is its own, with which a prefill's must agree. `arena` holds both pools.
+    """A decode rank; `shape` is its own, with which a prefill's must agree. `arena` holds all its pools.
 
     With the URL of a `registry` it holds a lease there, as role decode of `node.decode_instance`, so that it is seen,
     watched and drained as prefills are; its engine's session stands in the metadata. Without one it only asks. Raises
     as `prefill_node`.
     """
-    async with _rank(settings, arena, f"tp{tp_rank}", "decode") as rank:
+    seat = Seat(0, 0, tp_rank, pp_rank)
+    async with _rank(settings, arena, str(seat), "decode") as rank:
         receiver = Receiver(
             rank.engine.session,
             rank.link.send,
             rank.link.endpoint,
-            kv,
-            aux,
+            pools,
             tp_rank,
             shape.attn_tp_size,
             settings.room,
@@ -389,14 +392,14 @@ async def decode_node(
             if listed is not None:
                 terms = LeaseTerms(
                     settings.node.decode_instance,
-                    Announcement(Seat(0, 0, tp_rank, 0), shape, rank.link.endpoint),
+                    Announcement(seat, shape, rank.link.endpoint),
                     settings.node.ttl_s,
                     role="decode",
                     rooms=lambda: len(receiver.rooms),
                     metadata={SESSION_KEY: rank.engine.session},
                 )
                 await stack.enter_async_context(beside(registration=listed.hold(terms)))
-            yield DecodeNode(receiver, rank.engine, rank.metrics_url, shape, tp_rank, settings, listed)
+            yield DecodeNode(receiver, rank.engine, rank.metrics_url, shape, seat, settings, listed)
 
 
 def _refused(error: PdctlError, path: str, peer: str) -> PdctlError:
@@ -404,34 +407,14 @@ def _refused(error: PdctlError, path: str, peer: str) -> PdctlError:
     return error
 
 
-def check_plain_pair(prefill: Shape, decode: Shape) -> None:
-    """Raise LayoutMismatch, with both values, unless each decode rank gets all it needs from the like prefill rank."""
-    for name in ("attn_tp_size", "page_size", "kv_cache_dtype", "kv_layout"):
-        theirs, ours = getattr(prefill, name), getattr(decode, name)
-        if theirs != ours:
-            raise LayoutMismatch(
-                f"{name} is {theirs!r} at the prefill and {ours!r} at this decode: start both with the same {name}"
-            )
-    for name in ("attn_cp_size", "pp_size"):
-        if (theirs := getattr(prefill, name)) != 1:
-            raise LayoutMismatch(f"{name} is {theirs} at the prefill: this version pairs instances with {name} 1 only")
-
-
 async def _dp_rank(client: RegistryClient, shape: Shape, room: int) -> int:
     """Which DP rank has `room`: SGLANG_WIRE 1.4."""
-    if shape.dp_size == 1:
-        return 0
-    if shape.follow_bootstrap_room:
-        return room % shape.dp_size
+    if (said := dp_rank_of(shape, room)) is not None:
+        return said
     found = await client.rooms([room])
     if room not in found:
         raise NotReady(f"no DP rank has announced room {room} yet: send the request to the prefill first, or ask again")
     return found[room]
-
-
-def _rank_id(seat: Seat, shape: Shape) -> int:
-    """By which decode ranks tell the answers of an instance's ranks apart: SGLANG_WIRE 2."""
-    return (seat.tp * shape.pp_size + seat.pp) * shape.attn_cp_size + seat.cp
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ Drives one room's arrival: pages of this decode rank, named to prefill ranks tha
 The mirror image of sender.py. One object a room, whose state lives and dies with it; what outlives rooms is which
 prefill ranks know our memory, and the pages that somebody may still write.
 
-    async with Receiver(engine.session, link.send, link.endpoint, kv, aux, 0, 1, timeouts, clock, metrics) as receiver:
+    async with Receiver(engine.session, link.send, link.endpoint, pools, 0, 1, timeouts, clock, metrics) as receiver:
         ... link.serve(receiver.handle) runs beside ...
         async with receiver.open(room, prefill, pages, aux_row, release=give_pages_back) as r:
             await r.arrived()
@@ -30,7 +30,7 @@ import asyncio
 import ctypes
 import itertools
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
@@ -40,7 +40,8 @@ import numpy.typing as npt
 import structlog
 
 from pdctl.core.address import Endpoint
-from pdctl.core.layout import Pool
+from pdctl.core.layout import RankPools
+from pdctl.core.pairing import Paired
 from pdctl.core.plan import Ints
 from pdctl.core.transfer import OVERDUE, RECEIVER, Event, Phase, Quarantined, RoomTimeouts, Side, step
 from pdctl.core.wire import (
@@ -106,8 +107,7 @@ class Receiver:
         session: str,
         send: Send,
         reply: Endpoint,
-        kv: Pool,
-        aux: Pool,
+        pools: RankPools,
         tp_rank: int,
         tp_size: int,
         timeouts: RoomTimeouts,
@@ -115,9 +115,9 @@ class Receiver:
         metrics: Metrics,
         is_gone: IsGone = never_gone,
     ) -> None:
-        self.session, self.reply, self.kv, self.aux, self.timeouts = session, reply, kv, aux, timeouts
+        self.session, self.reply, self.pools, self.timeouts = session, reply, pools, timeouts
         self.clock, self.metrics = clock, metrics.rooms
-        self._registration = _registration(session, reply, kv, aux, tp_rank, tp_size).to_frames()
+        self._registration = _registration(session, reply, pools, tp_rank, tp_size).to_frames()
         self._send, self._is_gone = send, is_gone
         self._prefills: OrderedDict[Endpoint, _Prefill] = OrderedDict()
         self._rooms: dict[int, ArrivingRoom] = {}
@@ -156,30 +156,24 @@ class Receiver:
     def open(
         self,
         room: int,
-        prefill: Endpoint | Sequence[Endpoint],
+        prefill: Endpoint | Paired,
         pages: npt.ArrayLike,
         aux_row: int,
         prefix_len: int = 0,
-        responses: int = 1,
         release: Release | None = None,
         *,
-        ranks: Collection[int] | None = None,
-        dummies: Sequence[Endpoint] = (),
-        required: int = 1,
+        state_rows: Sequence[Sequence[int]] = (),
     ) -> ArrivingRoom:
-        """`pages`, shape (n,), and `aux_row` are where `prefill` writes what follows `prefix_len` tokens.
-
-        responses: how many different prefill ranks must report success. ranks: the ids whose reports count, where they
-        are known. dummies: prefill ranks that must hear of the room and write nothing. required: how many decode ranks
-        each of them must hear of.
-        """
-        given = np.asarray(pages, dtype=np.int64).ravel()
-        prefills = (prefill,) if isinstance(prefill, Endpoint) else tuple(prefill)
-        self._check_own(given, aux_row, prefills)
-        named = Metadata(room, self.reply, self.session, given.astype(np.int32), aux_row, required, prefix_len)
-        dummy = Metadata(room, self.reply, self.session, np.empty(0, np.int32), None, required, prefix_len)
-        telling = [(at, named) for at in prefills] + [(at, dummy) for at in dummies]
-        return ArrivingRoom(self, named, telling, responses, None if ranks is None else frozenset(ranks), release)
+        """`pages`, shape (n,), `aux_row` and the `state_rows` of each group are where `prefill` writes what follows
+        `prefix_len` tokens: one rank that does it all, or several by `core.pairing`."""
+        paired = Paired((prefill,)) if isinstance(prefill, Endpoint) else prefill
+        given, rows = np.asarray(pages, dtype=np.int64).ravel(), tuple(tuple(group) for group in state_rows)
+        self._check_own(given, aux_row, rows, paired.senders)
+        who, required = (room, self.reply, self.session), paired.required
+        named = Metadata(*who, given.astype(np.int32), aux_row, required, prefix_len, rows)
+        dummy = Metadata(*who, np.empty(0, np.int32), None, required, prefix_len)
+        telling = [(at, named) for at in paired.senders] + [(at, dummy) for at in paired.dummies]
+        return ArrivingRoom(self, named, telling, paired.responses, paired.ranks, release)
 
     def handle(self, frames: Sequence[bytes]) -> None:
         """One message of a prefill rank. Raises BadFrames for one that cannot be read or must not be obeyed."""
@@ -228,12 +222,13 @@ class Receiver:
             raise BadFrames(f"aux data for room {aux.room}, which waits for none")
         if aux.row != room.named.aux_row:
             raise BadFrames(f"aux data frame 3 (row): {aux.row} is not the row of room {aux.room}")
-        if aux.buffer >= len(self.aux):
-            raise BadFrames(f"aux data frame 2 (buffer): {aux.buffer}, there are {len(self.aux)}")
-        nbytes = self.aux.item_lens[aux.buffer]
+        pool = self.pools.aux
+        if aux.buffer >= len(pool):
+            raise BadFrames(f"aux data frame 2 (buffer): {aux.buffer}, there are {len(pool)}")
+        nbytes = pool.item_lens[aux.buffer]
         if len(aux.data) != nbytes:
             raise BadFrames(f"aux data frame 5 (data): {len(aux.data)} bytes, a row of the buffer has {nbytes}")
-        ctypes.memmove(self.aux.pointers[aux.buffer] + aux.row * nbytes, aux.data, nbytes)
+        ctypes.memmove(pool.pointers[aux.buffer] + aux.row * nbytes, aux.data, nbytes)
 
     # --- for the rooms
 
@@ -314,11 +309,23 @@ class Receiver:
         if held.release is not None:
             held.release(held.pages)
 
-    def _check_own(self, pages: Ints, aux_row: int, prefills: Sequence[Endpoint]) -> None:
+    def _check_own(
+        self, pages: Ints, aux_row: int, state_rows: Sequence[Sequence[int]], prefills: Sequence[Endpoint]
+    ) -> None:
         """Our own mistakes are found here, before a stranger is asked to write somewhere."""
         if not prefills:
             raise CallerError("no prefill rank given: a room needs at least one")
-        for what, items, pool in (("page", pages, self.kv), ("aux row", np.asarray([aux_row]), self.aux)):
+        if len(state_rows) > len(self.pools.states):
+            raise CallerError(
+                f"rows of {len(state_rows)} groups of state are named, this rank has {len(self.pools.states)}: "
+                "give the pools of each group"
+            )
+        states = zip(state_rows, self.pools.states, strict=False)
+        for what, items, pool in (
+            ("page", pages, self.pools.kv),
+            ("aux row", np.asarray([aux_row]), self.pools.aux),
+            *((f"row of state {n}", np.asarray(rows, np.int64), pool) for n, (rows, pool) in enumerate(states)),
+        ):
             limit = 2**31 if pool.n_items is None else pool.n_items
             wrong = items[(items < 0) | (items >= limit)]
             if len(wrong):
@@ -473,16 +480,21 @@ class ArrivingRoom:
             self._release(self.pages)
 
 
-def _registration(session: str, reply: Endpoint, kv: Pool, aux: Pool, tp_rank: int, tp_size: int) -> RegisterBuffers:
+def _registration(session: str, reply: Endpoint, pools: RankPools, tp_rank: int, tp_size: int) -> RegisterBuffers:
+    kv = pools.kv
     return RegisterBuffers(
         reply=reply,
         session=session,
         kv_pointers=kv.pointers,
-        aux_pointers=aux.pointers,
+        aux_pointers=pools.aux.pointers,
         tp_rank=tp_rank,
         tp_size=tp_size,
         kv_item_len=kv.item_lens[0] if kv.item_lens else 0,
         kv_item_lens=kv.item_lens,
+        kv_layer_ids=pools.layout.layer_ids,
+        state_pointers=tuple(state.pointers for state in pools.states),
+        state_item_lens=tuple(state.item_lens for state in pools.states),
+        state_layer_ids=pools.state_layer_ids,
     )
 
 

@@ -4,7 +4,7 @@ Drives one room's sends: pages of this prefill rank into the pages that decode r
 The mirror image of receiver.py. One object a room, whose state lives and dies with it; what outlives rooms is who has
 registered which memory. Nothing is retried: a room that fails ends with its first cause, here and at every decode rank.
 
-    async with Sender(engine, link.send, kv, aux, rank, gate, timeouts, clock, metrics) as sender:
+    async with Sender(engine, link.send, pools, rank, gate, timeouts, clock, metrics) as sender:
         ... link.serve(sender.handle) runs beside ...
         async with sender.open(room, release=give_pages_back) as r:
             await r.peers_ready()
@@ -29,9 +29,9 @@ import numpy.typing as npt
 import structlog
 
 from pdctl.core.address import Endpoint
-from pdctl.core.destination import Destination
+from pdctl.core.destination import Destination, LayerGroups
 from pdctl.core.early import EarlyBook, EarlyLimits
-from pdctl.core.layout import Pool
+from pdctl.core.layout import RankPools
 from pdctl.core.plan import CopyPlan, Ints
 from pdctl.core.sessions import Gate
 from pdctl.core.transfer import OVERDUE, SENDER, Event, Phase, Quarantined, RoomTimeouts, Side, step
@@ -86,8 +86,7 @@ class Sender:
         self,
         engine: Engine,
         send: Send,
-        kv: Pool,
-        aux: Pool,
+        pools: RankPools,
         rank: int,
         gate: Gate,
         timeouts: RoomTimeouts,
@@ -95,7 +94,8 @@ class Sender:
         metrics: Metrics,
         limits: SenderLimits | None = None,
     ) -> None:
-        self.engine, self.kv, self.aux, self.gate, self.timeouts = engine, kv, aux, gate, timeouts
+        self.engine, self.pools, self.gate, self.timeouts = engine, pools, gate, timeouts
+        self.layers = frozenset(pools.layout.layer_of(len(pools.kv)).tolist())
         self.clock, self.metrics = clock, metrics.rooms
         self._send, self._rank = send, rank
         self._limits = limits or SenderLimits()
@@ -211,7 +211,7 @@ class Sender:
         blocked = self.gate.reason_blocked(named.session)
         if blocked is not None:
             raise SessionBlocked(named.session, blocked)
-        return Destination.of(said, named, self.kv, self.aux)
+        return Destination.of(said, named, self.pools)
 
     def report(self, to: Endpoint, room: int, phase: Phase, reason: str | None = None) -> None:
         self._post(to, Status(room, phase, self._rank, reason).to_frames(), "status")
@@ -247,6 +247,7 @@ class SendingRoom:
         self._unsettled: set[str] = set()
         self._sources: list[Ints] = []
         self._n_sent = 0
+        self._open_chunk: LayerGroups | None = None
         self._left_at = 0.0
         self._no_longer_bootstrapping = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
@@ -285,24 +286,39 @@ class SendingRoom:
         await self._no_longer_bootstrapping.wait()
         self._check()
 
-    async def send(self, pages: npt.ArrayLike) -> None:
-        """Copy `pages`, shape (n,), to the next n of the pages that decode named; returns when they have landed."""
+    async def send(self, pages: npt.ArrayLike, layers: range | None = None) -> None:
+        """Copy `pages`, shape (n,), to the next n of the pages that decode named; returns when they have landed.
+
+        `layers`: only those of the model's layers, as they are computed. Give the same pages for each group of layers
+        until every layer of this stage has been sent once; then comes the next chunk.
+        """
         source = np.asarray(pages, dtype=np.int64).ravel()
-        start = self._n_sent
         self._check()
+        start = self._next_chunk(source, layers)
         self._step(Event.CHUNK_QUEUED)
-        self._n_sent += len(source)
-        self._sources.append(source)
-        await self._write(lambda d: d.chunk(self._of.kv, source, start))
+        await self._write(lambda d: d.chunk(source, start, layers))
         self._step(Event.CHUNK_LANDED)
 
-    async def finish(self, aux_row: int | None = None) -> None:
-        """Copy the aux row, shape of one item, when all chunks have landed; then the decode ranks hear of success."""
+    def _next_chunk(self, source: Ints, layers: range | None) -> int:
+        """The number of the chunk's first page among those that were named. Raises CallerError, and changes nothing."""
+        start, chunk = self._n_sent, self._open_chunk or LayerGroups.of(self._of.layers, source)
+        self._open_chunk = chunk.sent(source, layers)
+        if chunk.is_new:
+            self._sources.append(source)
+        if self._open_chunk is None:
+            self._n_sent += len(source)
+        return start
+
+    async def finish(self, aux_row: int | None = None, state_rows: Sequence[npt.ArrayLike] = ()) -> None:
+        """Copy the aux row and the rows of each group of state, when all chunks have landed; then the decode ranks hear
+        of success."""
         while self._writes:
             await asyncio.wait(self._writes)
         self._check()
+        if self._open_chunk is not None:
+            raise self._open_chunk.unfinished()
         self._step(Event.CHUNK_QUEUED)
-        await self._write(lambda d: d.last(self._of.aux, self._n_sent, aux_row))
+        await self._write(lambda d: d.last(self._n_sent, aux_row, state_rows))
         self._step(Event.LAST_CHUNK_LANDED)
         for destination in self._destinations.values():
             self._of.report(destination.named.reply, self.room, Phase.SUCCESS)
@@ -454,7 +470,7 @@ class SendingRoom:
         self._left_at = self._of.clock()
         self._of.leave(self)
         if self._writes or self._unsettled:
-            self._of.unsettled(self, self._n_sent)
+            self._of.unsettled(self, len(self._pages()))
             self._of.settling.spawn(f"settle room {self.room}", self._settle())
         elif self._release is not None:
             self._release(self._pages())
@@ -464,7 +480,7 @@ class SendingRoom:
         for session in sorted(self._unsettled):
             await self._of.engine.settle(session)
         self._unsettled.clear()
-        self._of.settled(self, self._n_sent)
+        self._of.settled(self, len(self._pages()))
         self._acknowledge_at_rest()
         if self._release is not None:
             self._release(self._pages())

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from pdctl.core.address import Endpoint
-from pdctl.core.layout import Pool, Region
+from pdctl.core.layout import Pool, RankPools, Region
 from pdctl.core.plan import CopyPlan
 from pdctl.core.sessions import Depth
 from pdctl.engine.base import Capabilities, PeerCard, Proof
@@ -34,6 +34,10 @@ class Memory:
     @property
     def aux_pool(self) -> Pool:
         return _pool(self.aux)
+
+    @property
+    def pools(self) -> RankPools:
+        return RankPools(self.kv_pool, self.aux_pool)
 
 
 def memory(lens: Sequence[int] = (64, 64, 32), aux_lens: Sequence[int] = (8, 40), seed: int | None = None) -> Memory:

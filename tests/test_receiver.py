@@ -12,6 +12,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from pdctl.core.address import Endpoint
+from pdctl.core.pairing import Paired
 from pdctl.core.transfer import Phase, RoomTimeouts
 from pdctl.core.wire import (
     NOT_REGISTERED,
@@ -84,9 +85,7 @@ async def rig_of(
     is_gone: Callable[[Endpoint], Awaitable[bool]] = never_gone,
 ) -> AsyncIterator[Rig]:
     post, ours, metrics = Post(), memory(), Metrics()
-    async with Receiver(
-        SESSION, post.send, REPLY, ours.kv_pool, ours.aux_pool, 1, 2, timeouts, clock, metrics, is_gone
-    ) as receiver:
+    async with Receiver(SESSION, post.send, REPLY, ours.pools, 1, 2, timeouts, clock, metrics, is_gone) as receiver:
         yield Rig(receiver, post, ours, metrics)
 
 
@@ -137,7 +136,7 @@ async def test_memory_is_registered_once_for_each_prefill_rank(rig: Rig) -> None
 
 
 async def test_every_prefill_rank_that_has_to_must_report(rig: Rig) -> None:
-    async with rig.receiver.open(5, [PREFILL, SECOND], [1], 0, responses=2) as room:
+    async with rig.receiver.open(5, Paired((PREFILL, SECOND), responses=2), [1], 0) as room:
         arriving = asyncio.create_task(room.arrived())
         rig.succeed(5, rank=0)
         rig.succeed(5, rank=0)
@@ -149,7 +148,7 @@ async def test_every_prefill_rank_that_has_to_must_report(rig: Rig) -> None:
 
 
 async def test_a_dummy_prefill_rank_hears_of_no_pages(rig: Rig) -> None:
-    async with rig.receiver.open(5, PREFILL, [1], 2, dummies=[SECOND], required=2) as room:
+    async with rig.receiver.open(5, Paired((PREFILL,), (SECOND,), required=2), [1], 2) as room:
         said = [await rig.told() for _ in range(4)]
         named = {to: m for to, m in said if isinstance(m, Metadata)}
         assert (named[PREFILL].is_dummy, named[SECOND].is_dummy) == (False, True)
@@ -159,7 +158,7 @@ async def test_a_dummy_prefill_rank_hears_of_no_pages(rig: Rig) -> None:
 
 
 async def test_ranks_that_nobody_expects_do_not_count(rig: Rig) -> None:
-    async with rig.receiver.open(5, PREFILL, [1], 0, ranks={4}) as room:
+    async with rig.receiver.open(5, Paired((PREFILL,), ranks=frozenset({4})), [1], 0) as room:
         rig.succeed(5, rank=3)
         rig.fail(5, rank=3)
         assert room.phase is Phase.TRANSFERRING
@@ -253,7 +252,8 @@ async def test_only_the_ack_of_this_very_abort_frees_pages(clock: Clock, wrong: 
 async def test_every_prefill_rank_that_was_told_must_ack(clock: Clock) -> None:
     async with rig_of(clock, RoomTimeouts(drain_margin_s=0)) as rig:
         given_back = Released()
-        await enter_and_fail(rig, rig.receiver.open(5, [PREFILL, SECOND], [1], 0, responses=2, release=given_back))
+        both = Paired((PREFILL, SECOND), responses=2)
+        await enter_and_fail(rig, rig.receiver.open(5, both, [1], 0, release=given_back))
         for _ in range(4):
             await rig.told()
         aborts = dict([await rig.told_abort(), await rig.told_abort()])
@@ -319,7 +319,7 @@ async def test_the_answers_of_others_do_not_lengthen_the_wait(clock: Clock) -> N
     loop = asyncio.get_running_loop()
     async with (
         rig_of(clock, RoomTimeouts(waiting_s=0.1)) as rig,
-        rig.receiver.open(5, PREFILL, [1], 0, responses=50) as room,
+        rig.receiver.open(5, Paired((PREFILL,), responses=50), [1], 0) as room,
     ):
         started = loop.time()
         for n in range(40):
@@ -349,7 +349,7 @@ async def test_when_the_second_prefill_is_unreachable_the_first_is_asked_to_stop
     await rig.told_of_room()
     rig.post.unreachable.add(SECOND)
     with pytest.raises(RoomFailed, match="it is away"):
-        await rig.receiver.open(5, [PREFILL, SECOND], [1], 0, release=given_back).__aenter__()
+        await rig.receiver.open(5, Paired((PREFILL, SECOND)), [1], 0, release=given_back).__aenter__()
     await rig.told_of_room()
     to, abort = await rig.told_abort()
     assert to == PREFILL
@@ -369,7 +369,7 @@ async def test_cancelled_while_telling_it_holds_what_may_have_been_told(clock: C
         await post.send(to, list(frames))  # type: ignore[call-overload]
 
     ours = memory()
-    async with Receiver(SESSION, slow, REPLY, ours.kv_pool, ours.aux_pool, 0, 1, PATIENT, clock, Metrics()) as receiver:
+    async with Receiver(SESSION, slow, REPLY, ours.pools, 0, 1, PATIENT, clock, Metrics()) as receiver:
         entering = asyncio.create_task(receiver.open(5, PREFILL, [1], 0, release=given_back).__aenter__())
         await telling.wait()
         entering.cancel()
@@ -485,7 +485,7 @@ async def test_pages_that_are_not_ours_are_never_named(rig: Rig, pages: list[int
 
 async def test_a_room_needs_a_prefill(rig: Rig) -> None:
     with pytest.raises(CallerError, match="no prefill rank given"):
-        rig.receiver.open(5, [], [1], 0)
+        rig.receiver.open(5, Paired(()), [1], 0)
 
 
 async def test_a_room_is_open_once(rig: Rig) -> None:

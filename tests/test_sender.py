@@ -12,7 +12,7 @@ import pytest
 
 from pdctl.core.address import Endpoint
 from pdctl.core.early import EarlyLimits
-from pdctl.core.layout import Region
+from pdctl.core.layout import Pool, RankPools, Region
 from pdctl.core.sessions import Depth, ProbePolicy, SessionTable, State
 from pdctl.core.transfer import Phase, RoomTimeouts
 from pdctl.core.wire import (
@@ -31,7 +31,7 @@ from pdctl.metrics import Metrics
 from pdctl.prober import Prober
 from pdctl.sender import Sender, SenderLimits, SendingRoom
 from tests.conftest import Clock
-from tests.room_rig import Memory, Post, Released, RigEngine, RigGate, let_others_run, memory
+from tests.room_rig import N_PAGES, Memory, Post, Released, RigEngine, RigGate, let_others_run, memory
 
 RANK = 3
 HERE = Endpoint("10.0.0.7", 7001)
@@ -103,9 +103,7 @@ async def rig_of(
     clock: Clock, timeouts: RoomTimeouts = PATIENT, limits: SenderLimits | None = None
 ) -> AsyncIterator[Rig]:
     engine, gate, post, ours, metrics = RigEngine(), RigGate(), Post(), memory(seed=1), Metrics()
-    async with Sender(
-        engine, post.send, ours.kv_pool, ours.aux_pool, RANK, gate, timeouts, clock, metrics, limits
-    ) as sender:
+    async with Sender(engine, post.send, ours.pools, RANK, gate, timeouts, clock, metrics, limits) as sender:
         yield Rig(sender, engine, gate, post, ours, metrics)
 
 
@@ -125,9 +123,7 @@ async def until_busy(rig: Rig) -> None:
 @pytest.mark.parametrize("lens", [(64, 64, 64, 64), (96, 96)], ids=["mha", "mla"])
 async def test_chunks_land_in_the_pages_that_decode_named(clock: Clock, lens: tuple[int, ...]) -> None:
     engine, post, ours, theirs = RigEngine(), Post(), memory(lens, seed=1), memory(lens)
-    async with Sender(
-        engine, post.send, ours.kv_pool, ours.aux_pool, RANK, RigGate(), PATIENT, clock, Metrics()
-    ) as sender:
+    async with Sender(engine, post.send, ours.pools, RANK, RigGate(), PATIENT, clock, Metrics()) as sender:
         decode, given_back = Decode(sender, theirs), Released()
         decode.register()
         async with sender.open(5, release=given_back) as room:
@@ -148,6 +144,50 @@ async def test_chunks_land_in_the_pages_that_decode_named(clock: Clock, lens: tu
         assert given_back.now == [[1, 0, 7, 8, 9]]
         assert await post.next() == (decode.reply, Status(5, Phase.SUCCESS, RANK).to_frames())
         assert (sender.rooms, sender.early, sender.quarantine) == ((), (), ())
+
+
+async def test_a_chunk_may_be_sent_layer_by_layer_as_it_is_computed(clock: Clock) -> None:
+    engine, post, ours, theirs = RigEngine(), Post(), memory((64,) * 4, seed=1), memory((64,) * 4)
+    async with Sender(engine, post.send, ours.pools, RANK, RigGate(), PATIENT, clock, Metrics()) as sender:
+        decode, given_back = Decode(sender, theirs), Released()
+        decode.register()
+        async with sender.open(5, release=given_back) as room:
+            decode.name(5, [9, 2, 3])
+            await room.peers_ready()
+            await room.send([1, 0], layers=range(1))
+            assert (theirs.kv[0][[9, 2]] == ours.kv[0][[1, 0]]).all()
+            assert not theirs.kv[1].any()
+            with pytest.raises(CallerError, match="layers 1 of the chunk before are not sent"):
+                await room.finish(0)
+            await room.send([1, 0], layers=range(1, 2))
+            await room.send([7])
+            await room.finish(0)
+        for mine, landed in zip(ours.kv, theirs.kv, strict=True):
+            assert (landed[[9, 2, 3]] == mine[[1, 0, 7]]).all()
+        assert given_back.now == [[1, 0, 7]]
+
+
+async def test_rows_of_state_land_with_the_last_chunk(clock: Clock) -> None:
+    engine, post, ours, theirs = RigEngine(), Post(), memory((64, 64, 32), seed=1), memory((64, 64, 32))
+    pools = RankPools(Pool(*_entries(ours, 0)), ours.aux_pool, states=(Pool(*_entries(ours, 2)),))
+    async with Sender(engine, post.send, pools, RANK, RigGate(), PATIENT, clock, Metrics()) as sender:
+        decode = Decode(sender, theirs)
+        pointers, lens, _ = _entries(theirs, 0)
+        state, state_lens, _ = _entries(theirs, 2)
+        decode.register(kv_pointers=pointers, kv_item_lens=lens, state_pointers=(state,), state_item_lens=(state_lens,))
+        async with sender.open(5) as room:
+            decode.name(5, [9], state_rows=((4, 6),))
+            await room.peers_ready()
+            await room.send([1])
+            await room.finish(0, state_rows=[[2, 3]])
+        assert (theirs.kv[2][[4, 6]] == ours.kv[2][[2, 3]]).all()
+        assert (theirs.kv[0][9] == ours.kv[0][1]).all()
+
+
+def _entries(memory: Memory, at: int) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+    """The pool of one entry."""
+    pool = memory.kv_pool
+    return pool.pointers[at : at + 1], pool.item_lens[at : at + 1], N_PAGES
 
 
 async def test_metadata_may_come_before_the_engine_opens_the_room(rig: Rig) -> None:
@@ -290,7 +330,10 @@ async def test_a_session_that_never_registered_fails_its_room_alone_and_by_name(
     ("changes", "said"),
     [
         ({"kv_item_lens": (64, 64, 16)}, "KV entry 2: the sender has 32 bytes an item and the receiver 16"),
-        ({"kv_pointers": (1, 2), "kv_item_lens": (64, 64)}, "KV: the sender has 3 entries and the receiver 2"),
+        (
+            {"kv_pointers": (1, 2), "kv_item_lens": (64, 64)},
+            "KV: 3 entries of mha from layer 0 on do not fit into the receiver's 2",
+        ),
         ({"kv_item_lens": (64,)}, "3 pointers but 1 item lengths"),
         ({"aux_pointers": (1,)}, "aux: the sender has 2 buffers and the receiver 1"),
         ({"dcp_size": 2}, "wants a DCP size of 2"),
@@ -598,7 +641,7 @@ async def trial(clock: Clock) -> AsyncIterator[Trial]:
     engine, post, ours, metrics = RigEngine(), Post(), memory(seed=1), Metrics()
     table: SessionTable[PeerCard] = SessionTable(ProbePolicy(good_answers=1), lambda: 0.5)
     gate = Prober(table, Asked(), clock=clock, metrics=metrics)
-    async with Sender(engine, post.send, ours.kv_pool, ours.aux_pool, RANK, gate, PATIENT, clock, metrics) as sender:
+    async with Sender(engine, post.send, ours.pools, RANK, gate, PATIENT, clock, metrics) as sender:
         rig = Rig(sender, engine, RigGate(), post, ours, metrics)
         decode = rig.decode()
         decode.register()

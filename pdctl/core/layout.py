@@ -160,6 +160,35 @@ class KvLayout:
                 "give at least 1 token, and a layer from 0"
             )
 
+    def layer_of(self, n_entries: int) -> npt.NDArray[np.int64]:
+        """The model's layer of each entry, shape (n_entries,)."""
+        if self.layer_ids:
+            return np.asarray(self.layer_ids, dtype=np.int64)
+        layers = n_entries // 2 if self.kind is Kind.MHA else n_entries
+        return self.first_layer + np.arange(n_entries, dtype=np.int64) % max(1, layers)
+
+
+@dataclass(frozen=True, slots=True)
+class RankPools:
+    """All that a rank has to send, or to be written into: KV with the meaning of its entries, aux buffers, and groups
+    of state beside KV (Mamba, sliding windows, an indexer: one group a kind, of which a request has its own rows).
+
+    `state_layer_ids`: of each group, the model's layer of each entry; empty where the engine announces none.
+    """
+
+    kv: Pool
+    aux: Pool
+    layout: KvLayout = KvLayout()
+    states: tuple[Pool, ...] = ()
+    state_layer_ids: tuple[tuple[int, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.state_layer_ids and len(self.state_layer_ids) != len(self.states):
+            raise LayoutMismatch(
+                f"{len(self.states)} groups of state and {len(self.state_layer_ids)} lists of layer ids: "
+                "give each group one, or none at all"
+            )
+
 
 def check_pair(source: Pool, destination: Pool, what: str) -> None:
     """Raise LayoutMismatch, with both values, if items of `source` cannot be copied one to one into `destination`."""

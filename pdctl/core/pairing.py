@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from pdctl.core.address import Endpoint
 from pdctl.core.layout import Kind
 from pdctl.core.route import Seat, Shape
 from pdctl.errors import LayoutMismatch
@@ -39,6 +40,20 @@ class Pairing:
         """The same in another DP group."""
         senders, dummies = (tuple(Seat(dp, s.cp, s.tp, s.pp) for s in seats) for seats in (self.senders, self.dummies))
         return Pairing(senders, dummies, self.required)
+
+
+@dataclass(frozen=True, slots=True)
+class Paired:
+    """A Pairing of which the control links are known: whom one room's decode rank tells, and whom it hears.
+
+    ranks: the ids by which the senders report; None where they are not known, and then every report counts.
+    """
+
+    senders: tuple[Endpoint, ...]
+    dummies: tuple[Endpoint, ...] = ()
+    required: int = 1
+    responses: int = 1
+    ranks: frozenset[int] | None = None
 
 
 def pair(prefill: Shape, decode: Shape, tp_rank: int, pp_rank: int, kind: Kind) -> Pairing:

@@ -17,6 +17,7 @@ import numpy as np
 
 from pdctl import config, logs, node
 from pdctl.config import Settings
+from pdctl.core.layout import RankPools
 from pdctl.core.route import Seat, Shape
 from pdctl.demo.talk import Answer, Request, converse, tell
 from pdctl.demo.toy import ToyConfig
@@ -53,10 +54,8 @@ async def _prefill(settings: Settings) -> None:
     nbytes = Device.nbytes_for(toy, N_PAGES, N_ROWS)
     with Arena(nbytes) as arena:
         device = Device.of(toy, N_PAGES, N_ROWS, arena.array(nbytes, np.uint8))
-        kv, aux, seat = device.kv.pool(), device.aux.pool(), Seat(0, 0, 0, 0)
-        async with node.prefill_node(
-            settings, kv=kv, aux=aux, arena=arena.region, seat=seat, shape=_shape(toy)
-        ) as rank:
+        pools, seat = RankPools(device.kv.pool(), device.aux.pool()), Seat(0, 0, 0, 0)
+        async with node.prefill_node(settings, pools=pools, arena=arena.region, seat=seat, shape=_shape(toy)) as rank:
 
             async def status(request: Request) -> Answer:  # noqa: ARG001
                 return {"registered": rank.registered}
@@ -70,8 +69,8 @@ async def _decode(settings: Settings) -> None:
     nbytes = Device.nbytes_for(toy, N_PAGES, N_ROWS)
     with Arena(nbytes) as arena:
         device = Device.of(toy, N_PAGES, N_ROWS, arena.array(nbytes, np.uint8))
-        kv, aux = device.kv.pool(), device.aux.pool()
-        async with node.decode_node(settings, kv=kv, aux=aux, arena=arena.region, shape=_shape(toy)) as rank:
+        pools = RankPools(device.kv.pool(), device.aux.pool())
+        async with node.decode_node(settings, pools=pools, arena=arena.region, shape=_shape(toy)) as rank:
             worker = Decode(device, rank.receiver, lambda room: rank.pair(settings.node.registry, room))
             tell("ready", session=rank.engine.session, metrics=rank.metrics_url)
             await _serve({"generate": worker.generate, "untouched": worker.untouched})

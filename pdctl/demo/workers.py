@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from pdctl.core.address import Endpoint
+from pdctl.core.pairing import Paired
 from pdctl.core.transfer import Phase
 from pdctl.demo.aux_rows import AuxRow, AuxRows
 from pdctl.demo.pages import PageBook
@@ -162,8 +162,8 @@ class Prefill:
 class Decode:
     """Takes pages and a first token from a prefill rank and goes on from there."""
 
-    def __init__(self, device: Device, receiver: Receiver, pair: Callable[[int], Awaitable[Endpoint]]) -> None:
-        """`pair` asks the registry which prefill rank sends a room."""
+    def __init__(self, device: Device, receiver: Receiver, pair: Callable[[int], Awaitable[Paired]]) -> None:
+        """`pair` asks the registry which prefill ranks send a room."""
         self._device, self._receiver, self._pair = device, receiver, pair
         self._used: set[int] = set()
 

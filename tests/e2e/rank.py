@@ -19,7 +19,7 @@ import numpy as np
 
 from pdctl import logs
 from pdctl.core.address import Endpoint
-from pdctl.core.layout import Pool
+from pdctl.core.layout import Pool, RankPools
 from pdctl.core.transfer import RoomTimeouts
 from pdctl.engine.base import Engine
 from pdctl.engine.mooncake import MooncakeSettings, open_mooncake
@@ -46,6 +46,7 @@ class Rank:
         self.arena = Arena(kv.nbytes + 64 * len(kv.lens) + 2 * sum(AUX) * N_ROWS)
         self.kv = [self.arena.array((kv.n_pages, nbytes), np.uint8) for nbytes in kv.lens]
         self.aux = [self.arena.array((N_ROWS, nbytes), np.uint8) for nbytes in AUX]
+        self.pools = RankPools(_pool(self.kv), _pool(self.aux))
         self.rooms: dict[int, asyncio.Task[str]] = {}
         self.released: list[list[int]] = []
         self.given_back = asyncio.Event()
@@ -89,9 +90,7 @@ class PrefillRank(Rank):
             array[:] = rng.integers(0, 256, array.shape, np.uint8)
         self.gate = RigGate()
         self.go, self.landed_chunks = asyncio.Semaphore(0), asyncio.Semaphore(0)
-        self.shell = Sender(
-            engine, link.send, _pool(self.kv), _pool(self.aux), 0, self.gate, timeouts, time.monotonic, Metrics()
-        )
+        self.shell = Sender(engine, link.send, self.pools, 0, self.gate, timeouts, time.monotonic, Metrics())
 
     async def send(self, room: int, chunks: list[list[int]], row: int, paced: bool = False) -> dict[str, Any]:
         return self.start(room, self._send(room, chunks, row, paced))
@@ -130,8 +129,7 @@ class DecodeRank(Rank):
             engine.session,
             link.send,
             link.endpoint,
-            _pool(self.kv),
-            _pool(self.aux),
+            self.pools,
             0,
             1,
             timeouts,

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from pdctl.client import RegistryClient
-from pdctl.core.layout import Pool
+from pdctl.core.layout import Pool, RankPools
 from pdctl.core.route import Announcement, Seat, Shape
 from pdctl.core.sessions import ProbePolicy, SessionTable
 from pdctl.core.transfer import RoomTimeouts
@@ -85,7 +85,7 @@ async def ours(metrics: Metrics) -> AsyncIterator[Ours]:
 @pytest.fixture
 async def receiver(ours: Ours, metrics: Metrics) -> AsyncIterator[Receiver]:
     one = Receiver(
-        ours.engine.session, ours.link.send, ours.link.endpoint, ours.kv_pool, ours.aux_pool, 0, 1,
+        ours.engine.session, ours.link.send, ours.link.endpoint, RankPools(ours.kv_pool, ours.aux_pool), 0, 1,
         TIMEOUTS, time.monotonic, metrics, ours.link.is_gone,
     )  # fmt: skip
     async with beside(link=ours.link.serve(one.handle)), one:
@@ -96,7 +96,8 @@ async def receiver(ours: Ours, metrics: Metrics) -> AsyncIterator[Receiver]:
 async def sender(ours: Ours, metrics: Metrics) -> AsyncIterator[Sender]:
     table: SessionTable[Any] = SessionTable(ProbePolicy(interval_s=0.1), lambda: 0.5)
     prober = Prober(table, Asking(ours.engine), clock=time.monotonic, metrics=metrics)
-    one = Sender(ours.engine, ours.link.send, ours.kv_pool, ours.aux_pool, 0, prober, TIMEOUTS, time.monotonic, metrics)
+    pools = RankPools(ours.kv_pool, ours.aux_pool)
+    one = Sender(ours.engine, ours.link.send, pools, 0, prober, TIMEOUTS, time.monotonic, metrics)
     async with beside(link=ours.link.serve(one.handle), prober=prober.run()), one:
         yield one
 
