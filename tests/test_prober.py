@@ -658,7 +658,7 @@ async def test_a_question_that_ran_out_while_we_were_stalled_does_not_count() ->
         hold_the_loop(0.5)
         peer.hold.set()
         await until(lambda: bench.prober.reason_blocked(peer.session) is None)
-        assert bench.probes("timed_out") == 1
+        assert bench.probes("timed_out") >= 1
 
 
 async def test_deadlines_are_stretched_while_in_doubt_and_the_doubt_ends() -> None:
@@ -668,12 +668,11 @@ async def test_deadlines_are_stretched_while_in_doubt_and_the_doubt_ends() -> No
         deadlines.append(deadline_s)
         raise TransferFailed(Cause.REFUSED, session, "no")
 
-    policy = replace(POLICY, lag_s=0.05, deadline_s=0.5, stretch=3.0, doubt_window_s=0.2)
-    async with probing(ask, policy) as bench:
-        await asyncio.sleep(0.01)
-        hold_the_loop(0.3)
+    policy, lag = replace(POLICY, deadline_s=0.5, stretch=3.0, doubt_window_s=0.2), Late(time.monotonic)
+    async with probing(ask, policy, lag=lag) as bench:
         bench.block("a:1")
         await until(lambda: 1.5 in deadlines)
+        lag.late_s = 0.0
         await until(lambda: not bench.prober.doubting)
         assert bench.count("pdctl_session_doubt") == 0
         deadlines.clear()
@@ -734,7 +733,7 @@ def blocked_out(bench: Bench, names: list[str]) -> str:
 
 
 async def test_hung_peers_delay_nobody() -> None:
-    policy = replace(POLICY, interval_s=0.5, max_interval_s=30.0, deadline_s=5.0)
+    policy = replace(POLICY, interval_s=1.0, max_interval_s=30.0, deadline_s=10.0)
     async with AsyncExitStack() as stack:
         stopped = [stack.enter_context(hung()) for _ in range(8)]
         healthy = [await stack.enter_async_context(listening(Peer())) for _ in range(42)]
