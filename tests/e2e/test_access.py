@@ -9,7 +9,7 @@ import re
 import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,7 +17,11 @@ import aiohttp
 import pytest
 import trustme
 
+from pdctl.client import RegistryClient
 from pdctl.core.native import Registration
+from pdctl.core.news import Listed
+from pdctl.credentials import Credentials
+from pdctl.errors import RegistryRefused
 from tests.test_client import MOVED, ROW
 from tests.test_credentials import change, write_pair
 from tests.test_server import needs_ipv6
@@ -147,6 +151,20 @@ async def test_a_row_is_changed_by_its_owner_only(files: Path) -> None:
         async with http.put(f"{url}/route", json=MOVED.to_body()) as stock:
             assert stock.status == 200, "another instance: `default`, which has no owner yet"
         assert (await tell(ours_too, "DELETE", seat))[0] == 200
+
+
+@needs_ipv6
+async def test_a_watch_shows_the_token_and_believes_the_authority_that_it_is_told(files: Path) -> None:
+    tls = ("--tls-cert", f"{files}/cert.pem", "--tls-key", f"{files}/key.pem")
+    ours = Credentials(token=TOKEN, tls_ca=files / "ca.pem")
+    async with served("--host", "::1", "--token-file", f"{files}/tokens", *tls) as url:
+        async with RegistryClient(url, credentials=ours) as client, aclosing(client.watch()) as news:
+            async with asyncio.timeout(SOON_S):
+                assert isinstance(await anext(news), Listed)
+        nobody = Credentials(tls_ca=files / "ca.pem")
+        async with RegistryClient(url, credentials=nobody) as client, aclosing(client.watch()) as news:
+            with pytest.raises(RegistryRefused, match="needs a token"):
+                await anext(news)
 
 
 async def test_an_operator_with_the_admin_role_ends_what_others_have_registered(files: Path) -> None:
