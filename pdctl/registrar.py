@@ -44,7 +44,10 @@ from pdctl.metrics import Found, Lookup, Metrics, Refusal
 from pdctl.persistence.base import Journal, Kept, Room
 
 SWEEP_EVERY_S = 0.5
-SWEEP_BUDGET = 500  # rows; about 1 ms, 4 at worst, before the loop serves somebody else
+SWEEP_BUDGET = 250  # rows; about half a ms, 2 at worst, before the loop serves somebody else
+SWEEP_REST_S = 0.002
+"""Between two slices: a fifth of the loop for 100,000 rooms a second. Those that are over are over for readers already;
+without a rest every answer waited for a slice, and p99 of GET rose fivefold while a million rooms ended."""
 TICK_BUDGET = 200  # lives; about 2 ms
 CROWD = 16
 """More changes of one kind to one instance at a time are one line: a line costs more than all the rest of a change."""
@@ -243,9 +246,10 @@ class Registrar:
             settled = self._rooms.expire(self._clock(), SWEEP_BUDGET)
             if self._registry.next_deadline <= self._clock() or self._registry.full or self._unwritten:
                 await self._observe(self._end)
-            more = settled == SWEEP_BUDGET
-            wait_s = 0.0 if more else min(SWEEP_EVERY_S, max(0.0, self._registry.next_deadline - self._clock()))
-            await asyncio.sleep(wait_s)
+            if settled == SWEEP_BUDGET:
+                await asyncio.sleep(SWEEP_REST_S)
+            else:
+                await asyncio.sleep(min(SWEEP_EVERY_S, max(0.0, self._registry.next_deadline - self._clock())))
 
     async def listen(self, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep) -> NoReturn:
         """Notice when nobody has been listened to, and begin the leases anew that it endangers; until cancelled."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import contextlib
 import math
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ from pdctl.errors import BadField, JournalUnavailable, NotReady, Refused
 from pdctl.metrics import Metrics
 from pdctl.persistence.base import Room
 from pdctl.persistence.memory import MemoryJournal
-from pdctl.registrar import SWEEP_BUDGET, Registrar
+from pdctl.registrar import SWEEP_BUDGET, SWEEP_REST_S, Registrar
 from tests.conftest import Clock
 
 TP2 = Shape(attn_tp_size=2, attn_cp_size=1, dp_size=1, pp_size=1, page_size=16, kv_cache_dtype=None)
@@ -128,7 +129,7 @@ async def test_the_sweep_empties_the_rooms_and_lets_others_run_meanwhile(clock: 
     registrar = Registrar(Registry(), rooms, MemoryJournal(), Metrics(), clock)
     await asyncio.gather(*(registrar.announce_room(room, 0) for room in range(10 * SWEEP_BUDGET)))
     clock.forward(10.0)
-    turns = 0
+    turns, began = 0, time.monotonic()
     sweeping = asyncio.create_task(registrar.sweep())
     async with asyncio.timeout(10.0):
         while len(rooms):
@@ -137,6 +138,7 @@ async def test_the_sweep_empties_the_rooms_and_lets_others_run_meanwhile(clock: 
     sweeping.cancel()
     await asyncio.wait({sweeping})
     assert turns >= 10
+    assert time.monotonic() - began >= 8 * SWEEP_REST_S  # it has not taken all of the loop that was to be had
     assert sweeping.cancelled()
 
 
