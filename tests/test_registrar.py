@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import time
 import contextlib
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
