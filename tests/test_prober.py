@@ -733,15 +733,13 @@ def blocked_out(bench: Bench, names: list[str]) -> str:
 
 
 async def test_hung_peers_delay_nobody() -> None:
-    policy = replace(POLICY, interval_s=1.0, max_interval_s=30.0, deadline_s=10.0)
     async with AsyncExitStack() as stack:
         stopped = [stack.enter_context(hung()) for _ in range(8)]
         healthy = [await stack.enter_async_context(listening(Peer())) for _ in range(42)]
-        bench = await stack.enter_async_context(probing(policy=policy))
+        bench = await stack.enter_async_context(probing(policy=replace(POLICY, deadline_s=30.0)))
         bench.block(*stopped, *(peer.session for peer in healthy))
-        began = time.monotonic()
-        await until(lambda: bench.count("sglang:failed_session_recoveries_total") == 42)
-        assert time.monotonic() - began < 2 * policy.interval_s
+        await until(lambda: bench.count("sglang:failed_session_recoveries_total") == 42, within_s=20.0)
+        assert bench.probes("timed_out") == 0, "not one of the hung questions has ended yet"
         assert set(bench.table.blocked()) == set(stopped)
 
 
