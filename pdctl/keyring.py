@@ -17,6 +17,8 @@ import structlog
 
 from pdctl.core.address import Endpoint
 from pdctl.core.metadata import KeyBook, Row, Segment, name_of
+from pdctl.core.seconds import check_seconds
+from pdctl.errors import ConfigError
 from pdctl.metrics import KeyChange, Metrics
 
 AT_ONCE = 32
@@ -40,8 +42,9 @@ class KeyWitness:
     misses: int = 3
 
     def __post_init__(self) -> None:
-        if self.every_s < 0 or self.misses < 1:
-            raise ValueError("every_s needs at least 0 (never), misses at least 1")
+        check_seconds(self, "metadata witness", or_zero=("every_s",))
+        if self.misses < 1:
+            raise ConfigError(f"metadata witness misses is {self.misses}: give at least 1")
 
 
 class Keyring:

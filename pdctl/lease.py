@@ -25,7 +25,8 @@ import structlog
 from pdctl.core.lives import LONGEST_TTL_S
 from pdctl.core.native import Grant, Registration, Renewal, rank_path
 from pdctl.core.route import Announcement
-from pdctl.errors import ConfigError, PdctlError, RegistryRefused, Superseded
+from pdctl.core.seconds import check_seconds
+from pdctl.errors import PdctlError, RegistryRefused, Superseded
 from pdctl.retry import RetryPolicy, Sleep
 
 GOODBYE_WITHIN_S = 1.0
@@ -83,8 +84,7 @@ class LeaseTerms:
     metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        if self.ttl_s is not None and not self.ttl_s > 0:
-            raise ConfigError(f"ttl_s is {self.ttl_s}: give a number of seconds above 0")
+        check_seconds(self, "lease")
 
     @property
     def path(self) -> str:

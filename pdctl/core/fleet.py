@@ -32,7 +32,8 @@ from typing import Any
 from pdctl.core.access import check_advertised
 from pdctl.core.address import Endpoint
 from pdctl.core.naming import DEFAULT
-from pdctl.errors import BadField, LimitReached, Occupied, TooLarge
+from pdctl.core.seconds import check_seconds
+from pdctl.errors import BadField, ConfigError, LimitReached, Occupied, TooLarge
 
 MAX_RANKS = 65_536
 MAX_ENGINE_ID = 256
@@ -218,8 +219,9 @@ class FleetPolicy:
 
     def __post_init__(self) -> None:
         Sizes.parse(self.sizes)
-        if self.settle_s < 0 or self.max_workers < 1:
-            raise ValueError("settle_s needs at least 0, max_workers at least 1")
+        check_seconds(self, "vllm", or_zero=("settle_s",))
+        if self.max_workers < 1:
+            raise ConfigError(f"vllm max_workers is {self.max_workers}: give at least 1")
 
 
 class Fleet:

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 import pytest
 
 from pdctl.config import NodeSettings, ServeSettings
+from pdctl.core.fleet import FleetPolicy
 from pdctl.core.seconds import check_seconds
 from pdctl.core.transfer import RoomTimeouts
 from pdctl.core.witness import WitnessPolicy
 from pdctl.dialects.watch import WatchLimits
 from pdctl.engine.environment import MooncakeSettings
 from pdctl.errors import ConfigError
+from pdctl.keyring import KeyWitness
 from pdctl.peer import LinkSettings
 from pdctl.retry import RetryPolicy
 
@@ -60,6 +62,8 @@ EVERYWHERE = [
     (LinkSettings, "flush_s"),
     (WatchLimits, "heartbeat_s"),
     (MooncakeSettings, "recheck_s"),
+    (FleetPolicy, "settle_s"),
+    (KeyWitness, "every_s"),
     (MooncakeSettings, "handshake_timeout_s"),
 ]
 
