@@ -264,9 +264,10 @@ class _Window:
                 self.flying.append(flight)
                 continue
             # Terminal: the engine has freed the ticket, it must never be asked for again (H10).
-            flight.transfer.in_flight -= 1
             ended.append((flight, status))
         for flight, status in ended:
+            # Not before its turn: a greeting that ended in the same look still has its block to send.
+            flight.transfer.in_flight -= 1
             if status == DONE:
                 self._arrived(flight)
             else:  # and its connection is closed: the way is not used again
