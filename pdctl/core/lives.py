@@ -307,7 +307,7 @@ class ChangeKind(StrEnum):
     LOST = "lost"  # the witness says it is dead; it may be found again
     DRAINED = "drained"  # its rooms were done, or its grace was over
     EXPIRED = "expired"  # silent for the whole lease
-    FORGOTTEN = "forgotten"  # long lost, with its whole instance, and its place was needed
+    FORGOTTEN = "forgotten"  # over for long, as its whole instance is: nothing more is known of it
     LEFT = "left"  # said goodbye
     SUPERSEDED = "superseded"  # its incarnation made place for a later one
 
