@@ -113,7 +113,9 @@ async def test_a_restarted_registry_takes_back_what_the_journal_kept(clock: Cloc
     second = Registrar(Registry(), RoomBook(), journal, Metrics(), clock)
     with pytest.raises(NotReady, match="0 workers"):
         second.topology("a")
-    await second.restore()
+    await journal.note([("keys", "a", b"1")])
+    others = await second.restore()
+    assert (others.notes, others.records, others.rooms) == ((("keys", "a", b"1"),), (), ())
     assert second.rank("a", Seat(0, 0, 1, 0)) == Endpoint("10.0.0.1", 40001)
     assert second.age_s(second.topology("a").alive[Seat(0, 0, 0, 0)].since) == 0.0
 
