@@ -36,7 +36,7 @@ class MooncakeSettings:
     `host`: under which peers reach it; it listens on every interface all the same (H7). IPv6 text makes the whole
     process IPv6. `force_tcp`: without it the engine takes RDMA wherever it sees an adapter, whatever `protocol` says;
     left out, it is on exactly when `protocol` is tcp.
-    `window`: blocks in flight to one peer; 16 is full speed, and a hung peer is at rest after window / 4 stalls.
+    `window`: blocks in flight to one peer, over TCP each on a connection of its own; 16 is full speed.
     `progress_timeout_s`: how long a block may stand still; whole seconds, as the engine reads it.
     `block_limit`: longer copies are split, so that the window holds for them too (beyond 16 MiB nothing is gained).
     `handshake_timeout_s`: for our own question; an idle connection on a peer's port delays its answer by 5 s.

@@ -203,10 +203,10 @@ class _Window:
         if prune:
             self._prune()
         before = len(self.flying)
-        self._fill()
-        after = len(self.flying)
         self._poll()
-        return after != before or len(self.flying) != after
+        left = len(self.flying)
+        self._fill()  # at once: what has just landed has left its way idle
+        return left != before or len(self.flying) != left
 
     def fail(self, cause: Cause, detail: str) -> None:
         """Stop what has blocks left to submit to this peer: whoever answers there now may be another process (H6)."""
