@@ -51,7 +51,7 @@ class ProbePolicy:
     max_ejected: when a larger share of a group than this is blocked, all of it is served (panic): the fault is then
         more likely the network or this host, and refusing everybody helps nobody. Dropped ones are never served.
     panic_from: a group with fewer sessions never panics: of two peers both can be down.
-    lag_s: our own loop this late means that time-outs are perhaps our own.
+    lag_s: our own loop this late means that the time-outs of the next `deadline_s` are perhaps our own.
     doubt_from, doubt_window_s: so do most of at least so many sessions that time out within so long of each other,
         though they were well before.
     stretch: deadlines are so many times longer while in doubt, and time-outs put nobody out.
@@ -233,7 +233,8 @@ class Doubt:
     def late(self, lag_s: float, now: float) -> None:
         """Our own loop came so late."""
         if lag_s > self._policy.lag_s:
-            self._late_until, self._late_s = now + self._policy.doubt_window_s, lag_s
+            # who was being asked meanwhile has answered, or run out of time, within one deadline
+            self._late_until, self._late_s = now + self._policy.deadline_s, lag_s
 
     def heard(self, session: str, now: float) -> None:
         self._note(session, False, now + self._policy.doubt_window_s)

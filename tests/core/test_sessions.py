@@ -733,15 +733,15 @@ def test_a_late_loop_of_our_own_is_a_reason_for_doubt() -> None:
     assert sessions.lagged(STEADY.lag_s, 0.0) == []
     (change,) = sessions.lagged(0.7, 1.0)
     assert (change.kind, change.detail) == (ChangeKind.DOUBT_BEGAN, "our own loop was 0.70 s late")
-    assert sessions.fail(A, Cause.TIMED_OUT, "no progress", 2.0) == []
-    assert sessions.next_due == 1.0 + STEADY.doubt_window_s
-    assert kinds(sessions.tick(1.0 + STEADY.doubt_window_s)) == [ChangeKind.DOUBT_ENDED]
+    assert sessions.fail(A, Cause.TIMED_OUT, "no progress", 1.5) == []
+    assert sessions.next_due == 1.0 + STEADY.deadline_s
+    assert kinds(sessions.tick(1.0 + STEADY.deadline_s)) == [ChangeKind.DOUBT_ENDED]
 
 
 def test_time_outs_in_doubt_do_not_lengthen_the_waits() -> None:
     sessions = blocked()
-    sessions.lagged(1.0, 1.0)
     for now in (1.0, 2.0, 3.0):
+        sessions.lagged(1.0, now)
         sessions.answered(ask_one(sessions, now), HUNG, now)
     assert sessions.next_due == 4.0
 

@@ -432,7 +432,7 @@ class SessionsAgainstAModel(RuleBasedStateMachine):
     def our_own_loop_is_late(self, lag_s: float) -> None:
         self.happened(self.table.lagged(lag_s, self.now))
         if lag_s > self.policy.lag_s:
-            self.late_until = self.now + self.policy.doubt_window_s
+            self.late_until = self.now + self.policy.deadline_s
         self.weigh()
 
     # What must hold
