@@ -45,6 +45,7 @@ __all__ = ["MooncakeSettings", "by_name", "environment", "open_mooncake"]
 log = structlog.get_logger(__name__)
 
 _MOST_ENGINES = 3  # in a process: each costs two threads, five descriptors and two open ports until it exits
+_GIVEN_UP = -1  # the code of a registration that came when the mover had failed and the loop did not know it yet
 _NEEDED = ("initialize", "get_rpc_port", "transfer_submit_write", "transfer_check_status")
 _WELCOME = {
     "send_probe": "nothing is lost: peers are asked by pdctl's own handshake",
@@ -155,14 +156,18 @@ class _Calls:
         return int(self._engine.transfer_check_status(ticket))
 
     def register(self, region: Region) -> int:
+        engine = self._engine
+        if engine is None:
+            return _GIVEN_UP
         # The call for many lets go of the interpreter, the call for one does not.
         if self.has["batch_register_memory"]:
-            return int(self._engine.batch_register_memory([region.pointer], [region.nbytes]))
-        return int(self._engine.register_memory(region.pointer, region.nbytes))
+            return int(engine.batch_register_memory([region.pointer], [region.nbytes]))
+        return int(engine.register_memory(region.pointer, region.nbytes))
 
     def unregister(self, region: Region) -> int:
+        engine = self._engine
         # One at a time: the call for many leaves a half state for ever if one is unknown.
-        return int(self._engine.unregister_memory(region.pointer))
+        return _GIVEN_UP if engine is None else int(engine.unregister_memory(region.pointer))
 
     def give_up(self, *, at_rest: bool) -> None:
         """At rest: keep it until the process exits. Else destroy it, which is the one fence that there is (4.2)."""
