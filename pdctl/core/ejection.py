@@ -27,8 +27,9 @@ class ProbePolicy:
     interval_s: wait before the first question; half of it between two good answers, so that a healthy peer is back
         within two intervals. 100 ms, because an answer costs 0.3 ms and a peer that hiccupped should be back well
         within a second (stock SGLang: 30 s).
-    multiplier: each question that was not answered well makes the next wait so many times longer. At 1.5 a wait is
-        about half the time that the peer has been away: who was away for 2 s is asked again within 1 s.
+    multiplier: each question that was not answered well makes the next wait so many times longer; but no wait is longer
+        than interval_s and, at 1.5, half the time that the peer has been away: who was away for 2 s is asked again
+        within 1.1 s, however often requests have had it asked.
     max_interval_s: where that ends. 30 s: a peer down for hours costs two questions a minute. Below interval_s it means
         interval_s: who sets stock's own 60 s for the first must not be refused for our default of the second.
     wanted_interval_s: a session that requests want is asked at least so often, however long it has been away.
@@ -101,11 +102,12 @@ class ProbePolicy:
         if not 0 <= self.max_ejected <= 1:
             raise ConfigError(f"probe max_ejected is {self.max_ejected}: give a share from 0 to 1")
 
-    def wait_s(self, tries: int, chance: float) -> float:
-        """Before the next question, after `tries` in a row that were not answered well."""
+    def wait_s(self, tries: int, away_s: float, chance: float) -> float:
+        """Before the next question, after `tries` in a row that were not answered well in the `away_s` by now."""
         # 1.5 ** 1750 overflows, and a peer that is wanted gets there within the hour.
         longer_s = self.interval_s * self.multiplier ** min(tries, 256)
-        return min(longer_s, max(self.interval_s, self.max_interval_s)) * (1 - self.jitter * chance)
+        share_s = self.interval_s + (self.multiplier - 1) * max(0.0, away_s)
+        return min(longer_s, share_s, max(self.interval_s, self.max_interval_s)) * (1 - self.jitter * chance)
 
     def confirm_s(self, chance: float) -> float:
         """Before the next question, after a good answer."""

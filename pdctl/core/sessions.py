@@ -410,7 +410,7 @@ class SessionTable(Generic[ShownT]):
         block.well_at = now if record.well_at is not None else None
         news = Change(ChangeKind.BLOCKED, record.session, cause, None, detail, was=was, state=State.BLOCKED)
         self._become(record, block)
-        self._schedule(record, block, self.policy.wait_s(0, self._random()), now)
+        self._schedule(record, block, self._wait_s(block, now), now)
         return [news]
 
     def _failed_again(self, record: _Record[ShownT], block: _Block, entry: Entry | None, now: float) -> None:
@@ -518,10 +518,13 @@ class SessionTable(Generic[ShownT]):
 
     def _ask_again(self, record: _Record[ShownT], block: _Block, now: float) -> None:
         """After a question in vain, or a void one: soon, if a request has wanted the session since it was put."""
-        wait_s = self.policy.wait_s(block.tries, self._random())
+        wait_s = self._wait_s(block, now)
         if record.wanted_at >= block.asked_at:
             wait_s = min(wait_s, max(self.policy.interval_s, self._soon(block, now) - now))
         self._schedule(record, block, wait_s, now)
+
+    def _wait_s(self, block: _Block, now: float) -> float:
+        return self.policy.wait_s(block.tries, now - max(block.since, block.hold_until), self._random())
 
     def _soon(self, block: _Block, now: float) -> float:
         """When a session that requests want is asked at the latest."""

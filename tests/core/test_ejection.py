@@ -49,22 +49,26 @@ def test_holds_may_be_switched_off() -> None:
     assert policy.most_relapses == 1
 
 
-@given(tries=st.integers(0, 5000), chance=chances)
+@given(tries=st.integers(0, 5000), away_s=st.floats(-10, 1e6), chance=chances)
 def test_a_wait_is_never_longer_than_the_ceiling_nor_shorter_than_the_interval_less_its_jitter(
-    tries: int, chance: float
+    tries: int, away_s: float, chance: float
 ) -> None:
     least = DEFAULT.interval_s * (1 - DEFAULT.jitter)
-    assert least <= DEFAULT.wait_s(tries, chance) <= DEFAULT.max_interval_s
+    assert least <= DEFAULT.wait_s(tries, away_s, chance) <= DEFAULT.max_interval_s
 
 
 @given(chance=chances)
 def test_who_has_been_away_for_a_while_waits_about_half_as_long_again(chance: float) -> None:
     away_s = 0.0
     for tries in range(200):
-        wait_s = DEFAULT.wait_s(tries, chance)
-        bound_s = DEFAULT.interval_s + (DEFAULT.multiplier - 1) * away_s / (1 - DEFAULT.jitter)
-        assert wait_s <= min(DEFAULT.max_interval_s, bound_s) + 1e-9
+        wait_s = DEFAULT.wait_s(tries, away_s, chance)
+        share_s = DEFAULT.interval_s + (DEFAULT.multiplier - 1) * away_s
+        assert 0.8 * min(DEFAULT.max_interval_s, share_s) <= wait_s <= min(DEFAULT.max_interval_s, share_s)
         away_s += wait_s
+
+
+def test_many_questions_in_a_short_time_do_not_make_the_wait_after_them_long() -> None:
+    assert DEFAULT.wait_s(50, 4.0, 0.0) == pytest.approx(2.1)
 
 
 @given(chance=chances)
@@ -251,7 +255,7 @@ def test_no_healthy_session_is_out_for_longer_than_the_policy_implies(
     link.run(now)
     standing = link.table.standing("s", now)
     answers_s = DEFAULT.deadline_s + DEFAULT.good_answers * (DEFAULT.interval_s + 0.001)
-    wait_s = min(DEFAULT.max_interval_s, DEFAULT.interval_s + 0.5 * standing.since_s / 0.9)
+    wait_s = min(DEFAULT.max_interval_s, DEFAULT.interval_s + 0.5 * standing.since_s)
     if request_every_s < DEFAULT.wanted_interval_s:
         wait_s = min(wait_s, DEFAULT.wanted_interval_s + 1.5 * request_every_s + DEFAULT.interval_s)
     link.run(now + standing.held_s + wait_s + answers_s)

@@ -73,6 +73,7 @@ class Expected:
     trial_until: float | None = None
     on_trial: set[int] = field(default_factory=set)  # numbers of the entries that hold a place
     out_no: int = 0
+    out_since: float = 0.0
     trial_no: int = 0
     lifted_no: int = 0
     returned_no: int = 0
@@ -155,7 +156,8 @@ class SessionsAgainstAModel(RuleBasedStateMachine):
         e.asking, e.due = None, max(self.now + wait_s, e.hold_until)
 
     def wait_s(self, e: Expected) -> float:
-        return min(self.policy.max_interval_s, self.policy.interval_s * 2.0**e.tries)
+        away_s = max(0.0, self.now - max(e.out_since, e.hold_until))
+        return min(self.policy.max_interval_s, self.policy.interval_s * 2.0**e.tries, self.policy.interval_s + away_s)
 
     def soon(self, e: Expected) -> float:
         return max(self.now, e.asked_at + self.policy.wanted_interval_s, e.hold_until)
@@ -166,7 +168,7 @@ class SessionsAgainstAModel(RuleBasedStateMachine):
         e.ejections = min(e.ejections + 1, 3)  # 3, 6, 10 (cut from 12): no more need be remembered
         e.state, e.cause, e.tries, e.good, e.asked_at = State.BLOCKED, cause, 0, 0, self.now
         e.well_at = None if e.last_well is None else self.now
-        e.trial_until, e.on_trial, e.out_no = None, set(), self.order()
+        e.trial_until, e.on_trial, e.out_no, e.out_since = None, set(), self.order(), self.now
         self.plan(e, self.policy.interval_s)
 
     def drop(self, e: Expected) -> None:
