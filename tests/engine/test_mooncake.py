@@ -234,7 +234,7 @@ async def test_an_engine_that_raises_ends_its_transfers_instead_of_leaving_them_
 
 
 def test_memory_is_not_taken_back_from_an_engine_that_is_no_more() -> None:
-    """Its mover failed; whoever closes it meanwhile does not know yet. Seen: the closing failed, and left its threads."""
+    """Its mover failed, and whoever closes it does not know yet. Seen: the closing failed and left its threads."""
     calls = _Calls(Refusing())
     calls.give_up(at_rest=True)
     assert calls.unregister(Region(4096, 1)) != 0
