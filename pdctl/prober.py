@@ -271,6 +271,8 @@ class Prober:
         seconds, standing = self._clock() - asked_at, self.standing(session)
         depth, how, cured = (None, "", None) if proof is None else (proof.depth, proof.how, proof.cured)
         self._metrics.answered(depth if cause is None else None, cause, seconds)
+        result, reached = "well" if cause is None else cause.value, None if depth is None else depth.name.lower()
+        log.debug("session asked", session=session, result=result, depth=reached, how=how, seconds=round(seconds, 4))
         if cured is not None:
             self._metrics.cured()
             log.warning("link mended on this side", session=session, cured=cured)

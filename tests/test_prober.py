@@ -191,7 +191,7 @@ async def test_a_blocked_session_comes_back_by_itself_and_is_counted_once() -> N
             assert bench.count("pdctl_session_blocked", cause="peer_gone") == 1
             await until(lambda: bench.prober.reason_blocked(peer.session) is None)
         assert peer.asked == 1
-        assert [line["log_level"] for line in lines] == ["warning", "info"]
+        assert [line["log_level"] for line in lines] == ["warning", "info", "debug"]
         assert {line["session"] for line in lines} == {peer.session}
         assert bench.count("sglang:failed_session_recoveries_total") == 1
         assert bench.count("pdctl_session_recovery_seconds_count") == 1
@@ -531,7 +531,10 @@ async def test_a_blocked_session_that_is_wanted_is_asked_sooner_than_its_wait(ad
 async def test_asked_by_hand_the_answer_is_told_and_counts() -> None:
     async with listening(Peer()) as peer, probing(policy=replace(POLICY, interval_s=60.0)) as bench:
         bench.block(peer.session)
-        answer = await bench.prober.ask_now(peer.session)
+        with capture_logs() as lines:
+            answer = await bench.prober.ask_now(peer.session)
+        (said,) = [line for line in lines if line["event"] == "session asked"]
+        assert (said["session"], said["result"], said["depth"]) == (peer.session, "well", "identity")
         assert (answer.is_well, answer.depth, answer.how) == (True, Depth.IDENTITY, "descriptor compared")
         assert answer.standing.state is State.TRIAL
         assert answer.detail == ""
