@@ -268,7 +268,7 @@ class SessionTable(Generic[ShownT]):
     def succeed(self, session: str, now: float, entry: Entry | None = None) -> list[Change]:
         """A transfer's bytes have landed."""
         record = self._records.get(session)
-        if record is None or _older(entry, record.lifted):
+        if record is None:
             return []
         if not _older(entry, record.returned):
             record.well_at = now

@@ -174,6 +174,14 @@ def test_jitter_spreads_the_questions_and_never_lengthens_a_wait() -> None:
     assert early + len(sessions.ask_due(1.0, 200)) == 200
 
 
+def test_a_good_answer_makes_the_waits_short_again() -> None:
+    sessions, now = blocked(), 0.0
+    for verdict in (HUNG, HUNG, HUNG, HUNG, WELL, HUNG):
+        now = sessions.next_due or 0.0
+        sessions.answered(ask_one(sessions, now), verdict, now)
+    assert sessions.next_due == now + 2.0
+
+
 def test_the_most_overdue_is_asked_first() -> None:
     sessions = known("a", "b", "c")
     for now, session in enumerate(["c", "a", "b"]):
@@ -439,6 +447,14 @@ def test_a_hand_lifts_whatever_there_is_and_says_so() -> None:
     assert sessions.lift("10.9.9.9:1", "by hand", 1.0) == []
 
 
+def test_of_a_dropped_session_that_a_hand_lifts_another_life_may_be_meant() -> None:
+    sessions = known()
+    sessions.supersede(A, "epoch 4 has its seat", 0.0)
+    sessions.lift(A, "by hand", 1.0)
+    assert sessions.remember(A, OTHER, 2.0) == []
+    assert state(sessions) is State.TRUSTED
+
+
 # Relapses, holds and trials
 
 
@@ -465,6 +481,33 @@ def test_to_be_blocked_is_no_health() -> None:
     put_out_and_back(sessions)
     blocked(sessions, now=10.0)
     assert sessions.standing(A, 1e4).ejections == 2
+
+
+def test_health_counts_whether_or_not_somebody_looks() -> None:
+    sessions = known()
+    again = put_out_and_back(sessions, put_out_and_back(sessions)) + 2 * STEADY.decay_s
+    assert put_out_and_back(sessions, again) == again + 1.5
+
+
+def test_the_time_out_is_no_health_after_it_either() -> None:
+    sessions = blocked()
+    for now in (1000.0, 1001.0):
+        sessions.answered(sessions.ask_now(A, now), WELL, now)
+    assert sessions.standing(A, 1001.0).ejections == 1
+
+
+def test_who_is_let_back_has_all_its_strikes_again() -> None:
+    sessions = known(of=table(replace(STEADY, strikes=2)))
+    sessions.fail(A, Cause.PEER_GONE, "reset", 0.0)
+    now = put_out_and_back(sessions)
+    assert sessions.fail(A, Cause.PEER_GONE, "reset", now) == []
+
+
+def test_nothing_is_held_against_a_life_that_registers() -> None:
+    sessions = known()
+    now = put_out_and_back(sessions, put_out_and_back(sessions))
+    sessions.registered(A, now, OTHER)
+    assert put_out_and_back(sessions, now, Well(OTHER, Depth.DATA)) == now + 1.5
 
 
 def test_while_it_is_held_no_answer_lets_it_back() -> None:
@@ -573,6 +616,14 @@ def test_the_end_of_a_transfer_that_began_before_a_registration_says_nothing_of_
     assert sessions.fail(A, Cause.PEER_CHANGED, "regions differ", 2.0, old) == []
     assert sessions.fail(A, Cause.PEER_GONE, "reset", 2.0, old) == []
     assert state(sessions) is State.TRUSTED
+
+
+def test_an_old_transfer_says_nothing_of_a_life_that_registers_after_the_session_was_forgotten() -> None:
+    sessions = known()
+    old = go(sessions, 0.0)
+    sessions.tick(1e6)
+    sessions.registered(A, 1e6, OTHER)
+    assert sessions.fail(A, Cause.PEER_CHANGED, "regions differ", 1e6, old) == []
 
 
 def test_another_life_that_an_old_transfer_met_is_news_all_the_same() -> None:
@@ -726,6 +777,13 @@ def test_peers_that_never_answered_or_have_been_away_for_long_are_no_reason_for_
     for _ in names:
         sessions.answered(ask_one(sessions, late), HUNG, late)
     assert not sessions.doubting
+
+
+def test_a_question_that_we_failed_to_ask_is_no_answer() -> None:
+    sessions = doubting()
+    for i in range(6):
+        sessions.answered(sessions.ask_now(f"p{5 + i}", 3.0), Unwell(Cause.LOCAL, "a defect"), 3.0)
+    assert sessions.doubting
 
 
 def test_a_late_loop_of_our_own_is_a_reason_for_doubt() -> None:
