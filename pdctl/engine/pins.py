@@ -277,7 +277,7 @@ class Pins:
             found = found or await self._describe(pin.session, by, at_most_s)
             self._check_life(pin, found)
             if (end := lane.over()) is not None:
-                lane, faith = await self._tied_anew(pin, lane, found, end), 0
+                lane, faith = await self._tied_anew(pin, lane, found, by, end), 0
             if knock:
                 await self._carrier.knock(pin.session, found, min(self._left(by), at_most_s))
             try:
@@ -290,13 +290,13 @@ class Pins:
             found = None
         raise AssertionError("the last attempt returns or raises")
 
-    async def _tied_anew(self, pin: Pin, lane: Lane, found: Descriptor, end: str) -> Lane:
+    async def _tied_anew(self, pin: Pin, lane: Lane, found: Descriptor, by: float, end: str) -> Lane:
         """A lane to whoever holds the data port now. Who that is, only a boot id can say: of two processes of a stock
         peer that got the same ports and addresses, nothing tells the second from the first but that the first ended."""
         if pin.canary is None and not lane.was_cut():
             raise _changed(pin.session, f"{end}; nothing that answers there can show to be the same")
         lane.close()
-        anew = await self._carrier.lane(pin.session, found, lane.engine)
+        anew = await self._new_lane(pin.session, found, lane.engine, by)
         pin.keep(anew)
         if pin.lane is lane:
             pin.lane, pin.faith = anew, -1  # until the look that this is for has seen who it is
@@ -354,6 +354,10 @@ class Pins:
                 seen = await self._look_by(pin, engine, until, anew=cured is STALE)
             except _OutOfReach:
                 continue
+            except TransferFailed as failure:
+                if failure.cause is Cause.TIMED_OUT:
+                    break  # its handshake did answer just now: what is known of it is that its memory does not
+                raise
             log.warning("a link was cured on this side", session=pin.session, cured=cured, engine=engine)
             return seen, cured
         raise reason.verdict() from reason

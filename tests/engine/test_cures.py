@@ -248,6 +248,22 @@ async def test_a_silent_peer_has_one_question_of_ours_in_flight_on_each_way_to_i
         cable.release()
 
 
+async def test_a_data_port_that_begins_to_swallow_packets_is_no_data_within_the_deadline(
+    peers: Peers, far_and_cable: tuple[Process, Cable]
+) -> None:
+    far, cable = far_and_cable
+    async with staged(peers, handshake_timeout_s=5.0) as stage:
+        await stage.engine.write(far.session, stage.plan(far, MIB), deadline_s=5)
+        await cable.clog()
+        for _ in range(2):
+            began = time.monotonic()
+            assert (await failure(stage.engine.prove(far.session, deadline_s=0.4))).cause is Cause.NO_DATA
+            assert time.monotonic() - began < 0.6
+        cable.unclog()
+        await cable.mend()
+        assert (await stage.engine.prove(far.session, deadline_s=1.0)).depth is Depth.DATA
+
+
 # --- scratch memory
 
 
