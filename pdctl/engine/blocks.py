@@ -52,7 +52,6 @@ class Lane:
     proven: bool = False
     greets: bool = False
     idle: list[Way] = field(default_factory=list)
-    closed: bool = False
     over: Callable[[], str | None] = field(default=lambda: None)
     was_cut: Callable[[], bool] = field(default=lambda: False)
     close: Callable[[], None] = field(default=lambda: None)

@@ -139,14 +139,12 @@ class Mover:
 
     def _part_from_those_left(self) -> None:
         while self._leaving:
-            lane = self._leaving.popleft()
-            lane.closed = True
-            self._part(lane)
+            self._part(self._leaving.popleft())
         self._parting = [ticket for ticket in self._parting if self._calls.check(ticket) == PENDING]
 
     def _part(self, lane: Lane) -> None:
         """Close what stands to a life that is over. The engine keeps a connection that it is never asked to use."""
-        while lane.idle and lane.greets and (lane.closed or lane.over()):
+        while lane.idle and lane.greets and lane.over() is not None:
             ticket = self._calls.greet(lane.idle.pop(), _NO_MEMORY)
             if ticket:
                 self._parting.append(ticket)
