@@ -248,7 +248,10 @@ class _Window:
 
     def _took(self, ticket: int, transfer: Transfer, way: Way, then: Block | None = None) -> None:
         if ticket == 0:  # refused: there is no ticket, and asking after ticket 0 is a segmentation fault (H10)
-            self._failed(transfer, Cause.REFUSED, f"the engine took no block {transfer.submitted} of {transfer.total}")
+            # Of a life that was given up meanwhile, nobody answers any more under its names.
+            which = f"the engine took no block {transfer.submitted} of {transfer.total}"
+            end = transfer.lane.over()
+            self._failed(transfer, Cause.REFUSED if end is None else Cause.PEER_GONE, end or which)
             return
         transfer.in_flight += 1
         self.flying.append(_Flight(ticket, transfer, way, time.monotonic(), then))

@@ -305,6 +305,21 @@ async def test_connections_to_a_life_that_is_over_are_closed(stage: Stage) -> No
             await asyncio.sleep(0.01)
 
 
+async def test_connections_that_were_in_use_when_a_life_was_given_up_are_closed_too(stage: Stage) -> None:
+    far = await stage.far()
+    port = (await stage.engine.probe(far.session, deadline_s=5)).data_port
+    for _ in range(5):
+        writing = asyncio.create_task(stage.engine.write(far.session, stage.plan(far, block=4096), deadline_s=10))
+        async with asyncio.timeout(5):
+            while len(connections_to(port)) < 3:  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+        stage.engine.forget(far.session)
+        await writing
+    async with asyncio.timeout(5):
+        while len(connections_to(port)) > 4 + 1:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
 async def test_a_wheel_that_cannot_read_greets_nobody_and_writes_all_the_same(peers: Peers) -> None:
     from mooncake.engine import TransferEngine
 
