@@ -248,8 +248,7 @@ class _Carrier:
 
     @property
     def capabilities(self) -> Capabilities:
-        has = self._first.calls.has
-        return Capabilities("mooncake", wheel.version(), has["send_probe"], has["batch_transfer_async_read"])
+        return self._capabilities
 
     @property
     def is_open(self) -> bool:
@@ -305,6 +304,11 @@ class _Carrier:
 
     async def open(self) -> None:
         await self._first.open(self._factory, self._bind_device)
+        has = self._first.calls.has
+        # Once: to read the wheel's version off the disk takes 3 ms, and every look at a peer asks what can be done.
+        self._capabilities = Capabilities(
+            "mooncake", wheel.version(), has["send_probe"], has["batch_transfer_async_read"]
+        )
 
     async def close(self) -> None:
         """The spare ones first: while the first is open, so is this."""
