@@ -46,9 +46,15 @@ class Verdict:
 
 async def standings(settings: Settings, state: str | None) -> Sequence[Row]:
     """Every session that the service at `node.registry` knows. Raises as RegistryClient.tell, and Unreachable."""
-    params = None if state is None else {"state": state}
+    params = {} if state is None else {"state": state}
+    found: list[Row] = []
     async with _service(settings) as client:
-        return await client.tell("list of sessions", "GET", "/v1/sessions", _rows, params=params)
+        while True:
+            page = await client.tell("list of sessions", "GET", "/v1/sessions", _page, params=params)
+            found += page.rows
+            if page.further is None:
+                return found
+            params["after"] = page.further
 
 
 async def lift(settings: Settings, session: str) -> Row:
@@ -105,11 +111,18 @@ def _path(session: str) -> str:
     return f"/v1/sessions/{quote(session, safe=':[]')}"
 
 
-def _rows(body: bytes) -> Sequence[Row]:
-    rows = needed(as_object(json.loads(body)), "sessions")
-    if not isinstance(rows, list):
+@dataclass(frozen=True, slots=True)
+class _Page:
+    rows: Sequence[Row]
+    further: str | None
+
+
+def _page(body: bytes) -> _Page:
+    said = as_object(json.loads(body))
+    rows, further = needed(said, "sessions"), said.get("next")
+    if not isinstance(rows, list) or not (further is None or isinstance(further, str)):
         raise BadField("sessions", "is no list: give the URL of a pdctl service")
-    return [as_object(row) for row in rows]
+    return _Page([as_object(row) for row in rows], further)
 
 
 def _row(body: bytes) -> Row:

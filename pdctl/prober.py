@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -50,6 +51,9 @@ _EVENTS = {
 }
 # 100 handshakes begun at once held the loop for 12 ms, in handfuls of 4 for at most 6 (2 shared cores, real engines).
 _AT_ONCE = 4
+# 50 proofs at once slow each other: with 64 places they took 17 to 26 s together, with 16 only 2.3 to 2.9 s, and all
+# were over at the same time. A question that hangs is not young for long, and keeps nobody else waiting.
+_MOST_YOUNG, _YOUNG_S = 16, 0.1
 _BAD_NEWS = (ChangeKind.BLOCKED, ChangeKind.DROPPED, ChangeKind.PANIC_BEGAN, ChangeKind.DOUBT_BEGAN)
 # Whoever is asked says what the time ran out on, if it is let; one that forgets its deadline is held to this.
 _OVERTIME = 1.1
@@ -116,7 +120,7 @@ class Prober:
         self._metrics.follow(
             lambda: len(table), lambda: len(table.panicking()), lambda: table.doubting, lambda: len(asks.held)
         )
-        self._asking = 0
+        self._asking: dict[asyncio.Task[object], float] = {}  # when each was begun, in that order
         self._by_hand = 0
         self._unseen: dict[str, None] = {}  # registered, and to be looked at
         self._looking: dict[str, object] = {}
@@ -165,9 +169,9 @@ class Prober:
     def standing(self, session: str) -> Standing:
         return self._table.standing(session, self._clock())
 
-    def standings(self) -> tuple[Standing, ...]:
-        """Every session that is held."""
-        return self._table.standings(self._clock())
+    def sessions(self) -> list[str]:
+        """Every session that is held, sorted."""
+        return sorted(self._table)
 
     @property
     def panicking(self) -> tuple[str, ...]:
@@ -231,26 +235,43 @@ class Prober:
         """What time has brought about, and a handful of the questions for which there is a place."""
         now = self._clock()
         self._tell(self._table.tick(now))
-        for question in self._table.ask_due(now, min(self._policy.max_concurrent - self._asking, _AT_ONCE)):
+        for question in self._table.ask_due(now, min(self._free, self._unhurried(now), _AT_ONCE)):
             self._start(tasks, f"probe {question.session}", self._put(question))
         for _ in range(_AT_ONCE):
-            if self._may_look:
+            if self._may_look and self._unhurried(now):
                 session = next(iter(self._unseen))
                 del self._unseen[session]
                 self._start(tasks, f"first look at {session}", self._look_at(session))
 
     def _start(self, tasks: asyncio.TaskGroup, name: str, work: Coroutine[Any, Any, object]) -> None:
-        self._asking += 1
-        tasks.create_task(work, name=name).add_done_callback(self._ended)
+        task: asyncio.Task[object] = tasks.create_task(work, name=name)
+        self._asking[task] = self._clock()
+        task.add_done_callback(self._ended)
 
-    def _ended(self, _: asyncio.Task[object]) -> None:
-        self._asking -= 1
+    def _ended(self, task: asyncio.Task[object]) -> None:
+        del self._asking[task]
         self._news.set()
+
+    @property
+    def _free(self) -> int:
+        return self._policy.max_concurrent - len(self._asking)
+
+    def _young(self, now: float) -> list[float]:
+        """When those were begun that are young, the youngest first."""
+        return list(itertools.takewhile(lambda begun: now - begun < _YOUNG_S, reversed(self._asking.values())))
+
+    def _unhurried(self, now: float) -> int:
+        """How many more may be young at once."""
+        return _MOST_YOUNG - len(self._young(now))
 
     async def _something_to_do(self) -> None:
         """Wakes for news, and when something is due for which there is a place; never to look."""
-        due = self._table.next_due if self._asking < self._policy.max_concurrent else None
-        wait_s = 0.0 if self._may_look else None if due is None else due - self._clock()
+        now = self._clock()
+        due = self._table.next_due if self._free > 0 else None
+        wait_s = 0.0 if self._may_look else None if due is None else due - now
+        young = self._young(now)
+        if wait_s is not None and len(young) >= _MOST_YOUNG:
+            wait_s = max(wait_s, young[_MOST_YOUNG - 1] + _YOUNG_S - now)
         if wait_s is None or wait_s > 0:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(wait_s):
@@ -317,7 +338,7 @@ class Prober:
     @property
     def _may_look(self) -> bool:
         """Half of the places stay free for those who are blocked."""
-        return bool(self._unseen) and self._asking < max(1, self._policy.max_concurrent // 2)
+        return bool(self._unseen) and len(self._asking) < max(1, self._policy.max_concurrent // 2)
 
     def _look_soon(self, session: str) -> None:
         self._looking.pop(session, None)  # whoever answers that look may be the life before

@@ -34,7 +34,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Generic, Protocol
@@ -196,6 +196,9 @@ class SessionTable(Generic[ShownT]):
 
     def __len__(self) -> int:
         return len(self._records)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._records)
 
     def blocked(self) -> dict[str, Cause]:
         """Every session that is out, dropped ones included, with its cause."""

@@ -16,9 +16,11 @@ the address that they name: these paths stand behind the same guard as the rest 
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Protocol
@@ -36,6 +38,8 @@ from pdctl.metrics import Metrics
 
 BODY_LIMIT = 1 << 16
 MAX_POINTERS = 4096
+PAGE = 1000
+AT_ONCE = 64
 SESSION = r"[A-Za-z0-9_.:%\[\]-]{1,255}"
 """`ip:port` or `[ip]:port`, or the name that an engine has with a metadata server."""
 
@@ -119,7 +123,7 @@ class Links(Protocol):
 
     def standing(self, session: str) -> Standing: ...
 
-    def standings(self) -> Sequence[Standing]: ...
+    def sessions(self) -> Sequence[str]: ...
 
     def registered(self, session: str, pointers: Sequence[int] = ()) -> None: ...
 
@@ -163,8 +167,7 @@ def broadcast(links: Links, metrics: Metrics, limits: WatchLimits | None = None)
             revision = next(revisions)
             news.publish(revision, change.session, _line(_told(change, links, revision)))
 
-    names = lambda: [standing.session for standing in links.standings()]  # noqa: E731
-    news = Broadcast(names, detail, metrics, limits=limits, row="session", kept=False)
+    news = Broadcast(links.sessions, detail, metrics, limits=limits, row="session", kept=False)
     links.subscribe(tell)
     return news
 
@@ -174,14 +177,12 @@ def _add_reads(api: APIRouter, links: Links, news: Broadcast) -> None:
     async def sessions(
         state: Annotated[State | None, Query(description="Only those that stand so.")] = None,
         group: Annotated[str | None, Query(description="Only those of this group.")] = None,
+        after: Annotated[str, Query(description="Only those after this one: `next` of the last answer.")] = "",
+        limit: Annotated[int, Query(description="So many at most.", ge=1, le=PAGE)] = PAGE,
     ) -> Response:
-        standings = [
-            standing
-            for standing in links.standings()
-            if (state is None or standing.state is state) and (group is None or standing.group == group)
-        ]
-        body = {"cursor": news.cursor, "panicking": links.panicking, "doubting": links.doubting}
-        return JSONResponse(body | {"sessions": [_shown(standing) for standing in standings]})
+        found, further = await _page(links, after, limit, state, group)
+        body = {"cursor": news.cursor, "panicking": links.panicking, "doubting": links.doubting, "next": further}
+        return JSONResponse(body | {"sessions": found})
 
     @api.get(
         "/watch",
@@ -201,6 +202,23 @@ def _add_reads(api: APIRouter, links: Links, news: Broadcast) -> None:
     @api.get("/{session}", summary="One session; one that nobody has heard of is trusted", responses=fails(400))
     async def one(session: Session) -> Response:
         return _answer(links, _named(session))
+
+
+async def _page(
+    links: Links, after: str, limit: int, state: State | None, group: str | None
+) -> tuple[list[dict[str, Any]], str | None]:
+    """The first `limit` that fit, and the name of the last where there may be more."""
+    names = links.sessions()
+    found: list[dict[str, Any]] = []
+    for number, name in enumerate(names[bisect_right(names, after) :]):
+        if number % AT_ONCE == AT_ONCE - 1:
+            await asyncio.sleep(0)  # 10,000 of them take 0.2 s
+        standing = links.standing(name)
+        if (state is None or standing.state is state) and (group is None or standing.group == group):
+            found.append(_shown(standing))
+            if len(found) == limit:
+                return found, name
+    return found, None
 
 
 def _add_reports(api: APIRouter, links: Links) -> None:

@@ -128,6 +128,21 @@ async def test_a_hand_lifts_what_nothing_else_would(wire: Wire) -> None:
         assert (await wire.told("GET", "?state=blocked"))["sessions"] == []
 
 
+async def test_many_sessions_are_told_page_by_page(wire: Wire) -> None:
+    names = [f"10.0.0.{n}:16000" for n in range(10, 17)]
+    for name in names:
+        await wire.told("PUT", f"/{name}", {"group": "odd" if int(name.split(".")[3][:2]) % 2 else "even"})
+    seen: list[str] = []
+    after: str | None = ""
+    while after is not None:
+        page = await wire.told("GET", f"?limit=2&group=even&after={after}")
+        assert len(page["sessions"]) <= 2
+        seen += [row["session"] for row in page["sessions"]]
+        after = page["next"]
+    assert seen == names[::2]
+    assert (await wire.ask("GET", "?limit=0"))[0] == 422
+
+
 async def test_asking_now_says_what_came_of_it(wire: Wire) -> None:
     async with listening(Peer()) as peer:
         told = await wire.told("POST", f"/{peer.session}/probe")

@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry
 
 from pdctl.core.layout import Region
 from pdctl.core.plan import CopyPlan
-from pdctl.core.sessions import ProbePolicy, SessionTable
+from pdctl.core.sessions import Depth, ProbePolicy, SessionTable
 from pdctl.engine.asking import Asking
 from pdctl.engine.base import Engine, PeerCard
 from pdctl.engine.canary import NBYTES as CANARY_NBYTES
@@ -24,6 +24,7 @@ from pdctl.errors import Cause, TransferFailed
 from pdctl.memory import Arena
 from pdctl.metrics import Metrics
 from pdctl.prober import Prober
+from tests.engine.cable import Cable
 from tests.engine.processes import Child
 from tests.faults.peers import NBYTES
 
@@ -138,7 +139,7 @@ async def test_a_stopped_peer_is_blocked_by_its_failed_transfer_and_back_when_it
 async def test_fifty_blocked_and_eight_of_them_stopped_the_healthy_are_back_within_two_intervals(
     engine: Engine,
 ) -> None:
-    policy = replace(QUICK, interval_s=0.5, max_interval_s=1.0, deadline_s=1.0)
+    policy = replace(QUICK, interval_s=1.0, max_interval_s=2.0, deadline_s=1.0)
     with peers(42) as healthy, peers(8) as stopped:
         async with watching(engine, policy) as watch:
             for group in (healthy, stopped):
@@ -186,3 +187,35 @@ async def test_what_listens_is_what_the_handshake_shows(engine: Engine) -> None:
     with peers(1) as peer:
         shown = await engine.probe(peer.session, deadline_s=5.0)
         assert shown == card_of(peer)
+
+
+# A peer behind a cable: its handshake always answers, its data port does what the test wants
+
+
+async def test_a_peer_whose_handshake_answers_and_whose_data_port_is_dead_stays_out(engine: Engine) -> None:
+    with peers(1) as peer:
+        async with Cable.to(peer.session) as cable, watching(engine) as watch:
+            watch.prober.registered(cable.session, peer.hello["pointers"])
+            await cable.cut()
+            watch.prober.failed(cable.session, Cause.PEER_GONE, "connection reset")
+            await until(lambda: watch.unwell(Cause.NO_DATA) >= 4, 10.0)
+            assert "last answer: no data" in (watch.prober.reason_blocked(cable.session) or "")
+            await cable.mend()
+            await until(lambda: watch.well(cable.session), 10.0)
+            assert watch.prober.standing(cable.session).depth is Depth.DATA
+
+
+async def test_a_peer_whose_data_works_and_whose_way_was_slow_comes_back(engine: Engine, arena: Arena) -> None:
+    with peers(1) as peer:
+        async with Cable.to(peer.session) as cable, watching(engine) as watch:
+            plan = CopyPlan.of((arena.region.pointer, peer.hello["pointers"][0], NBYTES))
+            await engine.write(cable.session, plan, deadline_s=5.0)
+            cable.hold()
+            with pytest.raises(TransferFailed) as failure:
+                await engine.write(cable.session, plan, deadline_s=0.3)
+            watch.prober.failed(cable.session, failure.value.cause, failure.value.detail)
+            await until(lambda: watch.unwell(Cause.NO_DATA) >= 2, 10.0)
+            cable.release()
+            await until(lambda: watch.well(cable.session), 10.0)
+            await engine.write(cable.session, plan, deadline_s=5.0)
+            assert watch.count("sglang:failed_session_recoveries_total") == 1
