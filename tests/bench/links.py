@@ -51,8 +51,8 @@ def bench() -> list[Row]:
         sessions = _sessions(healthy)
         ours, stock = _races(healthy, sessions)
         say(
-            f"{len(sessions)} healthy peers back from the failure on, median of {ROUNDS}: ours {_ms(ours)}, two proofs by "
-            f"data each; stock's pass takes {_ms(stock)}, one handshake each, and begins within 30 s"
+            f"{len(sessions)} healthy peers back from the failure on, median of {ROUNDS}: ours {_ms(ours)}, two proofs "
+            f"by data each; stock's pass takes {_ms(stock)}, one handshake each, and begins within 30 s"
         )
         stopped.stop()
         ours_s = asyncio.run(_recovered([healthy, stopped], sessions))
