@@ -204,8 +204,8 @@ class Shell:
         link = self._chance.choice(self._prefill.links)
         if link.gap_s:
             self._admit(link)
-        if self.out and self._chance.random() < 0.1:
-            self._ask_by_hand(self._chance.choice(list(self.out)))
+        if self._chance.random() < 0.1:
+            self._ask_by_hand(self._chance.choice(list(self.out) or [link.port.session]))
         self._fleet.at(self._fleet.now + self._chance.expovariate(1 / 30.0), self.background)
 
     def truth_changed(self, link: Link) -> None:

@@ -54,9 +54,9 @@ class Case:
     """What the oracle has seen of one session at one prefill rank.
 
     well_since, struck_at: when it came back, and when a transfer last failed. at_least, at_most: ejections that count,
-    as health since the one or the other has worn them off. asked: the last question. good: good answers in a row.
-    free_at, limit_s: from when on its bound runs, and the bound. asked_for: when a request has wanted it since it is
-    well. lifts: when it was let back.
+    as health since the one or the other has worn them off. asked, asked_at: the last question. good: good answers in a
+    row. free_at, limit_s: from when on its bound runs, and the bound. asked_for: when a request has wanted it since it
+    is well. lifts: when it was let back.
     """
 
     link: Link
@@ -70,6 +70,7 @@ class Case:
     at_least: int = 0
     at_most: int = 0
     asked: int = 0
+    asked_at: float = 0.0
     good: int = 0
     free_at: float = 0.0
     limit_s: float = math.inf
@@ -167,6 +168,8 @@ class Oracle:
         view.stirred_at = self._now
         if change.kind is ChangeKind.BLOCKED:
             self._blocked(shell, view, case, change)
+        elif change.kind is ChangeKind.DROPPED:
+            self._dropped(shell, case)
         elif change.kind is ChangeKind.RECOVERED:
             self._recovered(shell, case, change)
         elif change.kind is ChangeKind.FORGOTTEN:
@@ -211,7 +214,8 @@ class Oracle:
             self._violated(shell, case, "lets a write reach another life's memory")
 
     def asked(self, shell: Shell, question: Question) -> None:
-        self._views[shell.index].cases[question.session].asked = question.number
+        case = self._views[shell.index].cases[question.session]
+        case.asked, case.asked_at = question.number, self._now
 
     def answered(
         self, shell: Shell, question: Question, answer: Answer, verdict: Well[Life] | Unwell, changes: list[Change]
@@ -224,7 +228,7 @@ class Oracle:
                 self._violated(shell, case, "listens to an answer although it has asked again since")
             return
         proves = isinstance(verdict, Well) and verdict.depth > Depth.HANDSHAKE and verdict.life is case.life
-        case.good = case.good + 1 if proves else 0
+        case.good = case.good + 1 if proves and case.asked_at >= case.out_since else 0
         back = [change for change in changes if change.kind is ChangeKind.RECOVERED]
         if not back:
             return
@@ -302,6 +306,11 @@ class Oracle:
         case.at_most += 1
         case.out_since, case.good, case.asked_for = self._now, 0, -1.0
         self._expect_back(shell, case)
+
+    def _dropped(self, shell: Shell, case: Case) -> None:
+        process = case.port.process
+        if case.current and process is not None and process.life is case.life:
+            self._violated(shell, case, "was dropped although its life goes on")
 
     def _is_late(self, view: View) -> bool:
         return self._now < view.late_at + self._policy.deadline_s
