@@ -910,3 +910,19 @@ def test_a_session_that_the_table_does_not_hold_is_trusted_and_stays_unheld() ->
     assert sessions.enter(A, 0.0).turn is Turn.GO
     assert sessions.succeed(A, 0.0) == []
     assert len(sessions) == 0
+
+
+def test_a_failure_that_voids_a_question_does_not_keep_a_wanted_session_waiting() -> None:
+    sessions, now = SessionTable[Any](ProbePolicy(jitter=0.0), random.Random(1).random), 0.0
+    sessions.fail(A, Cause.PEER_GONE, "connection reset", now)
+    for _ in range(12):  # away for half a minute by now, and asked ever more seldom
+        now = sessions.next_due or now
+        (question,) = sessions.ask_due(now, 1)
+        sessions.answered(question, Unwell(Cause.REFUSED, "nobody listens"), now)
+    now = sessions.next_due or now
+    sessions.ask_due(now, 1)
+    sessions.requested(A, now)
+    sessions.fail(A, Cause.PEER_GONE, "served in a panic, and lost", now + 0.5)
+    due = sessions.next_due
+    assert due is not None
+    assert due - now <= ProbePolicy().wanted_interval_s
