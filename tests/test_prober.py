@@ -28,6 +28,7 @@ from pdctl.errors import Cause, LimitReached, SessionBlocked, TransferFailed
 from pdctl.lag import LoopLag
 from pdctl.metrics import Metrics
 from pdctl.prober import Prober
+from tests.conftest import Clock
 
 
 class Ask(Protocol):
@@ -126,7 +127,7 @@ class By:
 
 
 class Late(LoopLag):
-    """A meter whose next tick is overdue, and has not come yet."""
+    """A meter whose next tick is overdue by so much, and has not come yet."""
 
     late_s = 0.5
 
@@ -142,10 +143,13 @@ async def probing(
     known: Callable[[str], PeerCard | None] = pinned,
     lag: LoopLag | None = None,
 ) -> AsyncIterator[Bench]:
+    """Without `lag` our own loop is never late, however busy the host is."""
+    on_time = Late(clock)
+    on_time.late_s = 0.0
     registry = CollectorRegistry()
     table: SessionTable[PeerCard] = SessionTable(policy, random.Random(1).random)
     asks = ask if isinstance(ask, Asking) else By(ask)
-    prober = Prober(table, asks, clock=clock, metrics=Metrics(registry), known=known, lag=lag)
+    prober = Prober(table, asks, clock=clock, metrics=Metrics(registry), known=known, lag=lag or on_time)
     task = asyncio.create_task(prober.run(), name="prober under test")
     try:
         yield Bench(prober, table, registry, task)
@@ -155,7 +159,7 @@ async def probing(
         await asyncio.gather(task, return_exceptions=True)
 
 
-async def until(true: Callable[[], bool], within_s: float = 5.0) -> None:
+async def until(true: Callable[[], bool], within_s: float = 20.0) -> None:
     """Wait for the thing itself, with a deadline."""
     async with asyncio.timeout(within_s):
         while not true():  # noqa: ASYNC110
@@ -184,7 +188,7 @@ def answers_in_turn(*answers: BaseException | None) -> Ask:
 
 
 async def test_a_blocked_session_comes_back_by_itself_and_is_counted_once() -> None:
-    async with listening(Peer()) as peer, probing() as bench:
+    async with listening(Peer()) as peer, probing(policy=replace(POLICY, deadline_s=30.0)) as bench:
         with capture_logs() as lines:
             bench.block(peer.session, peer.session, peer.session)
             assert "peer gone (connection reset)" in (bench.prober.reason_blocked(peer.session) or "")
@@ -260,14 +264,17 @@ async def test_a_session_nobody_wants_is_forgotten_and_its_questions_end() -> No
 
 
 async def test_a_session_that_requests_still_want_is_not_forgotten() -> None:
+    clock = Clock()
+
+    def wanted_again(session: str) -> bool:
+        clock.forward(0.01)
+        return bench.prober.reason_blocked(session) is not None
+
     with hung() as wanted, hung() as unwanted:
-        async with probing(policy=replace(POLICY, idle_timeout_s=0.2, deadline_s=0.01)) as bench:
+        async with probing(policy=replace(POLICY, idle_timeout_s=0.2, deadline_s=0.01), clock=clock) as bench:
             bench.block(wanted, unwanted)
             await until(
-                lambda: (
-                    bench.prober.reason_blocked(wanted) is None
-                    or bench.count("pdctl_session_changes_total", kind="forgotten") == 1
-                )
+                lambda: not wanted_again(wanted) or bench.count("pdctl_session_changes_total", kind="forgotten") == 1
             )
             assert list(bench.table.blocked()) == [wanted]
 
@@ -625,7 +632,7 @@ def hold_the_loop(seconds: float) -> None:
 
 
 async def test_after_our_own_stall_a_time_out_blocks_nobody_and_a_refusal_still_does() -> None:
-    async with probing(never, replace(POLICY, lag_s=0.05, doubt_window_s=30.0)) as bench:
+    async with probing(never, replace(POLICY, lag_s=0.05, doubt_window_s=30.0), lag=LoopLag(time.monotonic)) as bench:
         await asyncio.sleep(0.01)  # the meter has begun
         with capture_logs() as lines:
             hold_the_loop(0.3)
@@ -772,9 +779,7 @@ async def test_with_every_place_held_by_hung_questions_the_loop_rests() -> None:
         readings["clock"] += 1
         return time.monotonic()
 
-    no_lag = Late(clock)
-    no_lag.late_s = 0.0
-    async with probing(never, replace(POLICY, max_concurrent=2, deadline_s=0.2), clock, lag=no_lag) as bench:
+    async with probing(never, replace(POLICY, max_concurrent=2, deadline_s=0.2), clock) as bench:
         bench.block("a:1", "b:1", "c:1")
         await until(lambda: bench.probes("timed_out") >= 2)
         assert readings["clock"] < 40
