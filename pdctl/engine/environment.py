@@ -42,7 +42,7 @@ class MooncakeSettings:
     `handshake_timeout_s`: for our own question; an idle connection on a peer's port delays its answer by 5 s.
     `recheck_s`: a peer not asked for so long is asked again before a transfer, 0.3 ms; a new process at the old
     address is then noticed.
-    `rest_timeout_s`: how long closing waits for blocks in flight; None for what window and stall make possible.
+    `rest_timeout_s`: how long closing waits for blocks in flight; None for what `progress_timeout_s` makes possible.
     """
 
     host: str = "127.0.0.1"
@@ -87,10 +87,11 @@ class MooncakeSettings:
 
     @property
     def patience(self) -> Patience:
-        """Four lanes: blocks in flight to a hung peer end after one stall and a second of cool-down each round."""
+        """Each block has a connection of its own, so those to a peer that hangs end together, whatever the window: one
+        stall for a block's bytes, one for the peer's word that it has them, and a second to notice."""
         rest_s = self.rest_timeout_s
         if rest_s is None:
-            rest_s = -(-self.window // 4) * (self.progress_timeout_s + 1.0) + 1.0
+            rest_s = 2.0 * self.progress_timeout_s + 1.0
         return Patience(self.handshake_timeout_s, self.recheck_s, rest_s, self.block_limit)
 
 
