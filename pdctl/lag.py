@@ -9,7 +9,8 @@ any moment, also by code that runs before the tick that is late. Decides nothing
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 
 EVERY_S = 0.05
 """A stall is measured to within this much, and 20 ticks a second cost 0.05 % of a core."""
@@ -37,3 +38,19 @@ class LoopLag:
                 tell(self.late_s)
         finally:
             self._due = None
+
+
+@asynccontextmanager
+async def watched(clock: Callable[[], float], every_s: float = EVERY_S) -> AsyncIterator[Callable[[], float]]:
+    """Gives what tells by how much the loop came late at worst, since the block was entered."""
+    lag, worst = LoopLag(clock, every_s), [0.0]
+
+    def tell(late_s: float) -> None:
+        worst[0] = max(worst[0], late_s)
+
+    ticking = asyncio.create_task(lag.run(tell), name="loop lag while something is judged")
+    try:
+        yield lambda: max(worst[0], lag.late_s)
+    finally:
+        ticking.cancel()
+        await asyncio.wait([ticking])

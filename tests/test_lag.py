@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from pdctl.lag import LoopLag
+from pdctl.lag import LoopLag, watched
 
 
 @asynccontextmanager
@@ -53,3 +53,16 @@ async def test_nothing_is_late_before_it_runs_or_after_it_was_cancelled() -> Non
         pass
     hold_the_loop(0.01)
     assert lag.late_s == 0
+
+
+async def test_what_is_watched_is_told_its_worst_stall_and_none_from_before() -> None:
+    time.sleep(0.1)  # noqa: ASYNC251
+    async with watched(time.monotonic, 0.005) as late_s:
+        await asyncio.sleep(0.02)
+        before = late_s()
+        time.sleep(0.2)  # noqa: ASYNC251
+        assert late_s() >= 0.18, "before the tick that is late"
+        await asyncio.sleep(0.05)
+        assert late_s() >= 0.18, "and after ticks that were not"
+    assert before < 0.1
+    assert [task.get_name() for task in asyncio.all_tasks() if "lag" in task.get_name()] == []

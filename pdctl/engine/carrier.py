@@ -39,6 +39,9 @@ class Carrier(Protocol):
         """How many engine objects this carrier may have. All but the first only go out to peers, and are made when
         they are wanted."""
 
+    def has_made(self, engine: int) -> bool:
+        """Whether that engine object is there, so that wanting it costs nothing."""
+
     async def lane(self, session: str, found: Descriptor, engine: int) -> Lane:
         """A way to this life of the peer by that engine object, not shared with any other life."""
 

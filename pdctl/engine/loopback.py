@@ -173,6 +173,9 @@ class _Carrier:
     def engines(self) -> int:
         return 1
 
+    def has_made(self, engine: int) -> bool:
+        return engine == 0
+
     async def knock(self, session: str, found: Descriptor, deadline_s: float) -> None:  # noqa: ARG002  it never waits
         life = self._directory._find(session)
         if life is None or life.data_port != found.card.data_port or life.cut:

@@ -259,6 +259,9 @@ class _Carrier:
         """Over RDMA memory belongs to the engine that registered it, and the wedge is one of the TCP transport."""
         return _MOST_ENGINES if self._settings.forces_tcp else 1
 
+    def has_made(self, engine: int) -> bool:
+        return engine in self._motors
+
     async def register(self, region: Region) -> int:
         return await self._loop.run_in_executor(self._registering, self._first.calls.register, region)
 

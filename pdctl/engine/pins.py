@@ -6,7 +6,9 @@ in this order: the handshake, whether it shows the same life, whether the data p
 the peer's canary; and for a proof a nonce there and back, or one byte of a stock peer's.
 
 A peer that is well behind a way of ours that is not (MOONCAKE_FACTS H2, H6) is told from a sick one by trying other
-ways of ours: a lane under a new name, then a fresh engine. No caller's bytes move here, and nothing waits for rest.
+ways of ours: a lane of new connections, then a fresh engine. An engine cannot be taken back, so none is made while the
+fault may be here: while our own loop is late, or when several peers fell silent together. No caller's bytes move here,
+and nothing waits for rest.
 """
 
 from __future__ import annotations
@@ -31,10 +33,11 @@ from pdctl.engine.carrier import Carrier, Patience
 from pdctl.engine.checks import first_outside
 from pdctl.engine.handshake import Descriptor
 from pdctl.errors import Cause, TransferFailed
+from pdctl.lag import watched
 
 log = structlog.get_logger(__name__)
 
-ATTEMPTS = 1 + 4  # the engine has four connections to a peer, and each can be stale; every attempt meets one at least
+ATTEMPTS = 1 + 4  # each of a lane's connections can be stale; an attempt meets one at least, and none of them again
 
 STALE = "stale descriptor: lane made anew"
 WEDGED = "wedged lane: moved to a fresh engine"
@@ -43,6 +46,8 @@ _NONCE, _BYTE, _COMPARED = "nonce written and read back", "one byte read", "desc
 # Every lane takes a name that is never used again, and there are 28,000: a peer that stays sick gets one now and then.
 _REMAKE_S = 10.0
 _MOST_SCOUTS = 1024
+# An answer takes a millisecond, and half of the probe's second is waited for it.
+_LATE_S, _TOGETHER_S = 0.25, 5.0
 
 
 @dataclass(slots=True)
@@ -50,7 +55,7 @@ class Pin:
     """The life of a peer that is meant. `faith`: what `lane.failures` was at its last good answer.
 
     `canary`: where its own is, if it is one of ours. `lanes`: by which engine object it can be reached; `lane` is the
-    one that transfers take.
+    one that transfers take. `silent_since`: when a proof first got no answer; never, once one has got one.
     """
 
     card: PeerCard
@@ -60,6 +65,7 @@ class Pin:
     canary: Region | None = None
     lanes: dict[int, Lane] = field(default_factory=dict)
     remade_at: float = -math.inf
+    silent_since: float = math.inf
     closed: bool = False
 
     @property
@@ -175,8 +181,13 @@ class Pins:
             try:
                 seen = await self._look(pin, pin.lane, self._share(until), deep=True, knock=True)
             except _OutOfReach as reason:
-                seen, cured = await self._cure(pin, reason, until)
+                self._note_silence(pin, reason.failure)
+                async with watched(self._clock) as late_s:
+                    seen, cured = await self._cure(pin, reason, until, late_s)
                 return Proof(seen.card, seen.depth, seen.how, cured)
+            except TransferFailed as failure:
+                self._note_silence(pin, failure)
+                raise
             self._renew(pin, seen)
             return Proof(seen.card, seen.depth, seen.how)
 
@@ -344,12 +355,15 @@ class Pins:
 
     def _renew(self, pin: Pin, seen: _Seen) -> None:
         pin.card, pin.canary, pin.faith, pin.asked_at = seen.card, seen.canary, seen.faith, self._clock()
+        pin.silent_since = math.inf
 
     # --- mending our own side
 
-    async def _cure(self, pin: Pin, reason: _OutOfReach, until: float) -> tuple[_Seen, str]:
+    async def _cure(
+        self, pin: Pin, reason: _OutOfReach, until: float, late_s: Callable[[], float]
+    ) -> tuple[_Seen, str]:
         """By the first other way of ours that reaches the peer; transfers take it from now on."""
-        for engine, cured in self._ways(pin, reason):
+        for engine, cured in self._ways(pin, reason, late_s):
             try:
                 seen = await self._look_by(pin, engine, until, anew=cured is STALE)
             except _OutOfReach:
@@ -374,14 +388,36 @@ class Pins:
         self._renew(pin, seen)
         return seen
 
-    def _ways(self, pin: Pin, reason: _OutOfReach) -> Iterator[tuple[int, str]]:
-        """Engine object and what it would cure. A silent lane shares its connections with every other of its engine;
-        one that fails at once may only be known there under a name that leads nowhere."""
-        here, engines = pin.lane.engine, self._carrier.engines
-        if not reason.silent and self._clock() - pin.remade_at >= _REMAKE_S:
+    def _ways(self, pin: Pin, reason: _OutOfReach, late_s: Callable[[], float]) -> Iterator[tuple[int, str]]:
+        """Engine object and what it would cure. A lane's connections can each be gone without a word, or its names lead
+        nowhere; new ones are tried before an engine is made, and for a silent peer in the same breath."""
+        here, before = pin.lane.engine, pin.remade_at
+        anew = self._clock() - before >= _REMAKE_S
+        if anew:
             yield here, STALE
-        for step in range(1, engines):
-            yield (here + step) % engines, WEDGED
+        for step in range(1, self._carrier.engines):
+            engine = (here + step) % self._carrier.engines
+            if not self._carrier.has_made(engine):
+                if not anew and reason.silent:
+                    continue
+                if (why := self._doubts_itself(pin, late_s())) is not None:
+                    log.warning("no fresh engine is made while the fault may be here", session=pin.session, why=why)
+                    pin.remade_at = before
+                    return
+            yield engine, WEDGED
+
+    def _doubts_itself(self, pin: Pin, late_s: float) -> str | None:
+        if late_s > _LATE_S:
+            return f"our own loop was {late_s:.2f} s late"
+        others = [*self._pins.values(), *self._scouts.values()]
+        together = sum(
+            abs(other.silent_since - pin.silent_since) <= _TOGETHER_S for other in others if other is not pin
+        )
+        return f"{together} other peers fell silent together with it" if together else None
+
+    def _note_silence(self, pin: Pin, failure: TransferFailed) -> None:
+        if failure.cause is Cause.TIMED_OUT:
+            pin.silent_since = min(pin.silent_since, self._clock())
 
     async def _lane(self, pin: Pin, engine: int, until: float, *, anew: bool) -> Lane:
         if engine in pin.lanes and not anew and pin.lanes[engine].over() is None:

@@ -16,13 +16,14 @@ class Roads:
 
     A blocked region is a peer's memory, which the engine object of that number does not reach: it takes no block for
     it, or it takes them and they never come back. A lost door is the port at which a lane's names were answered for:
-    no block goes by such a name any more, by any engine.
+    no block goes by such a name any more, by any engine; by a mute one they go, and never come back.
     """
 
     def __init__(self) -> None:
         self.made: list[Any] = []
         self.doors: dict[str, None] = {}
         self.lost: set[str] = set()
+        self.mute: set[str] = set()
         self.broken: Exception | None = None
         self._blocked: dict[int, tuple[Literal["refuses", "swallows"], tuple[Region, ...]]] = {}
         self._swallowed = itertools.count(_NEVER)
@@ -34,6 +35,7 @@ class Roads:
     def unblock(self) -> None:
         """What was swallowed ends FAILED."""
         self._blocked.clear()
+        self.mute.clear()
         self._gone_on = set(range(_NEVER, next(self._swallowed)))
 
     def make(self) -> Any:
@@ -66,6 +68,8 @@ class Roads:
         how, regions = self._blocked.get(engine, ("refuses", ()))
         if door in self.lost:
             return 0
+        if door in self.mute:
+            return next(self._swallowed)
         if not any(span in region for region in regions):
             return None
         return 0 if how == "refuses" else next(self._swallowed)

@@ -7,10 +7,11 @@ not share it, is shown in test_hazards.py; here the engine does what it did ther
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, Literal, cast
 
@@ -20,12 +21,12 @@ from structlog.testing import capture_logs
 
 from pdctl.core.plan import CopyPlan
 from pdctl.core.sessions import Depth
-from pdctl.engine.base import Engine
+from pdctl.engine.base import Engine, Proof
 from pdctl.engine.blocks import Direction, Lane, Transfer
 from pdctl.engine.canary import Canary, Questions
 from pdctl.engine.pins import STALE, WEDGED
 from pdctl.engine.promises import PromisedEngine
-from pdctl.errors import Cause
+from pdctl.errors import Cause, TransferFailed
 from tests.engine.cable import Cable
 from tests.engine.conftest import STALL_S, Process, Stage, mooncake_stage
 from tests.engine.processes import Peers
@@ -66,6 +67,24 @@ async def longest_pause() -> AsyncIterator[list[float]]:
         await asyncio.wait([task])
 
 
+async def proven_at_last(engine: Engine, session: str) -> Proof:
+    """On a busy machine our own loop is late now and then, and nothing is cured meanwhile."""
+    async with asyncio.timeout(30):
+        while True:
+            with contextlib.suppress(TransferFailed):
+                return await engine.prove(session, deadline_s=2.0)
+
+
+async def until(true: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not true():  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+
+
+def hold_the_loop(seconds: float) -> None:
+    time.sleep(seconds)
+
+
 # --- an engine that does not reach one peer any more
 
 
@@ -83,9 +102,9 @@ async def test_what_one_engine_does_not_reach_a_fresh_one_does_and_transfers_tak
         assert error.settled == (how == "refuses")
 
         async with longest_pause() as pauses:
-            proof = await stage.engine.prove(far.session, deadline_s=2.0)
+            proof = await proven_at_last(stage.engine, far.session)
         assert (proof.depth, proof.cured) == (Depth.DATA, WEDGED)
-        assert pauses[-1] < 0.25, "making an engine takes milliseconds, destroying one half a second and more"
+        assert pauses[-1] < 0.4, "making an engine takes milliseconds, destroying one half a second and more"
         assert len(roads.made) == 2
 
         stage.memory[:] = 7
@@ -105,7 +124,7 @@ async def test_the_blocks_of_the_engine_that_was_left_still_hold_their_memory(pe
         await stage.engine.write(far.session, stage.plan(far, MIB), deadline_s=5)
         roads.block(0, (await stage.engine.probe(far.session, deadline_s=5)).regions, "swallows")
         assert not (await failure(stage.engine.write(far.session, stage.plan(far, MIB), deadline_s=0.2))).settled
-        assert (await stage.engine.prove(far.session, deadline_s=2.0)).cured is WEDGED
+        assert (await proven_at_last(stage.engine, far.session)).cured is WEDGED
         settling = asyncio.create_task(stage.engine.settle(far.session))
         await asyncio.wait([settling], timeout=0.2)
         assert not settling.done()
@@ -173,6 +192,64 @@ async def test_a_lane_that_became_stale_is_made_anew_and_transfers_take_it(peers
         assert len(roads.made) == 1, "no fresh engine for what a fresh lane mends"
 
 
+async def test_connections_that_ended_without_a_word_cost_new_ones_and_no_engine(peers: Peers) -> None:
+    """As behind a middlebox that forgets who has been idle."""
+    roads = Roads()
+    async with staged(peers, factory=roads.make) as stage:
+        far = await stage.far()
+        await stage.engine.write(far.session, stage.plan(far), deadline_s=5)
+        roads.mute.update(roads.doors)
+        proof = await stage.engine.prove(far.session, deadline_s=2.0)
+        assert (proof.depth, proof.cured, len(roads.made)) == (Depth.DATA, STALE, 1)
+        stage.memory[:] = 6
+        await stage.engine.write(far.session, stage.plan(far), deadline_s=5)
+        assert await far.count(6) == 4 * MIB
+        roads.unblock()
+
+
+# --- when the fault may be here
+
+
+async def test_no_engine_is_made_while_our_own_loop_is_late_and_one_is_when_it_is_not(peers: Peers) -> None:
+    roads = Roads()
+    async with staged(peers, factory=roads.make) as stage:
+        far = await stage.far()
+        await stage.engine.write(far.session, stage.plan(far), deadline_s=5)
+        roads.block(0, (await stage.engine.probe(far.session, deadline_s=5)).regions, "swallows")
+        known = len(roads.doors)
+        proving = asyncio.create_task(stage.engine.prove(far.session, deadline_s=2.0))
+        with capture_logs() as logged:
+            await until(lambda: len(roads.doors) > known)
+            hold_the_loop(0.35)  # while an answer by the new lane is waited for
+            assert (await failure(proving)).cause is Cause.NO_DATA
+        assert ["late" in line["why"] for line in logged if "no fresh engine" in line["event"]] == [True]
+        assert len(roads.made) == 1
+
+        assert (await proven_at_last(stage.engine, far.session)).cured is WEDGED
+        assert len(roads.made) == 2
+        roads.unblock()
+
+
+async def test_no_engine_is_made_for_peers_that_fell_silent_together(peers: Peers) -> None:
+    roads = Roads()
+    async with staged(peers, factory=roads.make) as stage:
+        both = [await stage.far(), await stage.far()]
+        for far in both:
+            await stage.engine.write(far.session, stage.plan(far), deadline_s=5)
+        cards = [await stage.engine.probe(far.session, deadline_s=5) for far in both]
+        roads.block(0, [region for card in cards for region in card.regions], "swallows")
+        for _ in range(2):
+            proofs = [stage.engine.prove(far.session, deadline_s=1.0) for far in both]
+            said = await asyncio.gather(*(failure(proof) for proof in proofs))
+            assert {error.cause for error in said} == {Cause.NO_DATA}
+        assert len(roads.made) == 1
+
+        roads.block(0, cards[0].regions, "swallows")
+        assert (await proven_at_last(stage.engine, both[1].session)).cured is not WEDGED
+        assert (await proven_at_last(stage.engine, both[0].session)).cured is WEDGED, "it is the only one now"
+        roads.unblock()
+
+
 # --- peers that are sick behind a handshake that is not
 
 
@@ -193,12 +270,12 @@ async def test_a_data_port_that_takes_bytes_and_never_answers_is_no_data(
     async with staged(peers) as stage:
         await stage.engine.write(far.session, stage.plan(far, MIB), deadline_s=5)
         cable.hold()
-        for _ in range(3):
+        for _ in range(2):
             began = time.monotonic()
-            assert (await failure(stage.engine.prove(far.session, deadline_s=0.4))).cause is Cause.NO_DATA
-            assert time.monotonic() - began < 0.6
+            assert (await failure(stage.engine.prove(far.session, deadline_s=1.0))).cause is Cause.NO_DATA
+            assert time.monotonic() - began < 2.0
         cable.release()
-        assert (await stage.engine.prove(far.session, deadline_s=1.0)).depth is Depth.DATA
+        assert (await stage.engine.prove(far.session, deadline_s=5.0)).depth is Depth.DATA
 
 
 async def test_what_comes_back_late_is_a_slow_peer_and_no_wedge(
@@ -244,7 +321,7 @@ async def test_a_silent_peer_has_one_question_of_ours_in_flight_on_each_way_to_i
         for _ in range(10):
             await failure(stage.engine.prove(far.session, deadline_s=0.1))
         assert isinstance(stage.engine, PromisedEngine)
-        assert 1 <= len(stage.engine._questions.moving) <= 3
+        assert 1 <= len(stage.engine._questions.moving) <= 4, "each engine's, and a lane that was made anew"
         cable.release()
 
 
@@ -257,11 +334,11 @@ async def test_a_data_port_that_begins_to_swallow_packets_is_no_data_within_the_
         await cable.clog()
         for _ in range(2):
             began = time.monotonic()
-            assert (await failure(stage.engine.prove(far.session, deadline_s=0.4))).cause is Cause.NO_DATA
-            assert time.monotonic() - began < 0.6
+            assert (await failure(stage.engine.prove(far.session, deadline_s=1.0))).cause is Cause.NO_DATA
+            assert time.monotonic() - began < 2.0
         cable.unclog()
         await cable.mend()
-        assert (await stage.engine.prove(far.session, deadline_s=1.0)).depth is Depth.DATA
+        assert (await stage.engine.prove(far.session, deadline_s=5.0)).depth is Depth.DATA
 
 
 # --- scratch memory
