@@ -32,7 +32,8 @@ def main(wanted: Sequence[str]) -> int:
         module = importlib.import_module(f"tests.bench.{name}")
         rows: list[Row] = module.bench()
         console.print(f"\n[bold]{name}[/]  {(module.__doc__ or '').strip()}")
-        console.print(table(rows))
+        if rows:
+            console.print(table(rows))
     console.print(
         f"\npython {platform.python_version()}, numpy {np.__version__}, {os.cpu_count()} cores, "
         f"load {os.getloadavg()[0]:.1f}. Both sides take turns; medians; above 1 x ours is the faster one."
