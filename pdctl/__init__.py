@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pdctl.agent_client import AgentClient
     from pdctl.client import Exhaustion, RegistryClient
     from pdctl.config import Settings, load
     from pdctl.core.address import Endpoint
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from pdctl.sender import Sender
 
 __all__ = [
+    "AgentClient",
     "Announcement",
     "Arena",
     "Cause",
@@ -71,6 +73,7 @@ __all__ = [
 ]
 
 _ROOMS = {
+    "agent_client": ("AgentClient",),
     "client": ("Exhaustion", "RegistryClient"),
     "config": ("Settings", "load"),
     "core.address": ("Endpoint",),

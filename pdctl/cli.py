@@ -15,21 +15,27 @@ import argparse
 import asyncio
 import gc
 import json
+import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
-from typing import TypeAlias
+from typing import NoReturn, TypeAlias
 
+import structlog
 import uvloop
 
-from pdctl import config, inquiry, logs, node
+from pdctl import config, handed, inquiry, logs, node, succession
 from pdctl.config import Settings
 from pdctl.core.sessions import Depth, State
 from pdctl.errors import CallerError, ConfigError, NotReady, OperatorError, PdctlError, Superseded, Unreachable
 
+log = structlog.get_logger(__name__)
+
 USAGE, UNAVAILABLE = 2, 69
+_CLOSING_S = 0.9  # from the end of an engine to the end of the process that moved for it
 
 Run = Callable[[Settings, argparse.Namespace], Awaitable[int]]
 Lasts = Callable[[Settings], bool]
@@ -44,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status."""
     args = parser().parse_args(argv)
+    args.argv = list(sys.argv[1:] if argv is None else argv)
     flags = {name: value for name, value in vars(args).items() if "." in name}
     try:
         settings = config.load(flags, file=args.config)
@@ -90,7 +97,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"pdctl {version('pdctl')}")
     commands = top.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_add_serve, _add_register, _add_sessions, _add_probe, _add_demo):
+    for add in (_add_serve, _add_register, _add_agent, _add_sessions, _add_probe, _add_demo):
         add(commands)
     return top
 
@@ -160,6 +167,25 @@ def _add_register(commands: Commands) -> None:
     command.add_argument("--on-exhaustion", dest="node.exhaustion", help="raise (default), exit or keep-trying")
     command.add_argument("--max-attempts", dest="retry.max_attempts", help="give up after so many (never)")
     command.add_argument("--give-up-after", dest="retry.give_up_after_s", help="give up after so many seconds (never)")
+
+
+def _add_agent(commands: Commands) -> None:
+    """`pdctl agent`: moves KV for engines in other processes."""
+    command = _command(commands, "agent", _agent, _always, "move KV for engines in other processes: docs/agent.md")
+    command.add_argument(
+        "--socket", dest="agent.sockets", action="append", metavar="PATH",
+        help="where an engine hands its pool over; give one for each rank (agent.sock in the runtime directory)",
+    )  # fmt: skip
+    command.add_argument(
+        "--user", dest="agent.users", action="append", metavar="UID",
+        help="a user who may speak to it besides our own; may be given again",
+    )  # fmt: skip
+    command.add_argument("--registry", dest="node.registry", help="the registry's URL (http://127.0.0.1:8998)")
+    command.add_argument("--host", dest="node.host", help="our address, at which peers reach the ranks (127.0.0.1)")
+    command.add_argument("--instance", dest="node.instance", help="of prefills whose engine names none (default)")
+    command.add_argument("--ttl", dest="node.ttl_s", help="seconds of the lease, renewed every third of it (15)")
+    _add_credentials(command)
+    command.add_argument("--inherited", default=None, help=argparse.SUPPRESS)  # from succession.py, to its child
 
 
 def _add_sessions(commands: Commands) -> None:
@@ -244,6 +270,42 @@ async def _serve(settings: Settings, args: argparse.Namespace) -> int:  # noqa: 
 async def _register(settings: Settings, args: argparse.Namespace) -> int:  # noqa: ARG001
     await node.register(settings)
     return 0
+
+
+async def _agent(settings: Settings, args: argparse.Namespace) -> int:
+    if args.inherited is not None:
+        await _one_agent(settings, args.inherited)
+    command = (sys.executable, "-m", "pdctl", *args.argv)
+    users = bool(settings.agent.users)
+    paths = settings.agent.sockets or (config.runtime_dir(config.environment()) / "agent.sock",)
+    with ExitStack() as stack:
+        socks = [stack.enter_context(succession.listening(path, for_others=users)) for path in paths]
+        loops = {
+            str(path): succession.keep(sock, path, command, lambda at: print(f"serving at unix:{at}", flush=True))
+            for path, sock in zip(paths, socks, strict=True)
+        }
+        async with node.beside(**loops):
+            await asyncio.Event().wait()
+    return 0
+
+
+async def _one_agent(settings: Settings, inherited: str) -> NoReturn:
+    """One rank, and then this process ends whatever is left in it: that is what lets the pool go."""
+    try:
+        await handed.serve(
+            settings,
+            succession.inherited(inherited),
+            hurry=lambda: asyncio.get_running_loop().call_later(_CLOSING_S, os._exit, 0),
+            ready=lambda: print("ready", flush=True),
+        )
+    except asyncio.CancelledError:  # told to stop, and done with it
+        os._exit(0)
+    except PdctlError:
+        raise
+    except Exception as error:
+        log.error("agent ended by a defect, another takes its place", exc_info=error)
+        os._exit(1)
+    os._exit(0)
 
 
 async def _sessions(settings: Settings, args: argparse.Namespace) -> int:

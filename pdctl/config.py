@@ -182,6 +182,26 @@ class NodeSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class AgentSettings:
+    """`pdctl agent`: the mover for engines in other processes.
+
+    sockets  where engines hand their pools over: a path each, one for each rank at this host; unless said, agent.sock
+             in the runtime directory ($RUNTIME_DIRECTORY as systemd gives it, else $XDG_RUNTIME_DIR/pdctl)
+    users    user ids that may speak to it besides its own; their sockets are open to all who reach their directory,
+             and the kernel says who asks
+    """
+
+    sockets: tuple[Path, ...] = ()
+    users: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(set(self.sockets)) != len(self.sockets):
+            raise ValueError("one socket is given twice: give each rank one of its own")
+        if any(user < 0 for user in self.users):
+            raise ValueError("users are numbers from 0: give what id -u says")
+
+
+@dataclass(frozen=True, slots=True)
 class RankSettings:
     """What `pdctl register` announces: one prefill rank of an engine that has no client. Fields as on SGLang's wire."""
 
@@ -238,6 +258,7 @@ class Settings(BaseSettings):
     limits: RegistryLimits = RegistryLimits()
     node: NodeSettings = NodeSettings()
     rank: RankSettings = RankSettings()
+    agent: AgentSettings = AgentSettings()
     probe: ProbePolicy = ProbePolicy()
     retry: RetryPolicy = RetryPolicy()
     room: RoomTimeouts = RoomTimeouts()
@@ -300,6 +321,15 @@ def state_dir(environ: Mapping[str, str]) -> Path:
     except RuntimeError as error:
         raise ConfigError(f"no state directory ({error}): give --journal sqlite:PATH, or --journal memory:") from error
     return Path(base, "pdctl")
+
+
+def runtime_dir(environ: Mapping[str, str]) -> Path:
+    """Where a service of this user keeps its sockets. Raises ConfigError where nobody says."""
+    if ours := environ.get("RUNTIME_DIRECTORY", "").partition(":")[0]:
+        return Path(ours)
+    if base := environ.get("XDG_RUNTIME_DIR"):
+        return Path(base, "pdctl")
+    raise ConfigError("no runtime directory ($RUNTIME_DIRECTORY or $XDG_RUNTIME_DIR): give --socket PATH")
 
 
 def _nested(items: Iterable[tuple[str, object]]) -> Nested:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -275,9 +275,9 @@ class PrefillNode:
 
 @asynccontextmanager
 async def prefill_node(
-    settings: Settings, *, pools: RankPools, arena: Region, seat: Seat, shape: Shape
+    settings: Settings, *, pools: RankPools, arena: Region | Sequence[Region], seat: Seat, shape: Shape
 ) -> AsyncIterator[PrefillNode]:
-    """A prefill rank in `seat`: `arena` holds all its pools, and is all that peers may reach.
+    """A prefill rank in `seat`: `arena`, one or several, holds all its pools, and is all that peers may reach.
 
     It takes a lease when its memory is registered and its link listens, renews it while it lives, gives it back before
     the link stops, and is `registered` only while the registry says so. Raises EngineUnavailable, AddressTaken,
@@ -355,7 +355,7 @@ async def decode_node(
     settings: Settings,
     *,
     pools: RankPools,
-    arena: Region,
+    arena: Region | Sequence[Region],
     shape: Shape,
     tp_rank: int = 0,
     pp_rank: int = 0,
@@ -438,7 +438,7 @@ class _Rank:
 
 
 @asynccontextmanager
-async def _rank(settings: Settings, arena: Region, name: str, role: str) -> AsyncIterator[_Rank]:
+async def _rank(settings: Settings, arena: Region | Sequence[Region], name: str, role: str) -> AsyncIterator[_Rank]:
     host, metrics = settings.node.host, Metrics()
     door = open_door(settings.access, metrics)
     sock = server.bind(host, settings.node.http_port)
@@ -447,5 +447,6 @@ async def _rank(settings: Settings, arena: Region, name: str, role: str) -> Asyn
             open_mooncake(replace(settings.engine, host=host)) as engine,
             open_link(host, metrics=metrics) as link,
         ):
-            await engine.register(arena)
+            for region in (arena,) if isinstance(arena, Region) else arena:
+                await engine.register(region)
             yield _Rank(engine, link, metrics, sock, door, settings.serve.grace_s)

@@ -1,0 +1,358 @@
+"""
+What an engine needs to have its KV moved by `pdctl agent`: hand a pool over, send, receive, abort, await the end.
+
+    arena = Arena(nbytes, shared=Path("/kv/rank0"))           # or shared="/rank0", POSIX shared memory
+    async with AgentClient("/run/pdctl/agent.sock") as agent:
+        async with agent.decode(pools, [arena.handed], shape=shape) as rank:
+            await rank.receive(room, pages, aux_row, release=give_pages_back)
+
+Loads no transfer engine. The same promises as in process (sender.py, receiver.py): `release` is called once, with the
+pages, when nothing can touch them any more. When the agent ends, that is now: its process was all that could. Nothing
+is retried, and a pool is not handed over again by itself: `lost` says when to.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import aiohttp
+import numpy as np
+import numpy.typing as npt
+import structlog
+
+from pdctl.core.handover import Handed, Offer, Role
+from pdctl.core.layout import RankPools
+from pdctl.core.plan import Ints
+from pdctl.core.route import Seat, Shape
+from pdctl.errors import BadField, CallerError, NotReady, RoomFailed, Unreachable
+
+log = structlog.get_logger(__name__)
+
+Release = Callable[[Ints], None]
+
+_CONNECT_S = 5.0
+_GOODBYE_S = 5.0  # the agent's process ends within one; it may be stopped
+
+
+class AgentClient:
+    """Speaks to the agent that listens at `socket`. Open with `async with`."""
+
+    def __init__(self, socket: str | Path) -> None:
+        self.socket = str(socket)
+        self._http: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> Self:
+        connector = aiohttp.UnixConnector(self.socket, limit=0)
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S)
+        self._http = aiohttp.ClientSession("http://agent", connector=connector, timeout=timeout)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._http is not None:
+            await self._http.close()
+
+    @asynccontextmanager
+    async def prefill(
+        self,
+        pools: RankPools,
+        memory: Sequence[Handed],
+        *,
+        seat: Seat,
+        shape: Shape,
+        registry: str | None = None,
+        instance: str | None = None,
+    ) -> AsyncIterator[AgentSender]:
+        """Hand over the pools of a prefill rank, all of them inside `memory`; it is registered while the block lasts.
+
+        `registry` and `instance` stand in for the agent's own settings. Raises BadField, LayoutMismatch's words as
+        CallerError, NotReady where the rank cannot be opened now, Unreachable where no agent is.
+        """
+        offer = Offer.of(Role.PREFILL, pools, memory, seat, shape, registry, instance)
+        async with self._handed_over(offer) as stream:
+            yield AgentSender(self, stream)
+
+    @asynccontextmanager
+    async def decode(
+        self,
+        pools: RankPools,
+        memory: Sequence[Handed],
+        *,
+        shape: Shape,
+        tp_rank: int = 0,
+        pp_rank: int = 0,
+        registry: str | None = None,
+        instance: str | None = None,
+    ) -> AsyncIterator[AgentReceiver]:
+        """The same for a decode rank. With an `instance` it is listed in the registry as well."""
+        offer = Offer.of(Role.DECODE, pools, memory, Seat(0, 0, tp_rank, pp_rank), shape, registry, instance)
+        async with self._handed_over(offer) as stream:
+            yield AgentReceiver(self, stream)
+
+    async def ask(self, method: str, path: str, body: object = None, **query: int) -> dict[str, Any]:
+        """One request. Raises RoomFailed, BadField, CallerError, NotReady, Unreachable."""
+        try:
+            async with self._session.request(method, path, json=body, params=query) as answer:
+                return await _read(answer)
+        except aiohttp.ClientError as error:
+            raise self._unreachable(error) from error
+
+    @asynccontextmanager
+    async def _handed_over(self, offer: Offer) -> AsyncIterator[_Stream]:
+        try:
+            answer = await self._session.post("/v1/rank", json=offer.to_body())
+        except aiohttp.ClientError as error:
+            raise self._unreachable(error) from error
+        async with answer:
+            if answer.status != 200:
+                await _read(answer)
+            stream = await _Stream.begun(answer)
+            reading = asyncio.create_task(stream.read(), name="handover")
+            try:
+                yield stream
+            finally:
+                await self._take_back(stream)
+                answer.close()
+                await asyncio.wait({reading})
+
+    async def _take_back(self, stream: _Stream) -> None:
+        """After this nobody moves the pool: its process has ended, or did not answer, and that is said."""
+        if stream.lost.done():
+            return
+        try:
+            async with asyncio.timeout(_GOODBYE_S):
+                await self.ask("DELETE", "/v1/rank")
+                await asyncio.shield(stream.lost)
+        except (TimeoutError, Unreachable, CallerError):
+            if not stream.lost.done():
+                log.warning("agent has not confirmed the end: it may still touch the pool", socket=self.socket)
+
+    @property
+    def _session(self) -> aiohttp.ClientSession:
+        if self._http is None:
+            raise CallerError("the agent's client is not open: use it in `async with`")
+        return self._http
+
+    def _unreachable(self, error: Exception) -> Unreachable:
+        return Unreachable(f"no agent answers at {self.socket} ({error}): start pdctl agent, then hand the pool over")
+
+
+class _Stream:
+    """The answer to a handover, which stays open: what pages have become free, and the end."""
+
+    def __init__(self, answer: aiohttp.ClientResponse, card: dict[str, Any]) -> None:
+        self.card = card
+        self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._answer = answer
+        self._tickets = itertools.count(1)
+        self._held: dict[int, tuple[Release | None, list[Ints]]] = {}
+
+    @classmethod
+    async def begun(cls, answer: aiohttp.ClientResponse) -> _Stream:
+        line = await answer.content.readline()
+        if not line:
+            raise Unreachable("the agent has ended while it took the pool over: see its log, and hand over again")
+        return cls(answer, json.loads(line))
+
+    async def read(self) -> None:
+        """Until the agent's process has ended, and with it all that could touch a page."""
+        why = "its process has ended"
+        try:
+            async for line in self._answer.content:
+                event = json.loads(line)
+                if event["event"] == "released":
+                    self.free(event["ticket"])
+                elif event["event"] == "ended":
+                    why = event["error"]["message"]
+        except (aiohttp.ClientError, ValueError) as error:
+            log.debug("handover ended", how=repr(error))
+        finally:
+            self.lost.set_result(why)
+            for ticket in list(self._held):
+                self.free(ticket)
+
+    def hold(self, release: Release | None) -> int:
+        """A ticket for the pages of one room."""
+        if self.lost.done():
+            raise Unreachable(f"the agent has ended ({self.lost.result()}): hand the pool over again")
+        ticket = next(self._tickets)
+        self._held[ticket] = (release, [])
+        return ticket
+
+    def add(self, ticket: int, pages: npt.ArrayLike) -> list[int]:
+        given = np.asarray(pages, dtype=np.int64).ravel()
+        if ticket in self._held:
+            self._held[ticket][1].append(given)
+        return given.tolist()
+
+    def free(self, ticket: int) -> None:
+        """Once, whoever says it first."""
+        release, pages = self._held.pop(ticket, (None, []))
+        if release is not None:
+            release(np.concatenate(pages) if pages else np.empty(0, np.int64))
+
+
+class AgentRank:
+    """A rank that the agent has opened. `session`: under which peers reach its engine."""
+
+    def __init__(self, client: AgentClient, stream: _Stream) -> None:
+        self._client, self._stream = client, stream
+        self.session = str(stream.card["session"])
+        self.metrics_url = str(stream.card["metrics_url"])
+        self.agent_pid = int(stream.card["agent_pid"])
+
+    async def lost(self) -> str:
+        """Return when the agent has ended, with the reason: all pages are free, and the pool can be handed over."""
+        return await asyncio.shield(self._stream.lost)
+
+    async def status(self) -> dict[str, Any]:
+        """Whether it is registered, its open rooms, its quarantine: docs/agent.md."""
+        return await self._client.ask("GET", "/v1/rank")
+
+    async def _ask(self, path: str, ticket: int, body: dict[str, Any]) -> dict[str, Any]:
+        """One step of a room; what ends it without the agent's word for its pages is settled here."""
+        try:
+            return await self._client.ask("POST", path, body)
+        except (RoomFailed, Unreachable):
+            raise  # the agent says when its pages are free, at the latest by its end
+        except BaseException:
+            await self._give_up(path, ticket)
+            raise
+
+    async def _give_up(self, path: str, ticket: int) -> None:
+        """Whatever has become of the request: if the agent knows of no such ticket, it will never take it any more."""
+        base = "/".join(path.split("/")[:4])
+        asking = asyncio.ensure_future(self._client.ask("DELETE", base, ticket=ticket))
+        asking.add_done_callback(lambda done: self._answered(done, ticket))
+        await asyncio.wait({asking}, timeout=_GOODBYE_S)
+
+    def _answered(self, done: asyncio.Future[dict[str, Any]], ticket: int) -> None:
+        if done.cancelled() or (error := done.exception()) is not None:
+            log.debug("agent has not answered a goodbye", why=None if done.cancelled() else str(error))
+        elif done.result()["free"]:
+            self._stream.free(ticket)
+
+
+class AgentSender(AgentRank):
+    """A prefill rank."""
+
+    def room(self, room: int, release: Release | None = None, *, announce: bool = False) -> AgentRoom:
+        """`announce`: say at the registry that this DP group has the room, where rooms are given to groups freely."""
+        return AgentRoom(self, room, release, announce=announce)
+
+    async def send(
+        self,
+        room: int,
+        pages: npt.ArrayLike,
+        aux_row: int | None = None,
+        state_rows: Sequence[Sequence[int]] = (),
+        release: Release | None = None,
+        *,
+        announce: bool = False,
+    ) -> None:
+        """A whole room in one request: its pages after the prefix that decode has, then the rest. Raises RoomFailed."""
+        ticket = self._stream.hold(release)
+        body = {"ticket": ticket, "announce": announce, "pages": self._stream.add(ticket, pages)}
+        await self._ask(f"/v1/sending/{room}", ticket, body | _rows(aux_row, state_rows))
+
+    async def abort(self, room: int) -> None:
+        """Give up a room that is being sent, whoever waits for it: that one hears RoomFailed."""
+        await self._client.ask("DELETE", f"/v1/sending/{room}")
+
+
+class AgentRoom:
+    """One room of a prefill rank. Every failure comes out of its methods as RoomFailed with the first cause."""
+
+    def __init__(self, rank: AgentSender, room: int, release: Release | None, *, announce: bool) -> None:
+        self.room = room
+        self.prefix_len = 0
+        self.n_pages = 0
+        self._rank, self._release, self._announce = rank, release, announce
+        self._path = f"/v1/sending/{room}"
+        self._is_open = True
+
+    async def __aenter__(self) -> Self:
+        self._ticket = self._rank._stream.hold(self._release)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._is_open:
+            await self._rank._give_up(self._path, self._ticket)
+
+    async def peers_ready(self) -> None:
+        """Return when every decode rank of the room has named its pages."""
+        said = await self._step("", {"ticket": self._ticket, "announce": self._announce})
+        self.prefix_len, self.n_pages = said["prefix_len"], said["n_pages"]
+
+    async def send(self, pages: npt.ArrayLike, layers: range | None = None) -> None:
+        """As SendingRoom.send: returns when the pages have landed."""
+        body: dict[str, Any] = {"pages": self._rank._stream.add(self._ticket, pages)}
+        await self._step("/pages", body | ({} if layers is None else {"layers": [layers.start, layers.stop]}))
+
+    async def finish(self, aux_row: int | None = None, state_rows: Sequence[Sequence[int]] = ()) -> None:
+        """As SendingRoom.finish: then the decode ranks hear of success."""
+        await self._step("/finish", _rows(aux_row, state_rows))
+        self._is_open = False
+
+    async def _step(self, what: str, body: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return await self._rank._client.ask("POST", self._path + what, body)
+        except (RoomFailed, Unreachable):
+            self._is_open = False
+            raise
+
+
+class AgentReceiver(AgentRank):
+    """A decode rank."""
+
+    async def receive(
+        self,
+        room: int,
+        pages: npt.ArrayLike,
+        aux_row: int,
+        prefix_len: int = 0,
+        state_rows: Sequence[Sequence[int]] = (),
+        release: Release | None = None,
+    ) -> None:
+        """Return when the room's pages, aux row and state are here. Raises RoomFailed, and NotReady where it is not
+        known yet who sends it; cancelled, the room is given up."""
+        ticket = self._stream.hold(release)
+        body = {"ticket": ticket, "pages": self._stream.add(ticket, pages), "prefix_len": prefix_len}
+        await self._ask(f"/v1/receiving/{room}", ticket, body | _rows(aux_row, state_rows))
+
+    async def abort(self, room: int) -> None:
+        """Give up a room that is being received, whoever waits for it: that one hears RoomFailed."""
+        await self._client.ask("DELETE", f"/v1/receiving/{room}")
+
+
+def _rows(aux_row: int | None, state_rows: Sequence[Sequence[int]]) -> dict[str, Any]:
+    return {"aux_row": aux_row, "state_rows": [[int(row) for row in rows] for rows in state_rows]}
+
+
+async def _read(answer: aiohttp.ClientResponse) -> dict[str, Any]:
+    """What it says; an error as the exception that it was at the agent, as near as matters here."""
+    raw = await answer.read()
+    try:
+        said = json.loads(raw)
+    except ValueError:
+        raise Unreachable(f"the agent has answered {answer.status} without a reason: see its log") from None
+    if answer.status == 200:
+        return dict(said)
+    raise _as_exception(answer.status, said["error"])
+
+
+def _as_exception(status: int, error: dict[str, Any]) -> Exception:
+    message = str(error["message"])
+    if error["kind"] == "RoomFailed":
+        return RoomFailed(error["room"], error["reason"])
+    if error["kind"] == "BadField":
+        return BadField(error["field"], message.removeprefix(f"{error['field']}: "))
+    return NotReady(message) if status >= 500 else CallerError(message)

@@ -1,0 +1,144 @@
+"""
+Opens the rank of an engine in another process, and serves it at a socket that is listening already: `pdctl agent`.
+
+What pdctl/agent.py is given: how its memory is mapped, and which node is opened for it. Never listens by itself, and
+never serves a second rank: succession.py starts another process for that.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+
+from aiohttp import web
+
+from pdctl.agent import Agent, Arrival, Arriving, Rank, Release, Sending
+from pdctl.config import Settings
+from pdctl.core.handover import Offer, Role
+from pdctl.core.layout import RankPools, Region
+from pdctl.core.transfer import Quarantined
+from pdctl.errors import CallerError
+from pdctl.memory import Mapped, map_shared
+from pdctl.node import DecodeNode, PrefillNode, decode_node, prefill_node
+
+
+async def serve(
+    settings: Settings, sock: socket.socket, *, hurry: Callable[[], object], ready: Callable[[], None]
+) -> None:
+    """Serve one rank from its handover to its end; `ready` is called when the socket answers."""
+    agent = Agent(partial(_open, settings), _map, frozenset({os.geteuid(), *settings.agent.users}), hurry)
+    runner = web.AppRunner(agent.app(), handler_cancellation=True, access_log=None)
+    await runner.setup()
+    await web.SockSite(runner, sock).start()
+    ready()
+    await agent.live()
+
+
+def _map(offer: Offer, owner: int | None) -> list[Mapped]:
+    return [map_shared(memory, f"memory.{number}", owner) for number, memory in enumerate(offer.memory)]
+
+
+@asynccontextmanager
+async def _open(settings: Settings, offer: Offer, pools: RankPools, regions: Sequence[Region]) -> AsyncIterator[Rank]:
+    how = settings.node
+    registry = offer.registry or how.registry
+    if offer.role is Role.PREFILL:
+        own = settings.model_copy(
+            update={"node": replace(how, registry=registry, instance=offer.instance or how.instance)}
+        )
+        async with prefill_node(own, pools=pools, arena=regions, seat=offer.seat, shape=offer.shape) as prefill:
+            yield _Prefill(prefill, offer.seat.dp)
+        return
+    own = settings.model_copy(update={"node": replace(how, decode_instance=offer.instance or how.decode_instance)})
+    async with decode_node(
+        own,
+        pools=pools,
+        arena=regions,
+        shape=offer.shape,
+        tp_rank=offer.seat.tp,
+        pp_rank=offer.seat.pp,
+        registry=registry if offer.instance else None,
+    ) as decode:
+        yield _Decode(decode, registry)
+
+
+@dataclass(frozen=True, slots=True)
+class _Prefill:
+    node: PrefillNode
+    dp_rank: int
+
+    @property
+    def session(self) -> str:
+        return self.node.engine.session
+
+    @property
+    def metrics_url(self) -> str:
+        return self.node.metrics_url
+
+    @property
+    def registered(self) -> bool:
+        return self.node.registered
+
+    @property
+    def rooms(self) -> Sequence[int]:
+        return self.node.sender.rooms
+
+    @property
+    def quarantine(self) -> Sequence[Quarantined]:
+        return self.node.sender.quarantine
+
+    def sending(self, room: int, release: Release) -> AbstractAsyncContextManager[Sending]:
+        return self.node.sender.open(room, release=release)
+
+    async def announce(self, room: int) -> None:
+        await self.node.client.announce_room(room, self.dp_rank)
+
+    async def receiving(
+        self,
+        room: int,
+        asked: Arrival,  # noqa: ARG002
+        release: Release,  # noqa: ARG002
+    ) -> AbstractAsyncContextManager[Arriving]:
+        raise CallerError(f"room {room} cannot be received by a prefill rank: hand the pool over as decode")
+
+
+@dataclass(frozen=True, slots=True)
+class _Decode:
+    node: DecodeNode
+    registry: str
+
+    @property
+    def session(self) -> str:
+        return self.node.engine.session
+
+    @property
+    def metrics_url(self) -> str:
+        return self.node.metrics_url
+
+    @property
+    def registered(self) -> bool:
+        return self.node.registered
+
+    @property
+    def rooms(self) -> Sequence[int]:
+        return self.node.receiver.rooms
+
+    @property
+    def quarantine(self) -> Sequence[Quarantined]:
+        return self.node.receiver.quarantine
+
+    def sending(self, room: int, release: Release) -> AbstractAsyncContextManager[Sending]:  # noqa: ARG002
+        raise CallerError(f"room {room} cannot be sent by a decode rank: hand the pool over as prefill")
+
+    async def announce(self, room: int) -> None:
+        raise CallerError(f"room {room} cannot be announced by a decode rank: its prefill does that")
+
+    async def receiving(self, room: int, asked: Arrival, release: Release) -> AbstractAsyncContextManager[Arriving]:
+        paired = await self.node.pair(self.registry, room)
+        return self.node.receiver.open(
+            room, paired, asked.pages, asked.aux_row, asked.prefix_len, release, state_rows=asked.state_rows
+        )
