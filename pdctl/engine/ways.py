@@ -83,7 +83,13 @@ class Introduction:
     async def listening(cls, opening: bytes, host: str, serial: Serial) -> Introduction:
         """At a port of the loopback `host`."""
         it = cls(opening, host, serial)
-        it._server = await asyncio.get_running_loop().create_server(lambda: _Answering(it._answer), host, 0)
+        loop = asyncio.get_running_loop()
+        it._server = await loop.create_server(lambda: _Answering(it._answer), host, 0, start_serving=False)
+        try:
+            await it._server.start_serving()
+        except BaseException:  # cancelled in there, create_server would leave it listening, and nobody could close it
+            it._server.close()
+            raise
         it._port = it._server.sockets[0].getsockname()[1]
         return it
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import os
 import socket
 import struct
 from collections.abc import AsyncIterator
@@ -60,6 +61,22 @@ async def introduction() -> AsyncIterator[Introduction]:
     it = await Introduction.listening(json.dumps(SOUND).encode(), "127.0.0.1", Serial())
     yield it
     it.close()
+
+
+async def test_an_introduction_that_is_cancelled_at_whatever_moment_leaves_no_port_open() -> None:
+    """As when the time for a question to a peer runs out just then: each would be open for ever."""
+    before = set(os.listdir("/proc/self/fd"))
+    for steps in range(8):
+        making = asyncio.create_task(Introduction.listening(json.dumps(SOUND).encode(), "127.0.0.1", Serial()))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        making.cancel()
+        await asyncio.wait([making])
+        if not making.cancelled():
+            making.result().close()
+        await asyncio.sleep(0)
+        assert set(os.listdir("/proc/self/fd")) <= before, f"after {steps} steps"
+    assert not making.cancelled(), "the last one was whole: every moment before it has been tried"
 
 
 async def asked_of(name: str) -> dict[str, Any]:
