@@ -123,13 +123,19 @@ async def _stop(child: asyncio.subprocess.Process) -> None:
 
 def inherited(text: str) -> socket.socket:
     """The socket that `keep` has passed on. This process ends with the one that did. Raises ConfigError."""
-    number, _, parent = text.partition(":")
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     try:
-        if os.getppid() != int(parent):
-            raise ConfigError("the process that keeps the socket has ended: start pdctl agent again")
-        sock = socket.socket(fileno=int(number))
+        number, parent = map(int, text.split(":"))
+        _end_with(parent)
+        sock = socket.socket(fileno=number)
     except (ValueError, OSError) as error:
         raise ConfigError(f"--inherited {text}: only pdctl agent gives it ({error})") from error
     sock.setblocking(False)
     return sock
+
+
+def _end_with(parent: int) -> None:
+    """Asked before, for it is a parent's wish and nobody else's; and after, for it may have ended in between."""
+    for wish in (lambda: None, lambda: ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)):
+        wish()
+        if os.getppid() != parent:
+            raise ConfigError(f"process {parent}, which keeps the socket, is not our parent: start pdctl agent again")
