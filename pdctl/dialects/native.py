@@ -21,7 +21,7 @@ from itertools import islice
 from math import inf
 from typing import Annotated, Any, Protocol
 
-from fastapi import APIRouter, Header, Path, Query, Request
+from fastapi import APIRouter, Path, Query, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import TypeAdapter
 from pydantic_core import to_json
@@ -31,7 +31,7 @@ from pdctl.core.instances import Incarnation, InstanceView
 from pdctl.core.lives import Change, ChangeKind, Life
 from pdctl.core.native import NAME, SEAT, Drain, Grant, Registration, Renewal, check_name, in_our_words, read_seat
 from pdctl.core.route import Seat, as_integer
-from pdctl.dialects.edge import owner_of, peer_of, received
+from pdctl.dialects.edge import owner_of, received
 from pdctl.dialects.strict import Refused, as_body, fails, route_class, takes
 from pdctl.dialects.watch import Broadcast, WatchLimits
 from pdctl.errors import BadField, PdctlError
@@ -93,7 +93,7 @@ def router(registrar: Registrar, news: Broadcast | None = None, others: Others |
     _add_drains(api, registrar)
     _add_lists(api, registrar, news, others)
     if news is not None:
-        _add_watch(api, news)
+        news.add_to(api, "Every change from now on, or from `since` on, as server-sent events")
     return api
 
 
@@ -189,23 +189,6 @@ def _add_lists(api: APIRouter, registrar: Registrar, news: Broadcast | None, oth
             return JSONResponse({"error": {"message": f"{what}: {fix}", "fix": fix}}, 404)
         now = registrar.now()
         return JSONResponse({**_detail(view, now), "health": view.health(now)})
-
-
-def _add_watch(api: APIRouter, news: Broadcast) -> None:
-    @api.get(
-        "/watch",
-        summary="Every change from now on, or from `since` on, as server-sent events",
-        description="Events: reset, instance, synced, change, bye. Come back with the id of the last one.",
-        response_class=Response,
-        responses={200: {"content": {"text/event-stream": {}}}, **fails(400, 429)},
-    )
-    async def watch(
-        request: Request,
-        since: Annotated[str | None, Query(description="The id of the last event; everything without it.")] = None,
-        last_event_id: Annotated[str | None, Header(description="As `since`, and before it: browsers send it.")] = None,
-    ) -> Response:
-        cursor = last_event_id or since
-        return news.response(-1 if cursor is None else news.read_cursor(cursor), peer_of(request))
 
 
 def refusing(registrar: Registrar) -> Refused:

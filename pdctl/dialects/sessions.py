@@ -25,12 +25,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Protocol
 
-from fastapi import APIRouter, Header, Path, Query, Request
+from fastapi import APIRouter, Path, Query, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import TypeAdapter
 
 from pdctl.core.sessions import Change, Depth, Standing, State
-from pdctl.dialects.edge import owner_of, peer_of, received
+from pdctl.dialects.edge import owner_of, received
 from pdctl.dialects.strict import Refused, as_body, fails, route_class, takes
 from pdctl.dialects.watch import Broadcast, WatchLimits
 from pdctl.errors import BadField, Cause
@@ -184,20 +184,7 @@ def _add_reads(api: APIRouter, links: Links, news: Broadcast) -> None:
         body = {"cursor": news.cursor, "panicking": links.panicking, "doubting": links.doubting, "next": further}
         return JSONResponse(body | {"sessions": found})
 
-    @api.get(
-        "/watch",
-        summary="Every change of a session's standing, as server-sent events",
-        description="Events: reset, session, synced, change, bye. Come back with the id of the last one.",
-        response_class=Response,
-        responses={200: {"content": {"text/event-stream": {}}}, **fails(400, 429)},
-    )
-    async def watch(
-        request: Request,
-        since: Annotated[str | None, Query(description="The id of the last event; everything without it.")] = None,
-        last_event_id: Annotated[str | None, Header(description="As `since`, and before it: browsers send it.")] = None,
-    ) -> Response:
-        cursor = last_event_id or since
-        return news.response(-1 if cursor is None else news.read_cursor(cursor), peer_of(request))
+    news.add_to(api, "Every change of a session's standing, as server-sent events")
 
     @api.get("/{session}", summary="One session; one that nobody has heard of is trusted", responses=fails(400))
     async def one(session: Session) -> Response:

@@ -27,14 +27,17 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from random import Random, SystemRandom
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import structlog
+from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import Response, StreamingResponse
 from starlette.types import Message, Send
 
 from pdctl.core.feed import Feed
 from pdctl.core.seconds import check_seconds
+from pdctl.dialects.edge import peer_of
+from pdctl.dialects.strict import fails
 from pdctl.errors import BadField, ConfigError, LimitReached
 from pdctl.metrics import Metrics, WatchEnd
 
@@ -124,6 +127,26 @@ class Broadcast:
         if not (lineage and revision.isascii() and revision.isdigit() and len(revision) < 20):
             raise BadField("since", f"{text[:40]!r} is no cursor: send the id of the last event, or leave it out")
         return int(revision) if lineage == self._lineage else -1
+
+    def add_to(self, api: APIRouter, summary: str) -> None:
+        """The path below which readers find it."""
+
+        @api.get(
+            "/watch",
+            summary=summary,
+            description=f"Events: reset, {self._row}, synced, change, bye. Come back with the id of the last one.",
+            response_class=Response,
+            responses={200: {"content": {"text/event-stream": {}}}, **fails(400, 429)},
+        )
+        async def watch(
+            request: Request,
+            since: Annotated[str | None, Query(description="The id of the last event; everything without it.")] = None,
+            last_event_id: Annotated[
+                str | None, Header(description="As `since`, and before it: browsers send it.")
+            ] = None,
+        ) -> Response:
+            cursor = last_event_id or since
+            return self.response(-1 if cursor is None else self.read_cursor(cursor), peer_of(request))
 
     def response(self, since: int, peer: str) -> Response:
         """The stream of one reader who has seen `since`. Raises LimitReached."""
