@@ -47,6 +47,7 @@ from pdctl.keyring import KeyWitness
 from pdctl.logs import LogSettings
 from pdctl.persistence.open import path_in
 from pdctl.retry import RetryPolicy
+from pdctl.sender import SenderLimits
 
 PREFIX = "PDCTL_"
 
@@ -262,6 +263,7 @@ class Settings(BaseSettings):
     probe: ProbePolicy = ProbePolicy()
     retry: RetryPolicy = RetryPolicy()
     room: RoomTimeouts = RoomTimeouts()
+    sender: SenderLimits = SenderLimits()
     watch: WatchLimits = WatchLimits()
     engine: MooncakeSettings = MooncakeSettings()
     log: LogSettings = LogSettings()

@@ -24,6 +24,7 @@ from pdctl.core.admission import Lane
 from pdctl.core.instances import InstanceView
 from pdctl.core.lives import ChangeKind as SeatChangeKind
 from pdctl.core.sessions import Change, ChangeKind, Depth, State
+from pdctl.core.sums import Checked
 from pdctl.core.transfer import Phase, Side
 from pdctl.core.witness import Means, Sign
 from pdctl.errors import Cause
@@ -342,6 +343,14 @@ class RoomMetrics:
         self._sent = Counter(
             "pdctl_room_sent_bytes_total", "Bytes of pages and aux rows that have landed at decode.", registry=registry
         )
+        self._checked = Counter(
+            "pdctl_room_checksums_total",
+            "Answers of prefill ranks to rooms that had asked for checksums, by result.",
+            ["result"],
+            registry=registry,
+        )
+        for result in Checked:
+            self._checked.labels(result)
         for side in Side:
             self._open.labels(side)
             self._seconds.labels(side)
@@ -364,6 +373,9 @@ class RoomMetrics:
 
     def sent(self, nbytes: int) -> None:
         self._sent.inc(nbytes)
+
+    def checked(self, result: Checked) -> None:
+        self._checked.labels(result).inc()
 
 
 class SessionMetrics:

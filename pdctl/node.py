@@ -295,6 +295,7 @@ async def prefill_node(
             settings.room,
             time.monotonic,
             rank.metrics,
+            settings.sender,
         )
         client = RegistryClient(settings.node.registry, policy=settings.retry, credentials=settings.client)
         async with sender, client:

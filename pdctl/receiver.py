@@ -43,6 +43,7 @@ from pdctl.core.address import Endpoint
 from pdctl.core.layout import RankPools
 from pdctl.core.pairing import Paired
 from pdctl.core.plan import Ints
+from pdctl.core.sums import AUX, KV, STATE, Checked, Sums, missing
 from pdctl.core.transfer import OVERDUE, RECEIVER, Event, Phase, Quarantined, RoomTimeouts, Side, step
 from pdctl.core.wire import (
     NOT_REGISTERED,
@@ -55,6 +56,7 @@ from pdctl.core.wire import (
     Unknown,
     parse_to_decode,
 )
+from pdctl.engine.checksums import Checksums
 from pdctl.errands import Errands
 from pdctl.errors import BadFrames, CallerError, RoomFailed, Unreachable
 from pdctl.metrics import Metrics
@@ -117,7 +119,8 @@ class Receiver:
     ) -> None:
         self.session, self.reply, self.pools, self.timeouts = session, reply, pools, timeouts
         self.clock, self.metrics = clock, metrics.rooms
-        self._registration = _registration(session, reply, pools, tp_rank, tp_size).to_frames()
+        self._registration = _registration(session, reply, pools, tp_rank, tp_size, timeouts.checksum).to_frames()
+        self.checksums = Checksums()
         self._send, self._is_gone = send, is_gone
         self._prefills: OrderedDict[Endpoint, _Prefill] = OrderedDict()
         self._rooms: dict[int, ArrivingRoom] = {}
@@ -134,6 +137,7 @@ class Receiver:
         await self.errands.aclose(_FLUSH_S)
         for held in self._held:
             _cancel(held.timer)
+        self.checksums.close()
 
     @property
     def rooms(self) -> tuple[int, ...]:
@@ -359,6 +363,7 @@ class ArrivingRoom:
         self._release = release
         self._told: list[Endpoint] = []
         self._answers: set[int] = set()
+        self._checks: dict[int, asyncio.Task[None]] = {}
         self._ended = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
 
@@ -394,10 +399,8 @@ class ArrivingRoom:
             log.debug("status not used", room=self.room, rank=status.rank, phase=status.phase.name)
         elif status.phase is Phase.FAILED:
             self._prefill_failed(status)
-        elif status.rank not in self._answers:
-            self._answers.add(status.rank)
-            complete = len(self._answers) >= self._responses
-            self._step(Event.ALL_ANSWERED if complete else Event.PREFILL_ANSWERED)
+        elif status.rank not in self._answers and status.rank not in self._checks:
+            self._prefill_done(status)
 
     def prefill_gone(self, prefill: Endpoint, why: str) -> None:
         if any(at == prefill for at, _ in self._telling):
@@ -408,6 +411,67 @@ class ArrivingRoom:
         if reason.startswith(NOT_REGISTERED):
             self._forget_all()
         self._fail(Event.PEER_FAILED, f"prefill rank {status.rank} says: {reason}")
+
+    # --- what has arrived
+
+    def _prefill_done(self, status: Status) -> None:
+        """Believe it, or, where it was asked for sums and gives them, see first whether that is what has arrived."""
+        if not self._of.timeouts.checksum or self.phase.is_final:
+            self._answered(status.rank)
+        elif status.sums is None:
+            log.debug("room is not checked: its prefill sends no checksums", room=self.room, rank=status.rank)
+            self._of.metrics.checked(Checked.ABSENT)
+            self._answered(status.rank)
+        else:
+            check = asyncio.create_task(self._check_arrival(status.rank, status.sums), name=f"check of {self.room}")
+            self._checks[status.rank] = check
+            check.add_done_callback(self._check_ended)
+
+    def _answered(self, rank: int) -> None:
+        self._answers.add(rank)
+        complete = len(self._answers) >= self._responses
+        self._step(Event.ALL_ANSWERED if complete else Event.PREFILL_ANSWERED)
+
+    async def _check_arrival(self, rank: int, sums: Sequence[Sums]) -> None:
+        """Stands beside the room: what comes of it is an answer, or the end."""
+        unspoken = missing(sums, len(self.pages))  # none where it speaks of no page: then it has written no heads here
+        wrong = [f"pages {self.pages[unspoken].tolist()[:16]}, of which it gives no checksum"] if len(unspoken) else []
+        for each in sums:
+            wrong += await self._differ(rank, each)
+        self._of.metrics.checked(Checked.DIFFERED if wrong else Checked.MATCHED)
+        if wrong:
+            what = "; ".join(wrong)
+            self._fail(
+                Event.TRANSFER_FAILED,
+                f"{what}: not what prefill rank {rank} sent, by checksum. Look for who else writes that memory, and at "
+                "the network and the memory of both hosts",
+            )
+        else:
+            self._answered(rank)
+
+    async def _differ(self, rank: int, sums: Sums) -> list[str]:
+        pool, items = sums.pool_of(self._of.pools), self._items_of(sums.pool)
+        problem = "they speak of a pool that is not here" if pool is None else sums.spans.problem(pool)
+        if pool is None or problem is not None or sums.end > len(items):
+            problem = problem or f"they speak of {sums.noun} {sums.end}, {len(items)} were named"
+            return [f"checksums of prefill rank {rank} cannot be compared ({problem})"]
+        mine = items[sums.start : sums.end]
+        said = sums.differ(await self._of.checksums.of(pool, mine, sums.spans), mine)
+        return [] if said is None else [said]
+
+    def _items_of(self, pool: int) -> Ints:
+        """What we have named of it."""
+        if pool == KV:
+            return self.pages
+        if pool == AUX:
+            return np.array([] if self.named.aux_row is None else [self.named.aux_row], np.int64)
+        rows = self.named.state_rows
+        return np.array(rows[pool - STATE] if pool - STATE < len(rows) else (), np.int64)
+
+    def _check_ended(self, check: asyncio.Task[None]) -> None:
+        if not check.cancelled() and (error := check.exception()) is not None:
+            log.error("check failed by a defect", room=self.room, exc_info=error)
+            self._fail(Event.TRANSFER_FAILED, f"defect in the check of what arrived: {error!r}")
 
     # --- telling
 
@@ -457,6 +521,10 @@ class ArrivingRoom:
         self.reason = reason
         self._step(event)
         log.warning("room failed", room=self.room, side=Side.RECEIVER.value, ended_by=event.value, reason=reason)
+        current = asyncio.current_task() if self._checks else None
+        for check in self._checks.values():
+            if check is not current:
+                check.cancel()
         if self._told:
             self._of.hold(self, self._told, self._release)
             self._release = None
@@ -480,7 +548,9 @@ class ArrivingRoom:
             self._release(self.pages)
 
 
-def _registration(session: str, reply: Endpoint, pools: RankPools, tp_rank: int, tp_size: int) -> RegisterBuffers:
+def _registration(
+    session: str, reply: Endpoint, pools: RankPools, tp_rank: int, tp_size: int, wants_sums: bool
+) -> RegisterBuffers:
     kv = pools.kv
     return RegisterBuffers(
         reply=reply,
@@ -495,6 +565,7 @@ def _registration(session: str, reply: Endpoint, pools: RankPools, tp_rank: int,
         state_pointers=tuple(state.pointers for state in pools.states),
         state_item_lens=tuple(state.item_lens for state in pools.states),
         state_layer_ids=pools.state_layer_ids,
+        wants_sums=wants_sums,
     )
 
 

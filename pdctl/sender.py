@@ -18,7 +18,7 @@ not bring its blocks to rest in time, when it has. Until then it shows in `sende
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -34,7 +34,9 @@ from pdctl.core.early import EarlyBook, EarlyLimits
 from pdctl.core.layout import RankPools
 from pdctl.core.plan import CopyPlan, Ints
 from pdctl.core.sessions import Gate
+from pdctl.core.sums import Summand, Sums
 from pdctl.core.transfer import OVERDUE, SENDER, Event, Phase, Quarantined, RoomTimeouts, Side, step
+from pdctl.core.turns import cut
 from pdctl.core.wire import (
     NOT_REGISTERED,
     Abort,
@@ -47,16 +49,21 @@ from pdctl.core.wire import (
     parse_to_prefill,
 )
 from pdctl.engine.base import Engine
+from pdctl.engine.blocks import split
+from pdctl.engine.checksums import Checksums
 from pdctl.errands import Errands
 from pdctl.errors import (
     CallerError,
+    ConfigError,
     LayoutMismatch,
+    LimitReached,
     PdctlError,
     RoomFailed,
     SessionBlocked,
     TransferFailed,
     Unreachable,
 )
+from pdctl.lanes import Lanes
 from pdctl.metrics import Metrics
 
 log = structlog.get_logger(__name__)
@@ -65,18 +72,32 @@ Send = Callable[[Endpoint, Sequence[bytes]], Awaitable[None]]
 Release = Callable[[Ints], None]
 
 _FLUSH_S = 1.0  # what a peer is allowed for taking a last status
+_AHEAD = 2  # turns of one room at one peer at once: the second fills the gap between the first and the one after
 
 
 @dataclass(frozen=True, slots=True)
 class SenderLimits:
-    """What strangers can make this side remember.
+    """What strangers can make this side remember, and what one decode rank may take of it.
 
     max_peers: decode ranks whose memory is known; the one unused for longest is forgotten, and told so when it asks.
+    max_rooms_per_peer: open rooms in which one decode rank has named pages; a further one fails, and the rank is told.
+    max_nbytes_per_peer: under way to one decode rank at once; what is more waits here for its turn, room after room.
+        64 MiB are 60 ms at 1 GB/s: more only makes an abort wait longer.
+    turn_nbytes: of one room until it is the next one's turn. 8 MiB are about 8 ms at 1 GB/s, which is what a small room
+        waits for each large one; less costs a visit to the loop more often.
     early: metadata that came before the engine opened the room.
     """
 
     max_peers: int = 4096
+    max_rooms_per_peer: int = 4096
+    max_nbytes_per_peer: int = 64 << 20
+    turn_nbytes: int = 8 << 20
     early: EarlyLimits = field(default_factory=EarlyLimits)
+
+    def __post_init__(self) -> None:
+        for name in ("max_peers", "max_rooms_per_peer", "max_nbytes_per_peer", "turn_nbytes"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"sender {name} is {getattr(self, name)}: give at least 1")
 
 
 class Sender:
@@ -98,11 +119,14 @@ class Sender:
         self.layers = frozenset(pools.layout.layer_of(len(pools.kv)).tolist())
         self.clock, self.metrics = clock, metrics.rooms
         self._send, self._rank = send, rank
-        self._limits = limits or SenderLimits()
+        self.limits = limits or SenderLimits()
+        self.lanes = Lanes(self.limits.max_nbytes_per_peer)
+        self.checksums = Checksums()
+        self._rooms_of: Counter[str] = Counter()
         self._peers: OrderedDict[str, RegisterBuffers] = OrderedDict()
         self._rooms: dict[int, SendingRoom] = {}
         self._unsettled: set[SendingRoom] = set()
-        self._early = EarlyBook(self._limits.early, timeouts.bootstrap_s, _never_opened)
+        self._early = EarlyBook(self.limits.early, timeouts.bootstrap_s, _never_opened)
         self.errands = Errands()
         self.settling = Errands(limit=None)  # as many as rooms were left unsettled, and none may be dropped
 
@@ -114,6 +138,7 @@ class Sender:
             log.warning("closing while the engine still reads pages", rooms=len(self._unsettled))
         await self.settling.aclose(flush_s=0)
         await self.errands.aclose(_FLUSH_S)
+        self.checksums.close()
 
     @property
     def rooms(self) -> tuple[int, ...]:
@@ -155,7 +180,7 @@ class Sender:
         before = self._peers.get(said.session)
         self._peers[said.session] = said
         self._peers.move_to_end(said.session)
-        while len(self._peers) > self._limits.max_peers:
+        while len(self._peers) > self.limits.max_peers:
             self._peers.popitem(last=False)
         if before is not None and before != said:
             for room in list(self._rooms.values()):
@@ -192,6 +217,10 @@ class Sender:
 
     def leave(self, room: SendingRoom) -> None:
         del self._rooms[room.room]
+        for session in room.sessions:
+            self._rooms_of[session] -= 1
+            if not self._rooms_of[session]:
+                del self._rooms_of[session]
         self.metrics.ended(Side.SENDER, room.phase, self.clock() - room.opened_at)
 
     def unsettled(self, room: SendingRoom, n_pages: int) -> None:
@@ -213,8 +242,26 @@ class Sender:
             raise SessionBlocked(named.session, blocked)
         return Destination.of(said, named, self.pools)
 
-    def report(self, to: Endpoint, room: int, phase: Phase, reason: str | None = None) -> None:
-        self._post(to, Status(room, phase, self._rank, reason).to_frames(), "status")
+    def take_in(self, session: str) -> None:
+        """One more room of this decode rank. Raises LimitReached, and then it is none."""
+        limit = self.limits.max_rooms_per_peer
+        if self._rooms_of[session] >= limit:
+            raise LimitReached(
+                f"decode session {session} has pages in {limit} open rooms here, as many as max_rooms_per_peer allows: "
+                "send that decode rank fewer requests at once, or raise it"
+            )
+        self._rooms_of[session] += 1
+
+    def report(
+        self,
+        to: Endpoint,
+        room: int,
+        phase: Phase,
+        reason: str | None = None,
+        sums: Sequence[Sums] | None = None,
+    ) -> None:
+        status = Status(room, phase, self._rank, reason, None if sums is None else tuple(sums))
+        self._post(to, status.to_frames(), "status")
 
     def acknowledge(self, room: int, to: Endpoint, generation: int) -> None:
         self._post(to, AbortAck(room, self._rank, generation).to_frames(), "abort ack")
@@ -245,6 +292,7 @@ class SendingRoom:
         self._acks: dict[Endpoint, int] = {}
         self._writes: set[asyncio.Task[None]] = set()
         self._unsettled: set[str] = set()
+        self._sums: dict[str, list[Sums]] = {}
         self._sources: list[Ints] = []
         self._n_sent = 0
         self._open_chunk: LayerGroups | None = None
@@ -272,6 +320,11 @@ class SendingRoom:
             self._leave()
 
     @property
+    def sessions(self) -> tuple[str, ...]:
+        """Decode ranks that have named pages in it."""
+        return tuple(self._destinations)
+
+    @property
     def prefix_len(self) -> int:
         """Tokens that decode has already; known when the peers are ready."""
         return max((named.prefix_len for named in self._named.values()), default=0)
@@ -296,7 +349,7 @@ class SendingRoom:
         self._check()
         start = self._next_chunk(source, layers)
         self._step(Event.CHUNK_QUEUED)
-        await self._write(lambda d: d.chunk(source, start, layers))
+        await self._write(lambda d: d.chunk(source, start, layers), lambda d: d.chunk_summands(source, start, layers))
         self._step(Event.CHUNK_LANDED)
 
     def _next_chunk(self, source: Ints, layers: range | None) -> int:
@@ -318,10 +371,13 @@ class SendingRoom:
         if self._open_chunk is not None:
             raise self._open_chunk.unfinished()
         self._step(Event.CHUNK_QUEUED)
-        await self._write(lambda d: d.last(self._n_sent, aux_row, state_rows))
+        await self._write(
+            lambda d: d.last(self._n_sent, aux_row, state_rows), lambda d: d.last_summands(aux_row, state_rows)
+        )
         self._step(Event.LAST_CHUNK_LANDED)
         for destination in self._destinations.values():
-            self._of.report(destination.named.reply, self.room, Phase.SUCCESS)
+            sums = self._sums.get(destination.session)
+            self._of.report(destination.named.reply, self.room, Phase.SUCCESS, sums=sums)
 
     # --- what peers say
 
@@ -333,7 +389,12 @@ class SendingRoom:
         self._named[named.session] = named
         if not named.is_dummy:
             try:
-                self._destinations[named.session] = self._of.pair(named)
+                destination = self._of.pair(named)
+                if named.session not in self._destinations:
+                    self._of.take_in(named.session)
+                self._destinations[named.session] = destination
+                if destination.wants_sums and self._of.timeouts.checksum:
+                    self._sums[named.session] = []
             except PdctlError as error:
                 self._fail(Event.TRANSFER_FAILED, str(error))
                 return
@@ -362,14 +423,23 @@ class SendingRoom:
 
     # --- planning and writing
 
-    async def _write(self, plan: Callable[[Destination], CopyPlan]) -> None:
-        """Perform one plan for each destination, at once; return when all have landed, or raise RoomFailed."""
+    async def _write(
+        self, plan: Callable[[Destination], CopyPlan], summands: Callable[[Destination], list[Summand]]
+    ) -> None:
+        """Perform one plan for each destination, at once, and sum meanwhile what is to be summed; return when all have
+        landed, or raise RoomFailed."""
         try:
             plans = [(each, plan(each)) for each in self._destinations.values()]
         except LayoutMismatch as error:
             self._fail(Event.TRANSFER_FAILED, str(error))
             plans = []
         writes = {self._start(self._write_one(to, what)) for to, what in plans if len(what)}
+        writes |= {
+            self._start(self._sum(to.session, summand))
+            for to, _ in plans
+            if to.session in self._sums
+            for summand in summands(to)
+        }
         self._watch()
         try:
             while running := writes & self._writes:
@@ -390,15 +460,45 @@ class SendingRoom:
         """On trial, a session's writes wait for their turn: the trial's own end bounds that."""
         try:
             async with self._of.gate.passing(to.session):
-                await self._of.engine.write(to.session, plan, deadline_s=self._of.timeouts.transfer_s)
-        except SessionBlocked as refusal:
-            self._fail(Event.TRANSFER_FAILED, str(refusal))
-        except TransferFailed as error:
-            if not error.settled:
-                self._unsettled.add(to.session)
+                await self._in_turns(to.session, plan)
+        except (SessionBlocked, TransferFailed, LimitReached) as error:
             self._fail(Event.TRANSFER_FAILED, str(error))
-        else:
-            self._of.metrics.sent(plan.total)
+
+    async def _in_turns(self, session: str, plan: CopyPlan) -> None:
+        nbytes = self._of.limits.turn_nbytes
+        if plan.total <= nbytes:
+            await self._turn(session, plan)
+            return
+        turns = iter(cut(split(plan, nbytes), nbytes))
+
+        async def take() -> None:
+            for turn in turns:
+                await self._turn(session, turn)
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(_AHEAD):
+                    group.create_task(take(), name=f"turns of room {self.room}")
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+
+    async def _turn(self, session: str, plan: CopyPlan) -> None:
+        of = self._of
+        async with of.lanes.turn(session, self.room, plan.total, of.timeouts.waiting_s):
+            blocked = of.gate.reason_blocked(session)  # since the chunk was begun
+            if blocked is not None:
+                raise SessionBlocked(session, blocked)
+            try:
+                await of.engine.write(session, plan, deadline_s=of.timeouts.transfer_s)
+            except TransferFailed as error:
+                if not error.settled:
+                    self._unsettled.add(session)
+                raise
+        of.metrics.sent(plan.total)
+
+    async def _sum(self, session: str, what: Summand) -> None:
+        crcs = await self._of.checksums.of(what.source, what.items, what.ours)
+        self._sums[session].append(what.to(crcs))
 
     def _write_ended(self, task: asyncio.Task[None]) -> None:
         self._writes.discard(task)

@@ -38,6 +38,7 @@ FLOORS = {
     "pdctl.answers": 2,
     "pdctl.credentials": 2,
     "pdctl.lag": 2,
+    "pdctl.lanes": 2,
     "pdctl.shortcut": 2,
     "pdctl.core": 1,
     "pdctl.errors": 0,

@@ -13,8 +13,19 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from pdctl.core.layout import Heads, Pairs, Pool, RankPools, check_items, check_pair, pair_by_id, pair_entries
+from pdctl.core.layout import (
+    Heads,
+    Pairs,
+    Pool,
+    RankPools,
+    check_items,
+    check_pair,
+    pair_by_id,
+    pair_entries,
+    same_entries,
+)
 from pdctl.core.plan import CopyPlan, Ints, head_plan, item_plan, page_plan
+from pdctl.core.sums import AUX, KV, STATE, Spans, Summand, head_spans, item_spans
 from pdctl.core.wire import Metadata, RegisterBuffers
 from pdctl.errors import CallerError, LayoutMismatch
 
@@ -32,6 +43,7 @@ class Destination:
     pairs: Pairs
     heads: Heads | None
     named: Metadata
+    wants_sums: bool = False
 
     @classmethod
     def of(cls, said: RegisterBuffers, named: Metadata, ours: RankPools) -> Destination:
@@ -42,7 +54,16 @@ class Destination:
         heads = None
         if ours.layout.heads is not None:  # a rank of several DP groups may count itself through all of them
             heads = Heads(ours.layout.heads.total, said.tp_size, said.tp_rank % said.tp_size)
-        it = cls(ours, kv, said.aux_pool(ours.aux.item_lens), _states(said, named, ours), pairs, heads, named)
+        it = cls(
+            ours,
+            kv,
+            said.aux_pool(ours.aux.item_lens),
+            _states(said, named, ours),
+            pairs,
+            heads,
+            named,
+            said.wants_sums,
+        )
         it._copies(np.empty(0, np.int64), np.empty(0, np.int64), pairs)  # refuses what no chunk could be sent to
         return it
 
@@ -58,11 +79,41 @@ class Destination:
             raise LayoutMismatch(
                 f"KV: decode session {self.session} named {len(named)} pages and page {end} is being sent: {_REMEDY}"
             )
-        pairs = self.pairs
-        if layers is not None:
-            of = self.ours.layout.layer_of(len(self.ours.kv))[pairs[:, 0]]
-            pairs = pairs[(layers.start <= of) & (of < layers.stop)]
-        return self._copies(source, named[start:end], pairs)
+        return self._copies(source, named[start:end], self._pairs_of(layers))
+
+    def chunk_summands(self, source: Ints, start: int, layers: range | None = None) -> list[Summand]:
+        """What `chunk` copies, page by page; to be summed only after it has raised nothing."""
+        pairs, layout = self._pairs_of(layers), self.ours.layout
+        if layout.heads is None or self.heads is None:
+            spans: tuple[Spans, Spans] | None = item_spans(self.ours.kv, pairs)
+        else:
+            spans = head_spans(
+                self.ours.kv, self.kv, pairs, page_size=layout.page_size, ours=layout.heads, theirs=self.heads
+            )
+        return (
+            []
+            if spans is None or not len(source) or not len(pairs)
+            else [Summand(KV, start, self.ours.kv, source, *spans)]
+        )
+
+    def last_summands(self, aux_row: int | None, state_rows: Sequence[npt.ArrayLike] = ()) -> list[Summand]:
+        """What `last` copies, row by row; to be summed only after it has raised nothing."""
+        found = []
+        for group, rows in enumerate(self.named.state_rows):
+            if rows:
+                ours = self.ours.states[group]
+                spans = item_spans(ours, self.states[group][1])
+                found.append(Summand(STATE + group, 0, ours, np.asarray(state_rows[group], np.int64).ravel(), *spans))
+        if aux_row is not None and self.named.aux_row is not None and len(self.ours.aux):
+            spans = item_spans(self.ours.aux, same_entries(len(self.ours.aux)))
+            found.append(Summand(AUX, 0, self.ours.aux, np.array([aux_row], np.int64), *spans))
+        return found
+
+    def _pairs_of(self, layers: range | None) -> Pairs:
+        if layers is None:
+            return self.pairs
+        of = self.ours.layout.layer_of(len(self.ours.kv))[self.pairs[:, 0]]
+        return self.pairs[(layers.start <= of) & (of < layers.stop)]
 
     def last(self, n_sent: int, aux_row: int | None, state_rows: Sequence[npt.ArrayLike] = ()) -> CopyPlan:
         """Our aux row and rows of state, when `n_sent` pages have been all that were named; nothing of what either side

@@ -110,7 +110,7 @@ def head_plan(
     if ours.held == theirs.held == sent:
         return page_plan(source, destination, pairs, src_pages, dst_pages, what)
     src, dst = _checked_pages(source, destination, src_pages, dst_pages, what)
-    head = _head_nbytes(source, destination, pairs, page_size, ours, theirs, what)
+    head = head_nbytes(source, destination, pairs, page_size, ours, theirs, what)
     if not len(src) or not len(sent):
         return CopyPlan.of()
     # Axes: entry pair, page, token
@@ -127,7 +127,7 @@ def head_plan(
     return CopyPlan(addresses[0].ravel(), addresses[1].ravel(), nbytes.ravel())
 
 
-def _head_nbytes(
+def head_nbytes(
     source: Pool, destination: Pool, pairs: Pairs, page_size: int, ours: Heads, theirs: Heads, what: str
 ) -> Ints:
     """Bytes of one head of one token, for each pair: shape (len(pairs),)."""

@@ -129,18 +129,22 @@ def step(table: Table, phase: Phase, event: Event) -> Phase:
 
 @dataclass(frozen=True, slots=True)
 class RoomTimeouts:
-    """How long each wait of a room may take, in seconds.
+    """How long each wait of a room may take, in seconds, and whether its bytes are checked.
 
     bootstrap_s: sender: from opening the room to the last decode rank's metadata; receiver: from opening it to the last
         prefill rank told. 300 s as in stock SGLang: the request may still queue at the other side.
     waiting_s: sender: for the next chunk of our own engine; receiver: from metadata to the last answer. Also 300 s.
-    transfer_s: one chunk to one decode rank. 60 s is 6 GiB at the 0.1 GB/s of the slowest block size measured
-        (MOONCAKE_FACTS 3.4); a peer that stops is found by the engine's own inactivity limit (5 s), not by this.
+    transfer_s: one turn of a chunk to one decode rank, of `SenderLimits.turn_nbytes` at most. 60 s is 6 GiB at the
+        0.1 GB/s of the slowest block size measured (MOONCAKE_FACTS 3.4); a peer that stops is found by the engine's own
+        inactivity limit (5 s), not by this. Its turn a chunk awaits for waiting_s.
     release_s: how often a prefill that has not confirmed an abort is asked again, and warned about. It frees nothing:
         stock frees after 30 s without an answer, while a write may still be under way.
     drain_margin_s: from the confirmation of an abort to the reuse of its pages. Bytes that the prefill's kernel had
         taken are written even after the prefill's engine is at rest (4 to 64 MiB seen, MOONCAKE_FACTS H12); they need
         0.1 s at the measured 1 GB/s, 2 s allow a link at 256 Mbit/s. Slower links need more.
+    checksum: where both sides say so, and both are pdctl, prefill sums each page as it sends it (CRC-32), and decode
+        sums what has arrived before the room succeeds; a difference fails the room and names the pages. Off: it costs
+        half a second of a core for each GB and side. For pools in the host's memory only.
     """
 
     bootstrap_s: float = 300.0
@@ -148,6 +152,7 @@ class RoomTimeouts:
     transfer_s: float = 60.0
     release_s: float = 30.0
     drain_margin_s: float = 2.0
+    checksum: bool = False
 
     def __post_init__(self) -> None:
         check_seconds(self, "room", or_zero=("drain_margin_s",))

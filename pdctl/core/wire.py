@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from pdctl.core.address import Endpoint
 from pdctl.core.layout import Pool
+from pdctl.core.sums import Sums, pack, unpack
 from pdctl.core.transfer import Phase
 from pdctl.errors import BadField, BadFrames, LayoutMismatch
 
@@ -43,6 +44,10 @@ _PAGE = np.dtype("<i4")
 # How a pdctl prefill begins the reason when it does not know the session. The wire carries nothing else that a decode
 # rank could tell it by, and registering anew is the cure.
 NOT_REGISTERED = "session is not registered here"
+
+# How a pdctl decode says, behind all frames of its registration, that it wants sums, and how a pdctl prefill that
+# grants them marks them behind a success. Stock reads frames by number and never looks there (tests/wire/stock).
+SUMS = b"pdctl:crc32"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +75,7 @@ class RegisterBuffers:
     dcp_size: int = 1
     dcp_rank: int = 0
     staging_slots: tuple[int, ...] = ()
+    wants_sums: bool = False
 
     def kv_pool(self) -> Pool:
         """Raises LayoutMismatch where the message contradicts itself."""
@@ -106,6 +112,7 @@ class RegisterBuffers:
             _put(self.dcp_rank),
             _pack("Q", self.staging_slots),
             _pack("Q", self.kv_item_lens),
+            *([SUMS] if self.wants_sums else []),
         ]
 
     @classmethod
@@ -131,6 +138,7 @@ class RegisterBuffers:
             dcp_rank=read.optional(17, "DCP rank", 0),
             staging_slots=read.packed(18, "Q", "staging slots"),
             kv_item_lens=read.packed(19, "Q", "KV bytes a page of each entry"),
+            wants_sums=SUMS in frames[20:],  # not by number: a later stock release may have frames of its own there
         )
 
 
@@ -236,7 +244,11 @@ class Bootstrap:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """How a room stands at one prefill rank. The reason is a fourth frame: stock 0.5.23 sends none but reads it."""
+    """How a room stands at one prefill rank. The reason is a fourth frame: stock 0.5.23 sends none but reads it.
+
+    sums: of what it has written, for a decode that has asked for them; None where it sends none. Not yet checked
+    against any pool.
+    """
 
     NAME: ClassVar[str] = "status"
 
@@ -244,16 +256,19 @@ class Status:
     phase: Phase
     rank: int
     reason: str | None = None
+    sums: tuple[Sums, ...] | None = None
 
     def to_frames(self) -> list[bytes]:
         frames = [_put(self.room), _put(self.phase), _put(self.rank)]
-        return frames if self.reason is None else [*frames, self.reason.encode()[:MAX_TEXT]]
+        if self.reason is not None or self.sums is not None:
+            frames.append((self.reason or "").encode()[:MAX_TEXT])
+        return frames if self.sums is None else [*frames, SUMS, pack(self.sums)]
 
     @classmethod
     def from_frames(cls, frames: Frames) -> Self:
         read = _Reader(cls.NAME, frames, needed=3)
         phase = Phase(read.number(1, "status", high=max(Phase)))
-        return cls(read.room(0), phase, read.number(2, "rank"), read.text(3))
+        return cls(read.room(0), phase, read.number(2, "rank"), read.text(3), read.sums(4))
 
 
 @dataclass(frozen=True, slots=True)
@@ -400,6 +415,14 @@ class _Reader:
         """Free text for people: cut, and without anything that could break a log line."""
         raw = self.frame(index)[:MAX_TEXT].decode("utf-8", errors="replace")
         return "".join(c if c.isprintable() else " " for c in raw) or None
+
+    def sums(self, index: int) -> tuple[Sums, ...] | None:
+        if self.frame(index) != SUMS:
+            return None
+        try:
+            return tuple(unpack(self.frame(index + 1)))
+        except ValueError as error:
+            raise self.bad(index + 1, "sums", str(error)) from None
 
     def packed(self, index: int, code: str, what: str) -> tuple[int, ...]:
         return self._unpack(index, code, what, self.frame(index))

@@ -58,6 +58,7 @@ registrations = st.builds(
     session=sessions,
     kv_pointers=numbers(u64),
     aux_pointers=numbers(u64),
+    wants_sums=st.booleans(),
     tp_rank=counts,
     tp_size=st.integers(1, 64),
     kv_item_len=counts,

@@ -38,7 +38,8 @@ ENTRIES, PAGES, PAGE_NBYTES, ROWS = 4, 16, 2048, 4
 AUX_NBYTES = (64, 16)
 SEED = 20260
 BOOTSTRAPPING, WAITING, TRANSFERRING, SUCCESS, FAILED = 1, 2, 3, 4, 0
-TIMEOUTS = RoomTimeouts(bootstrap_s=20, waiting_s=20, transfer_s=20, release_s=10, drain_margin_s=0.1)
+# checksum: a stock peer must never see a trace of it
+TIMEOUTS = RoomTimeouts(bootstrap_s=20, waiting_s=20, transfer_s=20, release_s=10, drain_margin_s=0.1, checksum=True)
 SEAT, SHAPE = Seat(0, 0, 0, 0), Shape(1, 1, 1, 1, 16, "bfloat16")
 WITHIN_S = 30
 
