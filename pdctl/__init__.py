@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pdctl.client import Exhaustion, RegistryClient
     from pdctl.config import Settings, load
     from pdctl.core.address import Endpoint
-    from pdctl.core.layout import Pool, Region
+    from pdctl.core.layout import KvLayout, Pool, RankPools, Region
     from pdctl.core.news import Changed, Listed, Picture
     from pdctl.core.plan import CopyPlan
     from pdctl.core.route import Announcement, Seat, Shape
@@ -44,6 +44,7 @@ __all__ = [
     "Endpoint",
     "Engine",
     "Exhaustion",
+    "KvLayout",
     "Listed",
     "MooncakeSettings",
     "PdctlError",
@@ -52,6 +53,7 @@ __all__ = [
     "PrefillNode",
     "ProbePolicy",
     "Prober",
+    "RankPools",
     "Receiver",
     "Region",
     "RegistryClient",
@@ -77,7 +79,7 @@ _ROOMS = {
     "client": ("Exhaustion", "RegistryClient"),
     "config": ("Settings", "load"),
     "core.address": ("Endpoint",),
-    "core.layout": ("Pool", "Region"),
+    "core.layout": ("KvLayout", "Pool", "RankPools", "Region"),
     "core.news": ("Changed", "Listed", "Picture"),
     "core.plan": ("CopyPlan",),
     "core.route": ("Announcement", "Seat", "Shape"),
