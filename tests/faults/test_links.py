@@ -136,10 +136,9 @@ async def test_a_stopped_peer_is_blocked_by_its_failed_transfer_and_back_when_it
             await write(engine, arena, peer, deadline_s=5.0)
 
 
-async def test_fifty_blocked_and_eight_of_them_stopped_the_healthy_are_back_within_two_intervals(
-    engine: Engine,
-) -> None:
-    policy = replace(QUICK, interval_s=1.0, max_interval_s=2.0, deadline_s=1.0)
+async def test_fifty_blocked_and_eight_of_them_stopped_no_healthy_one_waits_for_a_stopped_one(engine: Engine) -> None:
+    """How soon they are back is measured in `./dev bench links`; stock's single thread takes eight minutes."""
+    policy = replace(QUICK, deadline_s=30.0)
     with peers(42) as healthy, peers(8) as stopped:
         async with watching(engine, policy) as watch:
             for group in (healthy, stopped):
@@ -148,10 +147,11 @@ async def test_fifty_blocked_and_eight_of_them_stopped_the_healthy_are_back_with
             stopped.stop()
             for session in [*stopped.hello["sessions"], *healthy.hello["sessions"]]:
                 watch.prober.failed(session, Cause.PEER_GONE, "connection reset")
-            await until(lambda: watch.count("sglang:failed_session_recoveries_total") == 42, 2 * policy.interval_s)
+            await until(lambda: watch.count("sglang:failed_session_recoveries_total") == 42, 25.0)
             assert set(watch.table.blocked()) == set(stopped.hello["sessions"])
+            assert watch.unwell(Cause.TIMED_OUT) == 0, "the first question to a stopped one is not even over"
             stopped.resume()
-            await until(lambda: not watch.table.blocked(), policy.max_interval_s + policy.deadline_s + 1.0)
+            await until(lambda: not watch.table.blocked(), 25.0)
 
 
 async def test_a_killed_peer_stays_blocked_while_wanted_and_is_forgotten_when_idle(engine: Engine) -> None:
