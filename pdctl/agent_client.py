@@ -14,6 +14,7 @@ is retried, and a pool is not handed over again by itself: `lost` says when to.
 from __future__ import annotations
 
 import asyncio
+import io
 import itertools
 import json
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -97,8 +98,9 @@ class AgentClient:
 
     async def ask(self, method: str, path: str, body: object = None, **query: int) -> dict[str, Any]:
         """One request. Raises RoomFailed, BadField, CallerError, NotReady, Unreachable."""
+        data = None if body is None else io.BytesIO(json.dumps(body).encode())
         try:
-            async with self._session.request(method, path, json=body, params=query) as answer:
+            async with self._session.request(method, path, data=data, params=query) as answer:
                 return await _read(answer)
         except aiohttp.ClientError as error:
             raise self._unreachable(error) from error
@@ -106,7 +108,7 @@ class AgentClient:
     @asynccontextmanager
     async def _handed_over(self, offer: Offer) -> AsyncIterator[_Stream]:
         try:
-            answer = await self._session.post("/v1/rank", json=offer.to_body())
+            answer = await self._session.post("/v1/rank", data=io.BytesIO(json.dumps(offer.to_body()).encode()))
         except aiohttp.ClientError as error:
             raise self._unreachable(error) from error
         async with answer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -44,7 +45,7 @@ class AgentProcess:
         connector = aiohttp.UnixConnector(str(self.socket))
         async with (
             aiohttp.ClientSession("http://agent", connector=connector) as http,
-            http.request(method, path, data=data) as answer,
+            http.request(method, path, data=None if data is None else io.BytesIO(data)) as answer,
         ):
             return answer.status, await answer.json()
 

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import shutil
 import signal
+import stat
+import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, asynccontextmanager
@@ -17,7 +22,7 @@ import psutil
 import pytest
 
 from tests.agent_engine import Memory, arguments
-from tests.agents import AgentProcess, agent
+from tests.agents import AgentProcess, agent, offer
 from tests.engine.processes import Child
 from tests.service import Service, service, until
 
@@ -114,7 +119,7 @@ async def test_an_engine_that_is_killed_takes_its_rooms_its_seat_and_its_pool_al
         await until_open(it.prefill, 7)
         await until_open(it.decode, 8)
         it.sending.kill()
-        until(lambda: not mover.is_running() or mover.status() == psutil.STATUS_ZOMBIE, 1.0 + 0.5)
+        until(lambda: not lives(mover), 1.5)
         assert await seats(it.registry, "default") == []
         # its peer's room has ended too, and the next engine takes the pool's place
         with Child("tests.agent_engine", arguments("prefill", it.prefill.socket, tmp_path / "prefill.kv")) as after:
@@ -149,7 +154,7 @@ async def test_whoever_keeps_the_socket_takes_the_mover_along_when_it_is_killed(
         it.decode.process.kill()
         it.decode.process.wait()
         assert "ended" in (await waiting)["why"]
-        until(lambda: not mover.is_running(), 2.0)
+        until(lambda: not lives(mover), 2.0)
         assert "Unreachable" in (await it.receiving.ask("hand_over"))["error"]
         with agent(tmp_path / "d", "--registry", it.registry.url) as again:  # at the same path
             assert again.socket == it.decode.socket
@@ -165,7 +170,7 @@ async def test_an_agent_that_is_stopped_tells_its_engine_and_leaves_nothing(tmp_
         assert await waiting == {"why": "the agent was told to stop: hand over again"}
         assert it.prefill.process.wait(10) == 0
         assert not it.prefill.socket.exists()
-        until(lambda: not mover.is_running(), 2.0)
+        until(lambda: not lives(mover), 2.0)
         assert await seats(it.registry, "default") == []
 
 
@@ -209,6 +214,159 @@ async def test_a_room_that_fails_says_why_and_the_next_one_is_well(tmp_path: Pat
         assert "is outside the pool" not in told["error"]
         await it.idle()
         await it.move(2)
+
+
+async def test_a_child_that_the_engine_forked_does_not_keep_its_pool(tmp_path: Path) -> None:
+    """It has the engine's connection too, which stays open."""
+    async with pair(tmp_path) as it:
+        (mover,) = it.prefill.movers()
+        forked = psutil.Process((await it.sending.ask("fork"))["pid"])
+        try:
+            it.sending.kill()
+            until(lambda: not lives(mover), 1.5)
+            assert lives(forked)
+        finally:
+            forked.kill()
+
+
+async def test_a_socket_serves_one_rank_and_says_whose(tmp_path: Path, memory: Memory) -> None:
+    async with pair(tmp_path) as it:
+        status, said = await it.prefill.ask("POST", "/v1/rank", offer(memory))
+        assert status == 409
+        assert f"process {it.sending.pid} has handed over its pool here" in said["error"]["message"]
+        await it.move(1)
+
+
+MISTAKES: list[tuple[str, str, str, bytes | None, int, str]] = [
+    ("no JSON", "POST", "/v1/rank", b"{", 400, "body: is no JSON"),
+    ("too deep", "POST", "/v1/rank", b"[" * 200_000, 400, "body: is no JSON"),
+    ("no object", "POST", "/v1/rank", b"[]", 400, "body: is a list: send an object"),
+    ("no fields", "POST", "/v1/rank", b"{}", 400, "memory: is missing"),
+    ("too large", "POST", "/v1/rank", b" " * (9 << 20), 413, "body is over 8388608 bytes"),
+    ("nothing there", "GET", "/v1/rank", None, 404, "no pool has been handed over"),
+    ("no pool yet", "POST", "/v1/sending/1", b"{}", 404, "no pool has been handed over"),
+    ("no room", "POST", "/v1/sending/x", b"{}", 400, "room: is 'x': give a number"),
+    ("another path", "GET", "/v2", None, 404, "GET /v2 is not served"),
+    ("another method", "PUT", "/v1/rank", None, 405, "PUT /v1/rank is not served"),
+]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "raw", "status", "said"), [m[1:] for m in MISTAKES], ids=[m[0] for m in MISTAKES]
+)
+async def test_a_mistake_is_answered_with_its_name_and_changes_nothing(
+    lone: AgentProcess, method: str, path: str, raw: bytes | None, status: int, said: str
+) -> None:
+    (mover,) = lone.movers()
+    got, answer = await lone.ask(method, path, raw=raw)
+    assert got == status
+    assert answer["error"]["message"].startswith(said)
+    assert [each.pid for each in lone.movers()] == [mover.pid]
+
+
+async def test_memory_that_is_not_what_was_said_is_refused_before_it_is_registered(
+    lone: AgentProcess, memory: Memory
+) -> None:
+    for change, said in (
+        ({"path": "/none"}, "memory.0.path: /none cannot be opened"),
+        ({"nbytes": 1 << 40}, "memory.0.nbytes: ends at"),
+        ({"offset": 1}, "memory.0.offset: is 1: give a multiple of 4096"),
+    ):
+        wrong = offer(memory)
+        wrong["memory"][0] |= change
+        status, answer = await lone.ask("POST", "/v1/rank", wrong)
+        assert (status, answer["error"]["kind"]) == (400, "BadField")
+        assert answer["error"]["message"].startswith(said)
+    (mover,) = lone.movers()
+    assert not any(memory.arena.handed.memory.name in line for line in maps(mover))
+
+
+async def test_device_memory_is_refused_where_no_device_can_be_opened(lone: AgentProcess, memory: Memory) -> None:
+    device = offer(memory)
+    nbytes = device["memory"][0]["nbytes"]
+    device["memory"][0] = {"kind": "cuda_ipc", "handle": "ab" * 64, "nbytes": nbytes}
+    status, answer = await lone.ask("POST", "/v1/rank", device)
+    assert (status, answer["error"]["field"]) == (400, "memory.0.kind")
+    assert "hand over memory of the host" in answer["error"]["message"]
+
+
+async def test_what_a_room_cannot_be_is_refused_and_the_rank_goes_on(tmp_path: Path) -> None:
+    async with pair(tmp_path) as it:
+        p, d, sending, receiving = it.prefill, it.decode, "/v1/sending/1", "/v1/receiving/1"
+        cases: list[tuple[AgentProcess, str, dict[str, Any], int, str]] = [
+            (p, sending, {}, 400, "ticket: is missing"),
+            (p, sending, {"ticket": 9, "pages": [64]}, 400, "pages: has 64 to 64: give 0 to 63"),
+            (p, sending, {"ticket": 9, "pages": [1.0]}, 400, "pages: is no list of integers"),
+            (p, sending, {"ticket": 9, "aux": 1}, 400, "aux: is no field"),
+            (p, f"{sending}/pages", {"pages": [1]}, 404, "room 1 is not open"),
+            (p, receiving, {"ticket": 9, "pages": [1], "aux_row": 0}, 400, "room 1 cannot be received"),
+            (d, receiving, {"ticket": 9, "pages": [1]}, 400, "aux_row: is missing"),
+            (d, receiving, {"ticket": 9, "pages": [1], "aux_row": 8}, 400, "aux_row: is 8"),
+            (d, receiving, {"ticket": 9, "pages": [1, 1], "aux_row": 0}, 400, "a page is named twice"),
+            (d, sending, {"ticket": 9}, 400, "room 1 cannot be sent"),
+        ]
+        for at, path, body, status, said in cases:
+            got, answer = await at.ask("POST", path, body)
+            assert got == status, answer
+            assert answer["error"]["message"].startswith(said)
+        await it.idle()
+        await it.move(1)
+
+
+async def test_a_request_that_comes_after_its_own_end_is_refused(tmp_path: Path) -> None:
+    """Its pages were given back when the agent had not heard of it."""
+    async with pair(tmp_path) as it:
+        assert await it.decode.ask("DELETE", "/v1/receiving/1?ticket=77") == (200, {"free": True})
+        status, answer = await it.decode.ask("POST", "/v1/receiving/1", {"ticket": 77, "pages": [1], "aux_row": 0})
+        assert (status, answer["error"]["message"].partition(":")[0]) == (400, "ticket 77 was given up before")
+        await it.receiving.ask("open", room=1)
+        await until_open(it.decode, 1)
+        assert await it.decode.ask("DELETE", "/v1/receiving/1?ticket=78") == (200, {"free": True})
+        assert 1 in (await it.decode.ask("GET", "/v1/rank"))[1]["rooms"]  # it has another ticket
+
+
+AS_SOMEBODY = r"""
+import json, os, socket, sys
+path, user, body = sys.argv[1], int(sys.argv[2]), sys.argv[3].encode()
+os.setgid(user), os.setuid(user)
+with socket.socket(socket.AF_UNIX) as s:
+    s.connect(path)
+    s.sendall(b"POST /v1/rank HTTP/1.1\r\nHost: a\r\nConnection: close\r\n")
+    s.sendall(b"Content-Length: %d\r\n\r\n" % len(body) + body)
+    print(s.makefile("rb").read().decode())
+"""
+
+
+async def as_somebody(user: int, at: AgentProcess, body: object) -> str:
+    child = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", AS_SOMEBODY, str(at.socket), str(user), json.dumps(body)),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    out, _ = await asyncio.wait_for(child.communicate(), 30)
+    return out.decode()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+async def test_only_its_owner_and_who_was_named_may_speak_to_it(tmp_path: Path, memory: Memory) -> None:
+    run = Path(tempfile.mkdtemp(dir="/tmp"))  # the tests' own directories are closed to others
+    try:
+        with agent(tmp_path / "own", socket=run / "own.sock") as own:
+            assert stat.S_IMODE(own.socket.stat().st_mode) == 0o600
+            assert "PermissionError" in await as_somebody(65534, own, {})
+            os.chmod(run, 0o711)
+            own.socket.chmod(0o666)  # were it open: the kernel still says who asks
+            assert "user 65534 may not speak to this agent" in await as_somebody(65534, own, {})
+        with agent(tmp_path / "named", "--user", "65534", socket=run / "named.sock") as named:
+            assert "user 65533 may not speak to this agent" in await as_somebody(65533, named, {})
+            # allowed to speak, and still no way to the files of the agent's user
+            assert "belongs to user 0, not to yours (65534)" in await as_somebody(65534, named, offer(memory))
+    finally:
+        shutil.rmtree(run)
+
+
+def lives(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
 def maps(process: psutil.Process) -> list[str]:
