@@ -67,7 +67,8 @@ async def ask_service(settings: Settings, session: str) -> Verdict:
     """Let the service ask now: it has the link, and knows which life is meant."""
     async with _service(settings) as client:
         row = await client.tell("probe of a session", "POST", f"{_path(session)}/probe", _row)
-    return Verdict(session, bool(needed(row, "works")), row.get("depth"), str(needed(row, "detail")), row["seconds"])
+    works, detail, seconds = (needed(row, name) for name in ("works", "detail", "seconds"))
+    return Verdict(session, bool(works), row.get("depth"), str(detail), float(seconds))
 
 
 async def ask(settings: Settings, session: str, deadline_s: float, wanted: Depth) -> Verdict:

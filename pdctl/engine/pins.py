@@ -20,6 +20,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from weakref import WeakValueDictionary
 
 import structlog
 
@@ -43,7 +44,7 @@ STALE = "stale descriptor: lane made anew"
 WEDGED = "wedged lane: moved to a fresh engine"
 _NONCE, _BYTE, _COMPARED = "nonce written and read back", "one byte read", "descriptor compared"
 
-# Every lane takes a name that is never used again, and there are 28,000: a peer that stays sick gets one now and then.
+# What the engine has known by a name it never forgets: a peer that stays sick gets new names now and then.
 _REMAKE_S = 10.0
 _MOST_SCOUTS = 1024
 # An answer takes a millisecond, and half of the probe's second is waited for it.
@@ -157,7 +158,7 @@ class Pins:
         self._pins: dict[str, Pin] = {}
         # Peers that were proven before anybody used them: each look would take a lane's name otherwise.
         self._scouts: OrderedDict[str, Pin] = OrderedDict()
-        self._asking: dict[str, asyncio.Lock] = {}
+        self._asking: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # while somebody asks, or waits to
 
     async def meet(self, session: str, plan: CopyPlan, until: float) -> Pin:
         """The pinned life, proven well where that is due, whose regions hold all of `plan.dst`."""

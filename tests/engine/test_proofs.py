@@ -111,6 +111,14 @@ async def test_nobody_there_is_refused(stage: Stage) -> None:
     assert (await failure(stage.engine.prove("127.0.0.1:1", deadline_s=5))).cause is Cause.REFUSED
 
 
+async def test_whoever_was_asked_and_is_not_there_leaves_nothing_behind(stage: Stage) -> None:
+    """Anybody may name an address to be asked."""
+    assert isinstance(stage.engine, PromisedEngine)
+    for n in range(50):
+        await failure(stage.engine.prove(f"127.0.0.1:{n + 1}", deadline_s=5))
+    assert len(stage.engine._pins._asking) == 0
+
+
 async def test_a_hung_peer_costs_a_proof_its_own_deadline_and_nobody_elses(stage: Stage) -> None:
     hung, well = await stage.far(), await stage.far()
     await stage.engine.write(hung.session, one_byte(stage, hung), deadline_s=5)
