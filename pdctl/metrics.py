@@ -438,7 +438,12 @@ class SessionMetrics:
         self._doubt = Gauge(
             "pdctl_session_doubt", "1 while time-outs block nobody because the fault may be here.", registry=registry
         )
-        for cause in Cause:  # a series that is there from the start can be alerted on
+        self._out = {state: 0 for state in State if state is not State.TRUSTED}
+        self._begin_at_0()
+
+    def _begin_at_0(self) -> None:
+        """A series that is there from the start can be alerted on."""
+        for cause in Cause:
             if cause.speaks_of_peer:
                 self._blocked.labels(cause)
             if cause.speaks_of_peer and cause is not Cause.PEER_CHANGED:
@@ -448,7 +453,6 @@ class SessionMetrics:
             self._probes.labels(depth.name.lower(), "well")
         for kind in ChangeKind:
             self._changes.labels(kind)
-        self._out = {state: 0 for state in State if state is not State.TRUSTED}
         self._states.labels(State.TRUSTED)
         for state in self._out:
             self._states.labels(state).set_function(partial(self._out.__getitem__, state))
