@@ -40,7 +40,7 @@ log = structlog.get_logger(__name__)
 
 ATTEMPTS = 1 + 4  # each of a lane's connections can be stale; an attempt meets one at least, and none of them again
 
-STALE = "stale descriptor: lane made anew"
+STALE = "stale connections: lane made anew"
 WEDGED = "wedged lane: moved to a fresh engine"
 _NONCE, _BYTE, _COMPARED = "nonce written and read back", "one byte read", "descriptor compared"
 
