@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pdctl.client import Exhaustion, RegistryClient
     from pdctl.config import Settings, load
     from pdctl.core.address import Endpoint
-    from pdctl.core.layout import KvLayout, Pool, RankPools, Region
+    from pdctl.core.layout import Heads, Kind, KvLayout, Pool, RankPools, Region
     from pdctl.core.news import Changed, Listed, Picture
     from pdctl.core.plan import CopyPlan
     from pdctl.core.route import Announcement, Seat, Shape
@@ -44,6 +44,8 @@ __all__ = [
     "Endpoint",
     "Engine",
     "Exhaustion",
+    "Heads",
+    "Kind",
     "KvLayout",
     "Listed",
     "MooncakeSettings",
@@ -79,7 +81,7 @@ _ROOMS = {
     "client": ("Exhaustion", "RegistryClient"),
     "config": ("Settings", "load"),
     "core.address": ("Endpoint",),
-    "core.layout": ("KvLayout", "Pool", "RankPools", "Region"),
+    "core.layout": ("Heads", "Kind", "KvLayout", "Pool", "RankPools", "Region"),
     "core.news": ("Changed", "Listed", "Picture"),
     "core.plan": ("CopyPlan",),
     "core.route": ("Announcement", "Seat", "Shape"),
