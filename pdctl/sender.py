@@ -181,7 +181,9 @@ class Sender:
         self._peers[said.session] = said
         self._peers.move_to_end(said.session)
         while len(self._peers) > self.limits.max_peers:
-            self._peers.popitem(last=False)
+            unused, _ = self._peers.popitem(last=False)
+            if not self._rooms_of[unused]:
+                self.engine.forget(unused)  # what it holds for a life: a port, a tether, connections
         if before is not None and before != said:
             for room in list(self._rooms.values()):
                 room.peer_replaced(said.session)

@@ -433,6 +433,22 @@ async def test_the_peer_unused_for_longest_is_forgotten(clock: Clock) -> None:
         for n in (1, 2, 1, 3):
             rig.decode(n).register()
         assert set(rig.sender.sessions) == {"10.0.0.1:15999", "10.0.0.3:15999"}
+        unused, newest = rig.engine.forgotten[-2:]
+        assert (unused, newest) == ("10.0.0.2:15999", "10.0.0.3:15999"), "the engine lets go of what it held for it"
+
+
+async def test_a_peer_that_is_forgotten_in_the_midst_of_a_room_keeps_its_way_there(clock: Clock) -> None:
+    async with rig_of(clock, limits=SenderLimits(max_peers=1)) as rig:
+        used, other = rig.decode(1), rig.decode(2)
+        used.register()
+        async with rig.sender.open(5) as room:
+            used.name(5, [1])
+            await room.peers_ready()
+            other.register()
+            assert rig.engine.forgotten == ["10.0.0.1:15999", "10.0.0.2:15999"], "as both have registered, and no more"
+            await room.send(np.array([0]))
+            await room.finish(0)
+        assert rig.engine.written
 
 
 async def test_a_room_aborted_before_it_was_opened_fails_at_once(rig: Rig) -> None:
