@@ -17,6 +17,7 @@ from pdctl.core.plan import CopyPlan
 from pdctl.errors import Cause
 
 Verdict = tuple[Cause, str]
+_AT_ONCE = 1024
 Block = tuple[int, int, int]
 
 
@@ -66,6 +67,7 @@ class Transfer:
 
     `faith`: what `lane.failures` was when the peer was last proven well. `rest` is resolved, with the verdict, when no
     block is in the carrier's hands and none will be.
+    `credit`: bytes that it may submit before the next transfer's turn; the carrier's.
     """
 
     lane: Lane
@@ -75,13 +77,15 @@ class Transfer:
     total: int
     rest: asyncio.Future[Verdict | None]
     verdict: Verdict | None = None
+    by_another: bool = False
     submitted: int = 0
     in_flight: int = 0
+    credit: int = 0
 
-    def stop(self, cause: Cause, detail: str) -> None:
-        """Submit no more of it; from any thread."""
+    def stop(self, cause: Cause, detail: str, *, by_another: bool = False) -> None:
+        """Submit no more of it; from any thread. `by_another`: none of its own blocks has failed, one beside it has."""
         if self.verdict is None:
-            self.verdict = (cause, detail)
+            self.verdict, self.by_another = (cause, detail), by_another
 
     @property
     def exhausted(self) -> bool:
@@ -98,7 +102,10 @@ class Transfer:
 
 
 def blocks(plan: CopyPlan) -> Iterator[Block]:
-    return zip(plan.src.tolist(), plan.dst.tolist(), plan.nbytes.tolist(), strict=True)
+    """Numbers are made as they are needed, by the thread that needs them: half a million at once take 0.1 s."""
+    for first in range(0, len(plan), _AT_ONCE):
+        part = slice(first, first + _AT_ONCE)
+        yield from zip(plan.src[part].tolist(), plan.dst[part].tolist(), plan.nbytes[part].tolist(), strict=True)
 
 
 def split(plan: CopyPlan, limit: int) -> CopyPlan:

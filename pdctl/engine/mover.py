@@ -42,6 +42,11 @@ Submit = Callable[[str, int, int, int], int]
 _BRISK_S, _CALM_S, _CALM_AFTER_S = 200e-6, 2e-3, 50e-3
 _GOODBYE_S = 0.1
 
+# Transfers of one peer take turns by what their blocks take of it, not block by block: 256 blocks of 4 KiB beside
+# blocks of 1 MiB took 200 to 370 ms that way, 20 alone, and 34 to 51 this way. A block costs about 30 us whatever its
+# size (MOONCAKE_FACTS 3.4).
+_SHARE, _BLOCK_COST = 256 << 10, 32 << 10
+
 
 @dataclass(frozen=True, slots=True)
 class Calls:
@@ -193,7 +198,8 @@ class _Window:
 
     def add(self, transfer: Transfer) -> None:
         if transfer.faith != transfer.lane.failures:
-            transfer.stop(Cause.PEER_GONE, "another transfer with this peer has failed meanwhile")
+            transfer.stop(Cause.PEER_GONE, "another transfer with this peer has failed meanwhile", by_another=True)
+        transfer.credit = _SHARE
         self.waiting.append(transfer)
 
     def turn(self, *, prune: bool) -> bool:
@@ -209,7 +215,7 @@ class _Window:
     def fail(self, cause: Cause, detail: str) -> None:
         """Stop what has blocks left to submit to this peer: whoever answers there now may be another process (H6)."""
         for transfer in self.waiting:
-            transfer.stop(cause, detail)
+            transfer.stop(cause, detail, by_another=True)
         self._prune()
 
     def _prune(self) -> None:
@@ -223,16 +229,22 @@ class _Window:
         # SIGSTOP, 27 of 46 failed a block at once when several came together, 0 of 42 when one came first.
         while self.waiting and len(self.flying) < (self.size if self.waiting[0].lane.proven else 1):
             transfer = self.waiting.popleft()
+            if transfer.credit <= 0 and self.waiting:
+                transfer.credit += _SHARE
+                self.waiting.append(transfer)
+                continue
             if not transfer.exhausted:
                 self._submit(transfer)
             if not transfer.exhausted:
-                self.waiting.append(transfer)
+                self.waiting.appendleft(transfer)
             else:
                 self._tell_if_at_rest([transfer])
 
     def _submit(self, transfer: Transfer) -> None:
         block, way = next(transfer.blocks), transfer.lane.way()
         transfer.submitted += 1
+        # One block of debt at most: who was alone for long owes nothing to who comes then.
+        transfer.credit = max(transfer.credit, 0) - max(block[2], _BLOCK_COST)
         if way.sure:
             self._send(transfer, way, block)
         else:

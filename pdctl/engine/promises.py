@@ -27,6 +27,10 @@ from pdctl.errors import BadField, Cause, TransferFailed
 log = structlog.get_logger(__name__)
 
 
+class _BesideAnother(TransferFailed):
+    """None of its own blocks has failed: it was stopped because one of another transfer with the same peer had."""
+
+
 class PromisedEngine:
     """See engine/base.py for what each method promises. Used on the loop it was made on."""
 
@@ -135,11 +139,15 @@ class PromisedEngine:
         if not len(plan):
             return
         self._check_local(session, plan)
-        for left in reversed(range(ATTEMPTS)):
+        left = ATTEMPTS
+        while True:
             try:
                 await self._attempt(session, plan, until, deadline_s, direction)
-                break
+                return
             except TransferFailed as failure:
+                # What another's failure has ended is no attempt of its own: beside a write whose every attempt failed,
+                # from memory that was registered and not mapped, one good write in six failed with it.
+                left -= not isinstance(failure, _BesideAnother)
                 if not left or failure.cause is not Cause.PEER_GONE:
                     raise
                 if not await self._is_well_after_all(session, plan, until):
@@ -195,7 +203,7 @@ class PromisedEngine:
             raise TransferFailed(Cause.TIMED_OUT, session, detail, settled=False)
         verdict = transfer.rest.result()
         if verdict is not None:
-            raise TransferFailed(verdict[0], session, verdict[1])
+            raise (_BesideAnother if transfer.by_another else TransferFailed)(verdict[0], session, verdict[1])
 
     def _stop(self, transfer: Transfer, cause: Cause, detail: str) -> None:
         transfer.stop(cause, detail)

@@ -141,6 +141,11 @@ class DecodeRank(Rank):
     async def receive(self, room: int, prefill: str, pages: list[int], row: int) -> dict[str, Any]:
         return self.start(room, self._receive(room, Endpoint.parse(prefill), pages, row))
 
+    async def spoil(self, entry: int, page: int) -> dict[str, Any]:
+        """One bit of a page turns over."""
+        self.kv[entry][page, 100] ^= 1
+        return {}
+
     async def abort(self, room: int) -> dict[str, Any]:
         self.rooms[room].cancel()
         await asyncio.wait([self.rooms.pop(room)])

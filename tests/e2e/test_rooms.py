@@ -18,7 +18,7 @@ PREFILL_EMPTY: dict[str, list[int]] = {"rooms": [], "early": [], "quarantine": [
 DECODE_EMPTY: dict[str, list[int]] = {"rooms": [], "quarantine": []}
 
 
-def rank(role: str, kv: Kv, host: str = "127.0.0.1", /, **timeouts: float) -> Child:
+def rank(role: str, kv: Kv, host: str = "127.0.0.1", /, **timeouts: float | bool) -> Child:
     settings = {"role": role, "kv": dataclasses.asdict(kv), "timeouts": {**QUICK, **timeouts}, "host": host}
     return Child("tests.e2e.rank", json.dumps(settings))
 
@@ -150,4 +150,31 @@ async def test_a_stopped_prefill_keeps_the_pages_in_quarantine_until_it_has_answ
         assert (await decode.ask("let_go", n=1))["released"] == [[0, 1]]  # though its engine still computes
         await prefill.ask("proceed")
         assert "has given the room up" in await why(prefill, 7)
+        await assert_empty(prefill, decode)
+
+
+@pytest.mark.parametrize("checksum", [False, True], ids=["plain", "checked"])
+async def test_a_small_room_beside_a_large_one_ends_first(checksum: bool) -> None:
+    with rank("prefill", BIG, checksum=checksum) as prefill, rank("decode", BIG, checksum=checksum) as decode:
+        large, small = list(range(1, 47)), [47]
+        await prefill.ask("send", room=1, chunks=[large], row=0)
+        await decode.ask("receive", room=1, prefill=prefill.hello["link"], pages=large, row=0)
+        await prefill.ask("send", room=2, chunks=[small], row=1)
+        await decode.ask("receive", room=2, prefill=prefill.hello["link"], pages=small, row=1)
+        assert await why(decode, 2) == await why(prefill, 2) == ""
+        assert (await decode.ask("state"))["rooms"] == [1], "184 MiB that began before it are still on their way"
+        assert await why(decode, 1) == await why(prefill, 1) == ""
+        assert await digest(decode, large, 0) == await digest(prefill, large, 0)
+        await assert_empty(prefill, decode)
+
+
+async def test_real_bytes_that_change_on_their_way_fail_the_room_and_name_the_page() -> None:
+    with rank("prefill", MHA, checksum=True) as prefill, rank("decode", MHA, checksum=True) as decode:
+        await prefill.ask("send", room=7, chunks=[[5, 6, 7], [30]], row=2, paced=True)
+        await receive(decode, prefill, 7, [9, 10, 11, 3], 5)
+        await decode.ask("spoil", entry=4, page=10)
+        await prefill.ask("proceed")
+        assert "page 10: not what prefill rank 0 sent, by checksum" in await why(decode, 7)
+        assert await decode.ask("let_go", n=1) == {"released": [[9, 10, 11, 3]]}
+        await prefill.ask("result", room=7)
         await assert_empty(prefill, decode)

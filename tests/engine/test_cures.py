@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import mmap
 import os
 import threading
 import time
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 from structlog.testing import capture_logs
 
+from pdctl.core.layout import Region
 from pdctl.core.plan import CopyPlan
 from pdctl.core.sessions import Depth
 from pdctl.engine.base import Engine, Proof
@@ -471,3 +473,19 @@ async def test_a_plan_may_not_name_the_canary_as_its_source(peers: Peers) -> Non
         assert isinstance(stage.engine, PromisedEngine)
         plan = CopyPlan.of((stage.engine.canary.region.pointer, far.pointer, 16))
         assert (await failure(stage.engine.write(far.session, plan, deadline_s=5))).cause is Cause.LOCAL
+
+
+async def test_writes_that_fail_by_their_own_fault_take_no_neighbour_along(peers: Peers) -> None:
+    """Memory that is registered and not mapped: each block of it costs the peer's other transfers one stop."""
+    async with staged(peers) as stage:
+        far = await stage.far()
+        unmapped = Region(np.frombuffer(mmap.mmap(-1, 1 << 16, prot=0), np.uint8).ctypes.data, 1 << 16)
+        await stage.engine.register(unmapped)
+        stage.memory[:] = 7
+        good = asyncio.create_task(stage.engine.write(far.session, stage.plan(far, block=4096), deadline_s=20))
+        for _ in range(4):
+            bad = CopyPlan.of((unmapped.pointer, far.pointer, 4096))
+            assert (await failure(stage.engine.write(far.session, bad, deadline_s=20))).settled
+        await good
+        assert await far.count(7) == 4 * MIB
+        await stage.engine.unregister(unmapped)

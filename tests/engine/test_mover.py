@@ -51,3 +51,52 @@ async def test_a_block_that_ends_together_with_anothers_greeting_does_not_end_th
     window.turn(prune=False)
     assert told == [transfer]
     assert window.empty
+
+
+def transfer_of(lane: Lane, first: int, n: int, nbytes: int) -> Transfer:
+    """Of `n` blocks, told apart by where they go: from `first` on."""
+    plan: list[Block] = [(first + k, first + k, nbytes) for k in range(n)]
+    return Transfer(lane, 0, Direction.WRITE, iter(plan), n, asyncio.get_running_loop().create_future())
+
+
+def order_of(window: _Window, engine: Engine, *transfers: Transfer) -> list[object]:
+    """Where blocks go, in the order in which they were submitted, one at a time."""
+    for transfer in transfers:
+        window.add(transfer)
+    while not window.empty:
+        window.turn(prune=False)
+        engine.end_all()
+    return [at for _, at in engine.submitted]
+
+
+async def test_a_transfer_of_small_blocks_does_not_wait_for_a_large_block_each() -> None:
+    engine = Engine()
+    lane = Lane(f"way {n}" for n in itertools.count())
+    window = _Window(1, 1.0, engine.calls(), lambda _: None)
+    large, small = transfer_of(lane, 1000, 20, 1 << 20), transfer_of(lane, 1, 64, 4 << 10)
+    order = order_of(window, engine, large, small)
+    before = [at for at in order[: order.index(64)] if isinstance(at, int) and at >= 1000]
+    assert 1 <= len(before) <= 3, "64 blocks of 4 KiB cost about as much as 2 of 1 MiB"
+    assert sorted(order, key=str) == sorted([*range(1000, 1020), *range(1, 65)], key=str)
+
+
+async def test_equal_transfers_take_turns() -> None:
+    engine = Engine()
+    lane = Lane(f"way {n}" for n in itertools.count())
+    window = _Window(1, 1.0, engine.calls(), lambda _: None)
+    order = order_of(window, engine, *(transfer_of(lane, first, 6, 1 << 20) for first in (100, 200, 300)))
+    assert [int(str(at)) // 100 for at in order[:6]] == [1, 2, 3, 1, 2, 3]
+
+
+async def test_who_was_alone_for_long_is_not_in_debt_to_who_comes_then() -> None:
+    engine = Engine()
+    lane = Lane(f"way {n}" for n in itertools.count())
+    window = _Window(1, 1.0, engine.calls(), lambda _: None)
+    old, new = transfer_of(lane, 100, 40, 1 << 20), transfer_of(lane, 200, 40, 1 << 20)
+    window.add(old)
+    for _ in range(20):
+        window.turn(prune=False)
+        engine.end_all()
+    n = len(engine.submitted)
+    order = order_of(window, engine, new)[n : n + 10]
+    assert 4 <= len([at for at in order if int(str(at)) < 200]) <= 6
