@@ -154,7 +154,9 @@ class Engine:
             return {"why": await self.rank.lost()}
 
     async def free_pages(self) -> dict[str, Any]:
-        return {"freed": sorted(self.freed)}
+        """Since the last question."""
+        freed, self.freed = sorted(self.freed), []
+        return {"freed": freed}
 
     async def leave(self) -> dict[str, Any]:
         """Take the pool back, and its name away."""

@@ -11,8 +11,8 @@ import stat
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import ExitStack, asynccontextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,8 +58,8 @@ class Pair:
         return [card[table] for card in cards for table in ("rooms", "tickets", "quarantine")]
 
 
-@asynccontextmanager
-async def pair(at: Path, shared: str = "file") -> AsyncIterator[Pair]:
+@contextmanager
+def pair(at: Path, shared: str = "file") -> Iterator[Pair]:
     def place(side: str) -> str | Path:
         return at / f"{side}.kv" if shared == "file" else f"/pdctl-test-{os.getpid()}-{side}"
 
@@ -72,13 +72,28 @@ async def pair(at: Path, shared: str = "file") -> AsyncIterator[Pair]:
         ]
         for engine in engines:
             assert engine.hello == {"mooncake": False}
-            assert "session" in await engine.ask("hand_over")
-            assert await engine.ask("registered") == {}
+            assert "session" in engine.ask_now("hand_over")
+            assert engine.ask_now("registered") == {}
         it = Pair(registry, sides[0], sides[1], engines[0], engines[1])
         yield it
         for engine in engines:
             if engine.is_alive:
-                assert await engine.ask("leave") == {}
+                assert engine.ask_now("leave") == {}
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    with pair(tmp_path_factory.mktemp("both")) as it:
+        yield it
+
+
+@pytest.fixture
+async def calm(both: Pair) -> Pair:
+    """A pair that other tests have used, and will: nothing of them is left."""
+    await both.idle()
+    for engine in (both.sending, both.receiving):
+        engine.ask_now("free_pages")
+    return both
 
 
 @pytest.fixture
@@ -97,7 +112,7 @@ def lone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AgentProcess]:
 
 @pytest.mark.parametrize("shared", ["file", "POSIX shared memory"])
 async def test_pages_move_between_two_engines_that_have_no_transfer_engine(tmp_path: Path, shared: str) -> None:
-    async with pair(tmp_path, shared) as it:
+    with pair(tmp_path, shared) as it:
         await it.move(1)
         told, found = await asyncio.gather(
             it.sending.ask("send_at_once", room=2, pages=ALL),
@@ -110,7 +125,7 @@ async def test_pages_move_between_two_engines_that_have_no_transfer_engine(tmp_p
 
 
 async def test_an_engine_that_is_killed_takes_its_rooms_its_seat_and_its_pool_along(tmp_path: Path) -> None:
-    async with pair(tmp_path) as it:
+    with pair(tmp_path) as it:
         (mover,) = it.prefill.movers()
         kv = str(tmp_path / "prefill.kv")
         assert any(kv in line for line in maps(mover))
@@ -132,7 +147,7 @@ async def test_an_engine_that_is_killed_takes_its_rooms_its_seat_and_its_pool_al
 
 
 async def test_an_engine_hears_at_once_that_its_agent_is_killed_and_hands_over_again(tmp_path: Path) -> None:
-    async with pair(tmp_path) as it:
+    with pair(tmp_path) as it:
         await it.receiving.ask("open", room=3)
         await until_open(it.decode, 3)
         (mover,) = it.decode.movers()
@@ -148,7 +163,7 @@ async def test_an_engine_hears_at_once_that_its_agent_is_killed_and_hands_over_a
 
 
 async def test_whoever_keeps_the_socket_takes_the_mover_along_when_it_is_killed(tmp_path: Path) -> None:
-    async with pair(tmp_path) as it:
+    with pair(tmp_path) as it:
         (mover,) = it.decode.movers()
         waiting = asyncio.create_task(it.receiving.ask("lost"))
         it.decode.process.kill()
@@ -163,7 +178,7 @@ async def test_whoever_keeps_the_socket_takes_the_mover_along_when_it_is_killed(
 
 
 async def test_an_agent_that_is_stopped_tells_its_engine_and_leaves_nothing(tmp_path: Path) -> None:
-    async with pair(tmp_path) as it:
+    with pair(tmp_path) as it:
         (mover,) = it.prefill.movers()
         waiting = asyncio.create_task(it.sending.ask("lost"))
         it.prefill.process.send_signal(signal.SIGTERM)
@@ -174,51 +189,51 @@ async def test_an_agent_that_is_stopped_tells_its_engine_and_leaves_nothing(tmp_
         assert await seats(it.registry, "default") == []
 
 
-async def test_an_aborted_room_fails_at_both_sides_and_frees_its_pages(tmp_path: Path) -> None:
-    async with pair(tmp_path) as it:
-        await it.sending.ask("open", room=1)
-        await until_open(it.prefill, 1)
-        assert await it.sending.ask("abort", room=1) == {}
-        assert "the prefill engine left the room" in (await it.sending.ask("outcomes"))["outcomes"][0]
-        await it.receiving.ask("open", room=2)
-        await until_open(it.decode, 2)
-        assert await it.receiving.ask("abort", room=2) == {}
-        assert "this engine has given it up" in (await it.receiving.ask("outcomes"))["outcomes"][0]
-        assert "gave the room up" in (await it.sending.ask("send", room=2, chunks=[[1]]))["error"]
-        await it.idle()
-        assert await it.receiving.ask("free_pages") == {"freed": [1, 2]}
-        await it.move(1)  # both ids can be used again
+async def test_an_aborted_room_fails_at_both_sides_and_frees_its_pages(calm: Pair) -> None:
+    it = calm
+    await it.sending.ask("open", room=1)
+    await until_open(it.prefill, 1)
+    assert await it.sending.ask("abort", room=1) == {}
+    assert "the prefill engine left the room" in (await it.sending.ask("outcomes"))["outcomes"][0]
+    await it.receiving.ask("open", room=2)
+    await until_open(it.decode, 2)
+    assert await it.receiving.ask("abort", room=2) == {}
+    assert "this engine has given it up" in (await it.receiving.ask("outcomes"))["outcomes"][0]
+    assert "gave the room up" in (await it.sending.ask("send", room=2, chunks=[[1]]))["error"]
+    await it.idle()
+    assert await it.receiving.ask("free_pages") == {"freed": [1, 2]}
+    await it.move(1)  # both ids can be used again
 
 
-async def test_a_call_that_is_cancelled_gives_its_room_up(tmp_path: Path) -> None:
-    async with pair(tmp_path) as it:
-        await it.sending.ask("open", room=1)
-        await it.receiving.ask("open", room=2)
-        await until_open(it.prefill, 1)
-        await until_open(it.decode, 2)
-        for engine in (it.sending, it.receiving):
-            assert await engine.ask("cancel") == {}
-        await it.idle()
-        assert await it.receiving.ask("free_pages") == {"freed": [1, 2]}
-        await it.move(1)
+async def test_a_call_that_is_cancelled_gives_its_room_up(calm: Pair) -> None:
+    it = calm
+    await it.sending.ask("open", room=1)
+    await it.receiving.ask("open", room=2)
+    await until_open(it.prefill, 1)
+    await until_open(it.decode, 2)
+    for engine in (it.sending, it.receiving):
+        assert await engine.ask("cancel") == {}
+    await it.idle()
+    assert await it.receiving.ask("free_pages") == {"freed": [1, 2]}
+    await it.move(1)
 
 
-async def test_a_room_that_fails_says_why_and_the_next_one_is_well(tmp_path: Path) -> None:
-    async with pair(tmp_path) as it:
-        told, found = await asyncio.gather(
-            it.sending.ask("send", room=1, chunks=[[1, 2, 3]]),
-            it.receiving.ask("receive", room=1, pages=[4, 5], sent=[1, 2]),
-        )
-        assert "named 2 pages and page 3 is being sent" in told["error"]
-        assert "named 2 pages and page 3 is being sent" in found["error"]
-        assert "is outside the pool" not in told["error"]
-        await it.idle()
-        await it.move(2)
+async def test_a_room_that_fails_says_why_and_the_next_one_is_well(calm: Pair) -> None:
+    it = calm
+    told, found = await asyncio.gather(
+        it.sending.ask("send", room=1, chunks=[[1, 2, 3]]),
+        it.receiving.ask("receive", room=1, pages=[4, 5], sent=[1, 2]),
+    )
+    assert "named 2 pages and page 3 is being sent" in told["error"]
+    assert "named 2 pages and page 3 is being sent" in found["error"]
+    assert "is outside the pool" not in told["error"]
+    await it.idle()
+    await it.move(30)
 
 
 async def test_a_child_that_the_engine_forked_does_not_keep_its_pool(tmp_path: Path) -> None:
     """It has the engine's connection too, which stays open."""
-    async with pair(tmp_path) as it:
+    with pair(tmp_path) as it:
         (mover,) = it.prefill.movers()
         forked = psutil.Process((await it.sending.ask("fork"))["pid"])
         try:
@@ -229,12 +244,12 @@ async def test_a_child_that_the_engine_forked_does_not_keep_its_pool(tmp_path: P
             forked.kill()
 
 
-async def test_a_socket_serves_one_rank_and_says_whose(tmp_path: Path, memory: Memory) -> None:
-    async with pair(tmp_path) as it:
-        status, said = await it.prefill.ask("POST", "/v1/rank", offer(memory))
-        assert status == 409
-        assert f"process {it.sending.pid} has handed over its pool here" in said["error"]["message"]
-        await it.move(1)
+async def test_a_socket_serves_one_rank_and_says_whose(calm: Pair, memory: Memory) -> None:
+    it = calm
+    status, said = await it.prefill.ask("POST", "/v1/rank", offer(memory))
+    assert status == 409
+    assert f"process {it.sending.pid} has handed over its pool here" in said["error"]["message"]
+    await it.move(1)
 
 
 MISTAKES: list[tuple[str, str, str, bytes | None, int, str]] = [
@@ -290,39 +305,40 @@ async def test_device_memory_is_refused_where_no_device_can_be_opened(lone: Agen
     assert "hand over memory of the host" in answer["error"]["message"]
 
 
-async def test_what_a_room_cannot_be_is_refused_and_the_rank_goes_on(tmp_path: Path) -> None:
-    async with pair(tmp_path) as it:
-        p, d, sending, receiving = it.prefill, it.decode, "/v1/sending/1", "/v1/receiving/1"
-        cases: list[tuple[AgentProcess, str, dict[str, Any], int, str]] = [
-            (p, sending, {}, 400, "ticket: is missing"),
-            (p, sending, {"ticket": 9, "pages": [64]}, 400, "pages: has 64 to 64: give 0 to 63"),
-            (p, sending, {"ticket": 9, "pages": [1.0]}, 400, "pages: is no list of integers"),
-            (p, sending, {"ticket": 9, "aux": 1}, 400, "aux: is no field"),
-            (p, f"{sending}/pages", {"pages": [1]}, 404, "room 1 is not open"),
-            (p, receiving, {"ticket": 9, "pages": [1], "aux_row": 0}, 400, "room 1 cannot be received"),
-            (d, receiving, {"ticket": 9, "pages": [1]}, 400, "aux_row: is missing"),
-            (d, receiving, {"ticket": 9, "pages": [1], "aux_row": 8}, 400, "aux_row: is 8"),
-            (d, receiving, {"ticket": 9, "pages": [1, 1], "aux_row": 0}, 400, "a page is named twice"),
-            (d, sending, {"ticket": 9}, 400, "room 1 cannot be sent"),
-        ]
-        for at, path, body, status, said in cases:
-            got, answer = await at.ask("POST", path, body)
-            assert got == status, answer
-            assert answer["error"]["message"].startswith(said)
-        await it.idle()
-        await it.move(1)
+async def test_what_a_room_cannot_be_is_refused_and_the_rank_goes_on(calm: Pair) -> None:
+    it = calm
+    p, d, sending, receiving = it.prefill, it.decode, "/v1/sending/1", "/v1/receiving/1"
+    cases: list[tuple[AgentProcess, str, dict[str, Any], int, str]] = [
+        (p, sending, {}, 400, "ticket: is missing"),
+        (p, sending, {"ticket": 9, "pages": [64]}, 400, "pages: has 64 to 64: give 0 to 63"),
+        (p, sending, {"ticket": 9, "pages": [1.0]}, 400, "pages: is no list of integers"),
+        (p, sending, {"ticket": 9, "aux": 1}, 400, "aux: is no field"),
+        (p, f"{sending}/pages", {"pages": [1]}, 404, "room 1 is not open"),
+        (p, receiving, {"ticket": 9, "pages": [1], "aux_row": 0}, 400, "room 1 cannot be received"),
+        (d, receiving, {"ticket": 9, "pages": [1]}, 400, "aux_row: is missing"),
+        (d, receiving, {"ticket": 9, "pages": [1], "aux_row": 8}, 400, "aux_row: is 8"),
+        (d, receiving, {"ticket": 9, "pages": [1, 1], "aux_row": 0}, 400, "a page is named twice"),
+        (d, sending, {"ticket": 9}, 400, "room 1 cannot be sent"),
+    ]
+    for at, path, body, status, said in cases:
+        got, answer = await at.ask("POST", path, body)
+        assert got == status, answer
+        assert answer["error"]["message"].startswith(said)
+    await it.idle()
+    await it.move(1)
 
 
-async def test_a_request_that_comes_after_its_own_end_is_refused(tmp_path: Path) -> None:
+async def test_a_request_that_comes_after_its_own_end_is_refused(calm: Pair) -> None:
     """Its pages were given back when the agent had not heard of it."""
-    async with pair(tmp_path) as it:
-        assert await it.decode.ask("DELETE", "/v1/receiving/1?ticket=77") == (200, {"free": True})
-        status, answer = await it.decode.ask("POST", "/v1/receiving/1", {"ticket": 77, "pages": [1], "aux_row": 0})
-        assert (status, answer["error"]["message"].partition(":")[0]) == (400, "ticket 77 was given up before")
-        await it.receiving.ask("open", room=1)
-        await until_open(it.decode, 1)
-        assert await it.decode.ask("DELETE", "/v1/receiving/1?ticket=78") == (200, {"free": True})
-        assert 1 in (await it.decode.ask("GET", "/v1/rank"))[1]["rooms"]  # it has another ticket
+    it = calm
+    assert await it.decode.ask("DELETE", "/v1/receiving/1?ticket=77") == (200, {"free": True})
+    status, answer = await it.decode.ask("POST", "/v1/receiving/1", {"ticket": 77, "pages": [1], "aux_row": 0})
+    assert (status, answer["error"]["message"].partition(":")[0]) == (400, "ticket 77 was given up before")
+    await it.receiving.ask("open", room=1)
+    await until_open(it.decode, 1)
+    assert await it.decode.ask("DELETE", "/v1/receiving/1?ticket=78") == (200, {"free": True})
+    assert 1 in (await it.decode.ask("GET", "/v1/rank"))[1]["rooms"]  # it has another ticket
+    await it.receiving.ask("cancel")
 
 
 AS_SOMEBODY = r"""
