@@ -17,6 +17,7 @@ import itertools
 import os
 import sys
 import threading
+from collections import deque
 from collections.abc import AsyncIterator, Callable, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -45,6 +46,7 @@ __all__ = ["MooncakeSettings", "by_name", "environment", "open_mooncake"]
 log = structlog.get_logger(__name__)
 
 _MOST_ENGINES = 3  # in a process: each costs two threads, five descriptors and two open ports until it exits
+_LOOKED_AT = 64  # lanes, each time that one is made: 0.1 ms, and the dead never outnumber the living for long
 _GIVEN_UP = -1  # the code of a registration that came when the mover had failed and the loop did not know it yet
 _NEEDED = ("initialize", "get_rpc_port", "transfer_submit_write", "transfer_check_status")
 _WELCOME = {
@@ -241,6 +243,7 @@ class _Carrier:
         self._registering = ThreadPoolExecutor(1, "pdctl-register")
         self._first = _Motor(settings)
         self._motors = {0: self._first}
+        self._tethered: deque[Lane] = deque()
 
     @property
     def session(self) -> str:
@@ -281,6 +284,7 @@ class _Carrier:
         await self._running(session, engine)
         if not self._settings.forces_tcp:
             return Lane(itertools.repeat(session))
+        self._tidy()
         deadline_s = self._settings.handshake_timeout_s
         tether = await Tether.tie(session, found.host, found.card.data_port, deadline_s=deadline_s)
         try:
@@ -291,7 +295,18 @@ class _Carrier:
         lane = Lane(introduction.names, engine, greets=self.capabilities.async_read)
         lane.over, lane.was_cut = lambda: tether.over, lambda: tether.was_cut
         lane.close = lambda: self._leave(lane, tether, introduction)
+        self._tethered.append(lane)
         return lane
+
+    def _tidy(self) -> None:
+        """Close what is held for lives that have ended: nobody says that a peer will never come back. How a life ended
+        is known all the same, and no block goes there."""
+        for _ in range(min(_LOOKED_AT, len(self._tethered))):
+            lane = self._tethered.popleft()
+            if lane.over() is None:
+                self._tethered.append(lane)
+            else:
+                lane.close()
 
     def _leave(self, lane: Lane, tether: Tether, introduction: Introduction) -> None:
         tether.close()

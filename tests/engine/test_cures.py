@@ -343,6 +343,28 @@ async def test_a_data_port_that_begins_to_swallow_packets_is_no_data_within_the_
         assert (await stage.engine.prove(far.session, deadline_s=5.0)).depth is Depth.DATA
 
 
+# --- lives that ended
+
+
+async def test_what_was_held_for_a_life_that_ended_is_let_go_when_another_begins(peers: Peers) -> None:
+    """Else each decode rank that is started anew, under a session of its own, would cost a port for ever."""
+    roads = Roads()
+    async with staged(peers, factory=roads.make) as stage:
+        well, old = await stage.far(), await stage.far()
+        for peer in (well, old):
+            await stage.engine.write(peer.session, stage.plan(peer, MIB), deadline_s=5)
+        first, second = roads.doors
+        await old.kill()
+        await until(lambda: lane_of(stage.engine, old.session).over() is not None)
+        anew = await stage.far()
+        await stage.engine.write(anew.session, stage.plan(anew, MIB), deadline_s=5)
+        with pytest.raises(ConnectionRefusedError):
+            await asyncio.open_connection("127.0.0.1", int(second))
+        (await asyncio.open_connection("127.0.0.1", int(first)))[1].close()
+        assert "ended" in (lane_of(stage.engine, old.session).over() or "")
+        assert (await failure(stage.engine.write(old.session, stage.plan(old, MIB), deadline_s=5))).settled
+
+
 # --- scratch memory
 
 
