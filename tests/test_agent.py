@@ -177,6 +177,19 @@ async def test_whoever_keeps_the_socket_takes_the_mover_along_when_it_is_killed(
             await it.move(5)
 
 
+async def test_ranks_of_one_agent_have_a_process_each(tmp_path: Path) -> None:
+    second = tmp_path / "run" / "second.sock"
+    with agent(tmp_path, "--socket", str(second)) as it:
+        until(lambda: f"serving at unix:{second}" in it.log())
+        one, other = it.movers()
+        one.kill()
+        until(lambda: len(alive := [each.pid for each in it.movers() if lives(each)]) == 2 and one.pid not in alive)
+        assert lives(other)
+        for socket in (it.socket, second):
+            it.socket = socket
+            assert (await it.ask("GET", "/v1/rank"))[0] == 404
+
+
 async def test_an_agent_that_is_stopped_tells_its_engine_and_leaves_nothing(tmp_path: Path) -> None:
     with pair(tmp_path) as it:
         (mover,) = it.prefill.movers()

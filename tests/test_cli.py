@@ -103,6 +103,15 @@ async def test_a_wrong_setting_starts_nothing_and_exits_2() -> None:
     assert "probe.intreval_s is no setting" in err
 
 
+async def test_an_agent_without_a_place_for_its_socket_says_how_to_give_one() -> None:
+    status, _, err = await ended("agent", XDG_RUNTIME_DIR="", RUNTIME_DIRECTORY="")
+    assert status == 2
+    assert "give --socket PATH" in err
+    status, _, err = await ended("agent", "--socket", "/etc/agent.sock")
+    assert status == 2
+    assert "is open to others" in err
+
+
 async def test_register_announces_one_rank_and_ends() -> None:
     async with served() as (url, _), aiohttp.ClientSession() as http:
         status, _, err = await ended(
