@@ -403,7 +403,8 @@ class Pins:
                     continue
                 if (why := self._doubts_itself(pin, late_s())) is not None:
                     log.warning("no fresh engine is made while the fault may be here", session=pin.session, why=why)
-                    pin.remade_at = before
+                    if late_s() > _LATE_S:
+                        pin.remade_at = before  # it has not been tried in earnest
                     return
             yield engine, WEDGED
 
