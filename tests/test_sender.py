@@ -428,6 +428,18 @@ async def test_early_metadata_is_bounded_and_the_oldest_goes(clock: Clock, limit
         assert rig.sender.early == (2, 3)
 
 
+@pytest.mark.parametrize("limits", [EarlyLimits(max_rooms=4), EarlyLimits(max_pages=16)])
+async def test_a_decode_rank_that_names_many_rooms_early_pushes_out_its_own(clock: Clock, limits: EarlyLimits) -> None:
+    async with rig_of(clock, limits=SenderLimits(early=limits)) as rig:
+        modest, greedy = rig.decode(7), rig.decode(8)
+        modest.name(1, [1, 2, 3])
+        for room in range(2, 40):
+            greedy.name(room, [1, 2, 3])
+        assert rig.sender.early == (1, 37, 38, 39)
+        clock.forward(30)
+        assert not rig.sender.early
+
+
 async def test_the_peer_unused_for_longest_is_forgotten(clock: Clock) -> None:
     async with rig_of(clock, limits=SenderLimits(max_peers=2)) as rig:
         for n in (1, 2, 1, 3):

@@ -6,7 +6,7 @@ No clock and no loop: `now` is an argument (seconds, monotonic, any zero), and w
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -16,7 +16,8 @@ from pdctl.core.wire import Abort, Metadata
 
 @dataclass(frozen=True, slots=True)
 class EarlyLimits:
-    """Rooms, and pages named in them, that strangers can make this side remember; the oldest room goes first."""
+    """Rooms, and pages named in them, that strangers can make this side remember; beyond it the oldest room goes of
+    whoever has named most, so that one decode rank cannot push out another's."""
 
     max_rooms: int = 4096
     max_pages: int = 16 << 20
@@ -32,7 +33,7 @@ class _Early:
 
 
 class EarlyBook:
-    """Bounded, expiring, oldest first out; `forgotten` is told of each room that nobody took."""
+    """Bounded, expiring; `forgotten` is told of each room that nobody took."""
 
     def __init__(self, limits: EarlyLimits, ttl_s: float, forgotten: Callable[[int], None]) -> None:
         self._limits = limits
@@ -40,6 +41,7 @@ class EarlyBook:
         self._forgotten = forgotten
         self._rooms: OrderedDict[int, _Early] = OrderedDict()  # in the order of expiry
         self._n_pages = 0
+        self._named_by: Counter[str] = Counter()  # pages, and one for each room
 
     def rooms(self, now: float) -> list[int]:
         self._expire(now)
@@ -52,7 +54,7 @@ class EarlyBook:
         early.aborted.discard(named.reply)
         early.expires = now + self._ttl_s
         self._rooms[named.room] = early
-        self._n_pages += _n_pages(early)
+        self._count(early, 1)
         self._expire(now)
 
     def abort(self, abort: Abort, now: float) -> None:
@@ -73,20 +75,25 @@ class EarlyBook:
 
     def _pop(self, room: int) -> _Early | None:
         early = self._rooms.pop(room, None)
-        self._n_pages -= 0 if early is None else _n_pages(early)
+        if early is not None:
+            self._count(early, -1)
         return early
 
+    def _count(self, early: _Early, sign: int) -> None:
+        for session, named in early.by_session.items():
+            n = sign * (len(named.pages) + 1)
+            self._n_pages += n
+            self._named_by[session] += n
+            if not self._named_by[session]:
+                del self._named_by[session]
+
     def _expire(self, now: float) -> None:
-        while self._rooms and self._is_over(now):
-            room = next(iter(self._rooms))
-            self._pop(room)
-            self._forgotten(room)
+        while self._rooms and next(iter(self._rooms.values())).expires <= now:
+            self._forget(next(iter(self._rooms)))
+        while len(self._rooms) > self._limits.max_rooms or self._n_pages > self._limits.max_pages:
+            greediest = max(self._named_by, key=self._named_by.__getitem__)
+            self._forget(next(room for room, early in self._rooms.items() if greediest in early.by_session))
 
-    def _is_over(self, now: float) -> bool:
-        oldest = next(iter(self._rooms.values()))
-        too_many = len(self._rooms) > self._limits.max_rooms or self._n_pages > self._limits.max_pages
-        return too_many or oldest.expires <= now
-
-
-def _n_pages(early: _Early) -> int:
-    return sum(len(named.pages) + 1 for named in early.by_session.values())
+    def _forget(self, room: int) -> None:
+        self._pop(room)
+        self._forgotten(room)
