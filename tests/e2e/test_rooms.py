@@ -178,3 +178,20 @@ async def test_real_bytes_that_change_on_their_way_fail_the_room_and_name_the_pa
         assert await decode.ask("let_go", n=1) == {"released": [[9, 10, 11, 3]]}
         await prefill.ask("result", room=7)
         await assert_empty(prefill, decode)
+
+
+async def test_rooms_of_a_healthy_decode_succeed_while_those_of_a_stopped_one_stand_still() -> None:
+    with pair(BIG) as (prefill, stopped), rank("decode", BIG) as well:
+        for room, end in ((1, 40), (2, 6)):
+            await prefill.ask("send", room=room, chunks=[[room], list(range(3, end))], row=0, paced=True)
+        await receive(stopped, prefill, 1, list(range(38)), 0)
+        await receive(well, prefill, 2, list(range(4)), 0)
+        stopped.stop()
+        await prefill.ask("proceed")
+        await prefill.ask("proceed")
+        assert await why(prefill, 2) == await why(well, 2) == ""
+        assert (await prefill.ask("state"))["rooms"] == [1], "a block may stand still for a second before it is over"
+        assert f"transfer with {stopped.session} failed" in await why(prefill, 1)
+        await assert_empty(prefill)
+        stopped.resume()
+        assert "transfer with" in await why(stopped, 1)
