@@ -242,7 +242,7 @@ async def main(given: dict[str, Any]) -> None:
     settings = Settings(
         node=NodeSettings(registry=given["registry"]),
         serve=ServeSettings(port=0, grace_s=0.5),
-        room=RoomTimeouts(drain_margin_s=0.05),
+        room=RoomTimeouts(drain_margin_s=0.05, checksum=True),  # every split is checked from both sides
         engine=MooncakeSettings(progress_timeout_s=2),
     )
     instance = (Prefill if given["role"] == "prefill" else Decode)(model, given["seed"])
