@@ -39,7 +39,7 @@ class MooncakeSettings:
     `window`: blocks in flight to one peer, over TCP each on a connection of its own; 16 is full speed.
     `progress_timeout_s`: how long a block may stand still; whole seconds, as the engine reads it.
     `block_limit`: longer copies are split, so that the window holds for them too, and no small room waits for a long
-    block: one page beside 512 MiB in one piece took mostly 74 to 236 ms at 16 MiB, 6 to 10 at 1 MiB; the 512 MiB as long.
+    block: one page beside 512 MiB took mostly 74 to 236 ms at 16 MiB, 6 to 10 at 1 MiB; the 512 MiB as long.
     `handshake_timeout_s`: for our own question; an idle connection on a peer's port delays its answer by 5 s.
     `recheck_s`: a peer not asked for so long is asked again before a transfer, 0.3 ms; a new process at the old
     address is then noticed.

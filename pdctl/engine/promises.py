@@ -146,7 +146,7 @@ class PromisedEngine:
                 return
             except TransferFailed as failure:
                 # What another's failure has ended is no attempt of its own: beside a write whose every attempt failed,
-                # from memory that was registered and not mapped, a good write failed with it (1 of 3 rounds, 0 of 9 since).
+                # from memory that was registered and not mapped, a good write failed with it once in 3 rounds.
                 left -= not isinstance(failure, _BesideAnother)
                 if not left or failure.cause is not Cause.PEER_GONE:
                     raise
