@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import io
+import asyncio
 import json
 import os
 import subprocess
@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import psutil
 
 from pdctl.core.handover import Offer, Role
@@ -41,13 +40,17 @@ class AgentProcess:
 
     async def ask(self, method: str, path: str, body: object = None, raw: bytes | None = None) -> tuple[int, Any]:
         """One request without a client of ours, as an engine in another language makes it."""
-        data = raw if raw is not None else (None if body is None else json.dumps(body).encode())
-        connector = aiohttp.UnixConnector(str(self.socket))
-        async with (
-            aiohttp.ClientSession("http://agent", connector=connector) as http,
-            http.request(method, path, data=None if data is None else io.BytesIO(data)) as answer,
-        ):
-            return answer.status, await answer.json()
+        data = raw if raw is not None else (b"" if body is None else json.dumps(body).encode())
+        reader, writer = await asyncio.open_unix_connection(str(self.socket))
+        head = f"{method} {path} HTTP/1.1\r\nHost: agent\r\nConnection: close\r\nContent-Length: {len(data)}\r\n\r\n"
+        writer.write(head.encode() + data)
+        try:
+            status = int((await reader.readline()).split()[1])
+            while (await reader.readline()).strip():
+                pass
+            return status, json.loads(await reader.read())
+        finally:
+            writer.transport.abort()  # of a body that is too large, some was never read
 
 
 @contextmanager
