@@ -66,10 +66,10 @@ async def _open(settings: Settings, offer: Offer, pools: RankPools, regions: Seq
         yield _Decode(decode, registry)
 
 
-@dataclass(frozen=True, slots=True)
-class _Prefill:
-    node: PrefillNode
-    dp_rank: int
+class _Opened:
+    """What is told of a rank of either role."""
+
+    node: PrefillNode | DecodeNode
 
     @property
     def session(self) -> str:
@@ -82,6 +82,12 @@ class _Prefill:
     @property
     def registered(self) -> bool:
         return self.node.registered
+
+
+@dataclass(frozen=True)
+class _Prefill(_Opened):
+    node: PrefillNode
+    dp_rank: int
 
     @property
     def rooms(self) -> Sequence[int]:
@@ -106,22 +112,10 @@ class _Prefill:
         raise CallerError(f"room {room} cannot be received by a prefill rank: hand the pool over as decode")
 
 
-@dataclass(frozen=True, slots=True)
-class _Decode:
+@dataclass(frozen=True)
+class _Decode(_Opened):
     node: DecodeNode
     registry: str
-
-    @property
-    def session(self) -> str:
-        return self.node.engine.session
-
-    @property
-    def metrics_url(self) -> str:
-        return self.node.metrics_url
-
-    @property
-    def registered(self) -> bool:
-        return self.node.registered
 
     @property
     def rooms(self) -> Sequence[int]:
