@@ -195,6 +195,10 @@ class JournalUnavailable(NotNow):
         self.cause = cause
 
 
+class Behind(JournalUnavailable):
+    """Another writer of the journal was faster; decide again on what it has written."""
+
+
 class TooSlow(NotNow):
     """A request's body did not arrive in time."""
 

@@ -7,8 +7,8 @@ another process, and the wall clock may be set.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from pdctl.core.lives import Change, Record
@@ -29,6 +29,33 @@ class Kept:
     last_epoch: int = 0
     revision: int = 0
     notes: Sequence[Note] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Word:
+    """What a writer says of one change of its: `kind` as in ChangeKind, of the life with that epoch."""
+
+    kind: str
+    epoch: int
+    before: int | None = None
+    why: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """What another writer has put into a shared journal.
+
+    records      all that is kept now of each instance that it touched; nothing for one that is gone
+    words        what it says of its changes, in order; empty where all was read anew and only the outcome is known
+    rooms, notes what is new in them
+    last_epoch   no epoch up to this one may be given out again
+    """
+
+    records: Mapping[str, Sequence[Record]] = field(default_factory=dict)
+    words: Sequence[Word] = ()
+    rooms: Sequence[Room] = ()
+    notes: Sequence[Note] = ()
+    last_epoch: int = 0
 
 
 class Journal(Protocol):
@@ -60,3 +87,20 @@ class Notebook(Protocol):
 
     async def note(self, notes: Sequence[Note]) -> None:
         """Keep all of them or none; of two on one key the later holds. Otherwise as Journal.append."""
+
+
+class Shared(Protocol):
+    """A journal with other writers: a group of changes is taken if it was decided on all that they have written."""
+
+    group_limit: int
+    """Instances that one `append` may touch."""
+
+    def subscribe(self, hear: Callable[[Learned], None]) -> None:
+        """Call `hear` with what others have written, in the order in which it holds, as soon as this one knows it.
+
+        `append` raises Behind, when another was faster: what it has written has been told then, decide again.
+        """
+
+    @property
+    def age_s(self) -> float:
+        """How old what is known here may be, at most: since when a majority has not confirmed it."""

@@ -1,20 +1,26 @@
 """
-Which journal an operator means: `memory:` or `sqlite:PATH`.
+Which journal an operator means: `memory:`, `sqlite:PATH` or `etcd://HOST:PORT`.
 
-The only place that knows both. Opens; what a journal promises stands in `base`.
+The only place that knows them all. Opens; what a journal promises stands in `base`.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Final
+from types import ModuleType
+from typing import TYPE_CHECKING, Final
 
 from pdctl.errors import ConfigError
 from pdctl.metrics import JournalMetrics
+from pdctl.persistence.etcd_place import ETCD, EtcdPlace, EtcdSettings
 from pdctl.persistence.memory import MemoryJournal
 from pdctl.persistence.sqlite import ROOMS_KEPT_S, SqliteJournal, open_sqlite
+
+if TYPE_CHECKING:
+    from pdctl.persistence.etcd import EtcdJournal
 
 MEMORY: Final = "memory:"
 SQLITE: Final = "sqlite:"
@@ -22,12 +28,21 @@ SQLITE: Final = "sqlite:"
 
 @asynccontextmanager
 async def open_journal(
-    url: str, *, rooms_kept_s: float = ROOMS_KEPT_S, metrics: JournalMetrics | None = None
-) -> AsyncIterator[MemoryJournal | SqliteJournal]:
+    url: str,
+    *,
+    rooms_kept_s: float = ROOMS_KEPT_S,
+    metrics: JournalMetrics | None = None,
+    etcd: EtcdSettings | None = None,
+) -> AsyncIterator[MemoryJournal | SqliteJournal | EtcdJournal]:
     """The journal at `url`, closed at the end of the block. Raises ConfigError, and JournalUnusable.
 
     rooms_kept_s: for how long a room may be asked for, at the longest.
     """
+    if url.startswith(ETCD):
+        opening = _etcd().open_etcd_journal(url, etcd or EtcdSettings(), rooms_kept_s=rooms_kept_s, metrics=metrics)
+        async with opening as shared:
+            yield shared
+        return
     path = path_in(url)
     if path is None:
         yield MemoryJournal()
@@ -36,11 +51,29 @@ async def open_journal(
         yield journal
 
 
+def _etcd() -> ModuleType:
+    """Raises ConfigError where pdctl was installed without it."""
+    try:
+        return importlib.import_module("pdctl.persistence.etcd")
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"journal etcd:// needs {error.name}, which is not here: install pdctl[etcd]") from error
+
+
+def check(url: str) -> None:
+    """Raises ConfigError."""
+    if url.startswith(ETCD):
+        EtcdPlace.parse(url)
+    else:
+        path_in(url)
+
+
 def path_in(url: str) -> Path | None:
     """The file that `url` names, None for `memory:`. Raises ConfigError."""
     if url == MEMORY:
         return None
     scheme, path = url[: len(SQLITE)], url[len(SQLITE) :]
     if scheme != SQLITE or not path.strip() or "\0" in path:
-        raise ConfigError(f"journal is {url!r}: give sqlite:PATH, or memory: which forgets with the process")
+        raise ConfigError(
+            f"journal is {url!r}: give sqlite:PATH, etcd://HOST:PORT, or memory:, which forgets with the process"
+        )
     return Path(path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -17,22 +17,32 @@ from pdctl.core.lives import Change, ChangeKind, Life, Record
 from pdctl.persistence.base import Journal, Kept, Notebook
 from pdctl.persistence.memory import MemoryJournal
 from pdctl.persistence.open import open_journal
+from tests.persistence.etcd import Cluster, cluster
 from tests.persistence.rows import change, claim, life, records
 
-KINDS = ("memory", "sqlite")
+KINDS = ("memory", "sqlite", "etcd")
 
 
 class Notes(Journal, Notebook, Protocol):
     """Both ports of one journal."""
 
 
-def url(kind: str, tmp_path: Path) -> str:
+@pytest.fixture(scope="module")
+def etcd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with cluster(tmp_path_factory.mktemp("etcd")) as made:
+        yield made
+
+
+def url(kind: str, tmp_path: Path, etcd: Cluster) -> str:
+    """The same journal for the same `tmp_path`."""
+    if kind == "etcd":
+        return etcd.url(f"at{tmp_path}")
     return "memory:" if kind == "memory" else f"sqlite:{tmp_path / 'journal'}"
 
 
 @pytest.fixture(params=KINDS)
-async def journal(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Journal]:
-    async with open_journal(url(request.param, tmp_path)) as opened:
+async def journal(request: pytest.FixtureRequest, tmp_path: Path, etcd: Cluster) -> AsyncIterator[Journal]:
+    async with open_journal(url(request.param, tmp_path, etcd)) as opened:
         yield opened
 
 
@@ -158,15 +168,17 @@ STEPS = st.lists(
 @given(steps=STEPS, at_once=st.booleans())
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_both_keep_what_the_port_says(
-    tmp_path_factory: pytest.TempPathFactory, kind: str, steps: list[list[tuple[int, str, int | None]]], at_once: bool
+    tmp_path_factory: pytest.TempPathFactory,
+    etcd: Cluster,
+    kind: str,
+    steps: list[list[tuple[int, str, int | None]]],
+    at_once: bool,
 ) -> None:
     """Against the sentence in the port, taken word by word; opened anew for the reading where it can be."""
-    asyncio.run(check_against_the_port(tmp_path_factory.mktemp("journal"), kind, steps, at_once))
+    asyncio.run(check_against_the_port(url(kind, tmp_path_factory.mktemp("journal"), etcd), steps, at_once))
 
 
-async def check_against_the_port(
-    where: Path, kind: str, steps: list[list[tuple[int, str, int | None]]], at_once: bool
-) -> None:
+async def check_against_the_port(where: str, steps: list[list[tuple[int, str, int | None]]], at_once: bool) -> None:
     revision, told = 0, []
     for step in steps:
         changes = []
@@ -176,7 +188,7 @@ async def check_against_the_port(
             changes.append(change(life(epoch, claim(port=40000 + revision)), revision, ChangeKind(word), before=lost))
         told.append(changes)
     async with AsyncExitStack() as stack:
-        journal = await stack.enter_async_context(open_journal(url(kind, where)))
+        journal = await stack.enter_async_context(open_journal(where))
         if at_once:
             await asyncio.gather(*(journal.append(changes) for changes in told))
         else:
@@ -184,7 +196,7 @@ async def check_against_the_port(
                 await journal.append(changes)
         if not isinstance(journal, MemoryJournal):
             await stack.aclose()
-            journal = await stack.enter_async_context(open_journal(url(kind, where)))
+            journal = await stack.enter_async_context(open_journal(where))
         assert await journal.load() == expected([each for changes in told for each in changes])
 
 

@@ -1,0 +1,123 @@
+"""
+A real etcd, one node or several, on free ports of this machine; each test takes a prefix of its own.
+
+    with cluster(directory) as etcd:          with cluster(directory, 3) as etcd:
+        etcd.url("name")                          etcd.nodes[0].kill()
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+UP_S = 20.0
+BINARY = Path(__file__).parents[2] / ".cache" / "etcd" / "usr" / "bin" / "etcd"  # where `./dev` puts it
+
+
+def binary() -> str:
+    found = shutil.which("etcd") or (str(BINARY) if BINARY.exists() else None)
+    assert found is not None, "there is no etcd: ./dev setup fetches it"
+    return found
+
+
+@dataclass
+class Node:
+    """One member. Killed and started again it has its ports, and its rows unless they are wiped."""
+
+    name: str
+    directory: Path
+    client: int
+    peer: int
+    members: str
+    process: subprocess.Popen[Any] | None = field(default=None, repr=False)
+
+    def start(self) -> None:
+        mine, peers = f"http://127.0.0.1:{self.client}", f"http://127.0.0.1:{self.peer}"
+        log = (self.directory.parent / f"{self.name}.log").open("ab")
+        self.process = subprocess.Popen(
+            [
+                *(binary(), "--name", self.name, "--data-dir", str(self.directory)),
+                *("--listen-client-urls", mine, "--advertise-client-urls", mine),
+                *("--listen-peer-urls", peers, "--initial-advertise-peer-urls", peers),
+                *("--initial-cluster", self.members, "--heartbeat-interval", "50", "--election-timeout", "500"),
+                *("--logger", "zap", "--log-outputs", "stderr"),
+            ],
+            stdout=log,
+            stderr=log,
+        )
+        log.close()
+
+    def kill(self) -> None:
+        self.stopped(signal.SIGKILL)
+
+    def stopped(self, how: signal.Signals) -> None:
+        """Sends `how`; waits for the end of one that dies of it."""
+        assert self.process is not None
+        os.kill(self.process.pid, how)
+        if how is signal.SIGKILL:
+            self.process.wait()
+            self.process = None
+
+    def wipe(self) -> None:
+        shutil.rmtree(self.directory)
+
+    @property
+    def is_healthy(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.client}/health", timeout=1) as answer:
+                return b'"true"' in answer.read()
+        except OSError:
+            return False
+
+
+@dataclass
+class Cluster:
+    nodes: list[Node]
+
+    def url(self, prefix: str) -> str:
+        return f"etcd://{','.join(f'127.0.0.1:{node.client}' for node in self.nodes)}?prefix={prefix}"
+
+    def wait(self) -> None:
+        """Until each node that runs serves."""
+        deadline = time.monotonic() + UP_S
+        while not all(node.is_healthy for node in self.nodes if node.process is not None):
+            assert time.monotonic() < deadline, "etcd does not come up"
+            time.sleep(0.05)
+
+
+@contextmanager
+def cluster(directory: Path, n: int = 1) -> Iterator[Cluster]:
+    ports = _free_ports(2 * n)
+    members = ",".join(f"n{k}=http://127.0.0.1:{ports[n + k]}" for k in range(n))
+    nodes = [Node(f"n{k}", directory / f"n{k}", ports[k], ports[n + k], members) for k in range(n)]
+    with ExitStack() as stack:
+        for node in nodes:
+            node.start()
+            stack.callback(_end, node)
+        made = Cluster(nodes)
+        made.wait()
+        yield made
+
+
+def _end(node: Node) -> None:
+    if node.process is not None:
+        node.process.kill()
+        node.process.wait()
+
+
+def _free_ports(n: int) -> list[int]:
+    with ExitStack() as stack:
+        socks = [stack.enter_context(socket.socket()) for _ in range(n)]
+        for sock in socks:
+            sock.bind(("127.0.0.1", 0))
+        return [sock.getsockname()[1] for sock in socks]
