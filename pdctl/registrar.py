@@ -26,11 +26,12 @@ from pdctl.core.access import check_advertised
 from pdctl.core.address import Endpoint
 from pdctl.core.instances import InstanceView
 from pdctl.core.listening import SHARE, Attention, rest_s
-from pdctl.core.lives import PREFILL, Change, ChangeKind, Claim, Life, Owner
+from pdctl.core.lives import PREFILL, Change, ChangeKind, Claim, Life, Owner, Record
 from pdctl.core.registry import Registry
 from pdctl.core.rooms import RoomBook
 from pdctl.core.route import Seat
 from pdctl.errors import (
+    Behind,
     LimitReached,
     NotNow,
     NotReady,
@@ -42,7 +43,7 @@ from pdctl.errors import (
     UnknownLease,
 )
 from pdctl.metrics import Found, Lookup, Metrics, Refusal
-from pdctl.persistence.base import Journal, Kept, Room
+from pdctl.persistence.base import Journal, Kept, Learned, Note, Room, Shared
 
 SWEEP_EVERY_S = 0.5
 SWEEP_BUDGET = 250  # rows; about half a ms, 2 at worst, before the loop serves somebody else
@@ -54,6 +55,9 @@ CROWD = 16
 """More changes of one kind to one instance at a time are one line: a line costs more than all the rest of a change."""
 STALLED_S = 1.0
 """A loop that was stopped for so long is worth a warning, whatever it endangers (core.listening)."""
+
+MOST_BEHIND = 200
+"""A group that has lost to other registries so often is refused."""
 
 T = TypeVar("T")
 Told = Callable[[BaseException | None], None]
@@ -134,9 +138,13 @@ class Registrar:
         self._attention = Attention()
         self._rooms = rooms
         self._journal = journal
+        self._shared: Shared | None = journal if isinstance(journal, Shared) else None
+        self._learned: list[Learned] = []
+        self._n_behind = 0
         self._counts = metrics.registry
         self._clock = clock
         self._hearers: list[Hear] = []
+        self._note_hearers: list[Callable[[Sequence[Note]], None]] = []
         self._observations: list[_Waiting[Any] | _Offered] = []
         self._commands: list[_Waiting[Any] | _Offered] = []
         self._new_rooms: list[tuple[Room, Told]] = []
@@ -156,6 +164,9 @@ class Registrar:
                 self._rooms.put(room, dp_rank, now)
         except LimitReached as error:
             log.warning("rooms of the journal left out", kept=len(self._rooms), detail=str(error))
+        if self._shared is not None:
+            self._registry.is_held = self._shared.is_held
+            self._shared.subscribe(self._learn, self._pulse)
         if kept.records or kept.rooms:
             seats = sum(len(view.alive) for view in self._registry)
             log.info("restored from the journal", seats=seats, rooms=len(self._rooms), revision=kept.revision)
@@ -184,6 +195,7 @@ class Registrar:
         if known is None or known.is_draining or known.pulse.suspected:
             return False
         self._registry.hear(claim.instance, claim.seat, known.epoch, claim.owner, self._clock())
+        self._heard(known)
         return True
 
     def offer(self, claim: Claim, told: Told) -> None:
@@ -208,6 +220,7 @@ class Registrar:
         Raises UnknownLease, Superseded, Occupied; JournalUnavailable for the end of a drain only.
         """
         life = self._registry.hear(instance, seat, epoch, owner, self._clock())
+        self._heard(life)
         is_drained = life.is_draining and rooms == 0
         if not is_drained and not life.pulse.suspected:
             return life
@@ -237,6 +250,42 @@ class Registrar:
         self._rooms.check_place(room, self._clock())
         self._new_rooms.append(((room, dp_rank), told))
         self._write_soon()
+
+    # Other registries over the same journal
+
+    def _learn(self, learned: Learned) -> None:
+        """What another has decided, in its turn among what is decided here."""
+        self._learned.append(learned)
+        if self._writing is None:
+            self._take_note()
+
+    def _take_learned(self) -> None:
+        learned, self._learned = self._learned, []
+        for news in learned:
+            records = {name: [self._as_observed(each) for each in kept] for name, kept in news.records.items()}
+            words = {word.epoch: word.why for word in news.words if word.why is not None}
+            changes = self._registry.learn(records, words, news.last_epoch, self._clock())
+            self._take_rooms((room, _tell_nobody) for room in news.rooms)
+            for hear in self._note_hearers:
+                hear(news.notes)
+            self._tell(changes)
+
+    def _as_observed(self, record: Record) -> Record:
+        """What was seen here and is not written yet is as true as it was."""
+        change = self._unwritten.get(record.epoch)
+        return record if change is None or change.is_dropped else change.record
+
+    def _pulse(self, record: Record, over_in_s: float | None) -> None:
+        """Whether any registry has heard the life."""
+        claim, now = record.claim, self._clock()
+        if over_in_s is None:
+            self._tell(self._registry.heard_elsewhere(claim.instance, claim.seat, record.epoch, now))
+        else:
+            self._tell(self._registry.silent(claim.instance, claim.seat, record.epoch, now + over_in_s))
+
+    def _heard(self, life: Life) -> None:
+        if self._shared is not None and life.ttl_s is not None:
+            self._shared.heard(life.epoch)
 
     # Observations: they hold at once
 
@@ -333,6 +382,15 @@ class Registrar:
         self._hearers.append(hear)
         return lambda: self._hearers.remove(hear)
 
+    def subscribe_notes(self, hear: Callable[[Sequence[Note]], None]) -> None:
+        """Call `hear` with what other registries have put into the other wires' books."""
+        self._note_hearers.append(hear)
+
+    @property
+    def copy_age_s(self) -> float:
+        """How old what is read here may be, at most; 0 for a registry that decides alone."""
+        return 0.0 if self._shared is None else self._shared.age_s
+
     def number(self, tell: Callable[[int], None]) -> None:
         """Give a change of another book a revision, in its turn among those of the registry; nobody waits for it."""
 
@@ -382,13 +440,14 @@ class Registrar:
             while True:
                 self._take_note()
                 await self._write_group()
-                if not (self._commands or self._new_rooms or self._observations):
+                if not (self._commands or self._new_rooms or self._observations or self._learned):
                     return
         finally:
             self._writing = None
 
     def _take_note(self) -> None:
         """What was observed holds."""
+        self._take_learned()
         observed, self._observations = self._observations, []
         for waiting in observed:
             changes = _decide(waiting, self._registry, self._clock())
@@ -401,14 +460,19 @@ class Registrar:
 
     async def _write_group(self) -> None:
         """What was asked for holds, or nothing of it does."""
-        commands, self._commands = self._commands, []
+        limit = None if self._shared is None else self._shared.group_limit // 2
+        commands, self._commands = self._commands[:limit], self._commands[limit or len(self._commands) :]
         rooms, self._new_rooms = self._new_rooms, []
-        observed, draft = list(self._unwritten.values()), self._registry.draft()
+        observed, draft = list(self._unwritten.values())[:limit], self._registry.draft()
         try:
             changes = [change for waiting in commands for change in _decide(waiting, draft, self._clock())]
             kept = [change for change in (*observed, *changes) if change.is_kept]
             if kept or rooms:
                 await self._journal.append(kept, [room for room, _ in rooms])
+        except Behind as error:
+            self._registry.skip(draft)
+            self._decide_again(commands, rooms, error)
+            return
         except BaseException as error:
             self._registry.skip(draft)
             for waiting in commands:  # the refused ones too: it may have been for what has not happened
@@ -418,12 +482,29 @@ class Registrar:
             if not isinstance(error, Exception):  # a defect is told to all who wait, and the next group is tried
                 raise
             return
-        self._unwritten.clear()  # nothing is observed while a group is under way
+        self._n_behind = 0
+        for change in observed:  # nothing is observed while a group is under way
+            del self._unwritten[change.life.epoch]
         self._registry.adopt(draft)
         self._tell(changes)
         for waiting in commands:
             waiting.tell()
         self._take_rooms(rooms)
+
+    def _decide_again(
+        self, commands: Sequence[_Waiting[Any] | _Offered], rooms: Sequence[tuple[Room, Told]], error: Behind
+    ) -> None:
+        """Another registry was faster, and what it has written is taken note of first."""
+        self._n_behind += 1
+        if self._n_behind <= MOST_BEHIND:
+            self._commands[:0] = commands
+            self._new_rooms[:0] = rooms
+            return
+        self._n_behind = 0
+        for waiting in commands:
+            waiting.fail(error)
+        for _, told in rooms:
+            told(error)
 
     def _take_rooms(self, rooms: Iterable[tuple[Room, Told]]) -> None:
         now = self._clock()
@@ -479,6 +560,10 @@ def _log(change: Change, **more: object) -> None:
         epoch=change.life.epoch,
         **more,
     )
+
+
+def _tell_nobody(error: BaseException | None) -> None:
+    """A room that another registry has taken, and that is too many here."""
 
 
 def _settle(done: asyncio.Future[None], error: BaseException | None) -> None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import math
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ from pdctl.core.claims import check_may_change, check_may_end, not_held, place
 from pdctl.core.instances import Incarnation, InstanceView, Loss
 from pdctl.core.listening import SHARE
 from pdctl.core.lives import Change, ChangeKind, Claim, Ending, Life, Owner, Record
+from pdctl.core.restored import differences, restored
 from pdctl.core.route import Seat
 from pdctl.errors import ConfigError, LimitReached, TooLarge, UnknownLease
 
@@ -123,6 +124,8 @@ class Registry:
         self._n_remembered = 0
         self.shortest_ttl_s = math.inf  # no lease is shorter; one that was may be over
         self._made: list[Change] | None = None  # a draft's changes
+        self.is_held: Callable[[int], bool] = _not_elsewhere
+        """Whether another registry has heard the life with this epoch, within its lease, as far as is known."""
 
     def __iter__(self) -> Iterator[InstanceView]:
         return iter(self._views.values())
@@ -272,7 +275,10 @@ class Registry:
             life = view.holder(seat, epoch) if view else None
             if life is None:
                 self._agenda.forget(epoch)
-            elif (loss := _over(life, now)) is not None:
+                continue
+            if life.ttl_s is not None and self.is_held(epoch):
+                life.pulse.spoke_at = max(now, life.pulse.spoke_at)
+            if (loss := _over(life, now)) is not None:
                 over.setdefault(name, []).append(loss)
             else:
                 if life.next_event <= now:
@@ -301,18 +307,63 @@ class Registry:
 
     def restore(self, records: Iterable[Record], last_epoch: int, revision: int, now: float) -> None:
         """Take back what a journal kept, as it stands: it was judged when it was made. Into an empty registry."""
-        by_name: dict[str, dict[int, list[Record]]] = {}
+        by_name: dict[str, list[Record]] = {}
         for record in records:
-            by_name.setdefault(record.claim.instance, {}).setdefault(record.incarnation, []).append(record)
+            by_name.setdefault(record.claim.instance, []).append(record)
             last_epoch = max(last_epoch, record.epoch)
         self.last_epoch, self.revision = last_epoch, revision
-        for name, incarnations in by_name.items():
-            served, *forming = [_restored(number, incarnations[number], now) for number in sorted(incarnations)]
-            epoch = max(record.epoch for records in incarnations.values() for record in records)
-            view = InstanceView(name, served, forming[-1] if forming else None, epoch, revision)
+        for name, kept in by_name.items():
+            view = replace(restored(name, kept, now), revision=revision)
             self._write(view, now)
             for life in view.lives:
                 self._schedule(name, life)
+
+    # Other registries over the same journal
+
+    def learn(
+        self, records: Mapping[str, Sequence[Record]], words: Mapping[int, str], last_epoch: int, now: float
+    ) -> list[Change]:
+        """Take over what another registry has decided: all that is kept of each instance, and what it says of it.
+
+        `records`: of each instance that it touched; nothing for one that is forgotten. `words`: why, by epoch. What
+        this registry held of the same lives stays: when they spoke.
+        """
+        self.last_epoch = max(self.last_epoch, last_epoch)
+        changes: list[Change] = []
+        for name, kept in records.items():
+            before = self._views.get(name)
+            after = restored(name, kept, now, known=before, suspect=False) if kept else None
+            changes += [self._change(*difference) for difference in differences(before, after, words)]
+            if after is None:
+                if before is not None:
+                    self._n_remembered -= before.n_remembered
+                    del self._views[name]
+                continue
+            self._write(after, now)
+            for life in after.lives:
+                self._schedule(name, life)
+        return changes
+
+    def heard_elsewhere(self, instance: str, seat: Seat, epoch: int, now: float) -> list[Change]:
+        """Another registry has heard the life; of one that is over it is no news."""
+        view = self._views.get(instance)
+        life = view.holder(seat, epoch) if view else None
+        return [] if view is None or life is None else self._heard(view, life, now)
+
+    def silent(self, instance: str, seat: Seat, epoch: int, over_at: float) -> list[Change]:
+        """No registry has heard the life for its whole lease, as far as is known: it is over at `over_at`, unless it
+        speaks.
+        """
+        view = self._views.get(instance)
+        life = view.holder(seat, epoch) if view else None
+        if life is None or life.ttl_s is None:
+            return []
+        life.pulse.spoke_at = min(life.pulse.spoke_at, over_at - life.ttl_s)
+        self._agenda.put(over_at, instance, seat, epoch)
+        if life.pulse.suspected:
+            return []
+        life.pulse.suspected = True
+        return [self._noted(instance, self._change(ChangeKind.SUSPECTED, life))]
 
     # Drafts
 
@@ -521,15 +572,5 @@ def _over(life: Life, now: float) -> Loss | None:
     return None
 
 
-def _restored(number: int, records: list[Record], now: float) -> Incarnation:
-    shape, role = records[0].claim.shape, records[0].claim.role
-    lost, alive, was_complete = list[Loss](), list[Life](), False
-    unsaid = Ending(ChangeKind.LOST, max(record.epoch for record in records), of_complete=False)
-    for record in records:
-        life, ending = Life.restored(record, now), record.ending or unsaid
-        if record.lost is None:
-            alive.append(life)
-        else:
-            lost.append(Loss(life, ending.kind, record.lost, now, ending.after))
-            was_complete |= ending.of_complete
-    return Incarnation(number, shape, role, was_complete=was_complete).losing(lost).seating(*alive)
+def _not_elsewhere(epoch: int) -> bool:  # noqa: ARG001
+    return False

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from pdctl.core.lives import Change, Record
 
@@ -89,17 +89,29 @@ class Notebook(Protocol):
         """Keep all of them or none; of two on one key the later holds. Otherwise as Journal.append."""
 
 
+@runtime_checkable
 class Shared(Protocol):
-    """A journal with other writers: a group of changes is taken if it was decided on all that they have written."""
+    """A journal with other writers: a group of changes is taken if it was decided on all that they have written.
 
-    group_limit: int
-    """Instances that one `append` may touch."""
+    `append` raises Behind where another was faster: what that one has written has been told then, so decide again.
+    """
 
-    def subscribe(self, hear: Callable[[Learned], None]) -> None:
-        """Call `hear` with what others have written, in the order in which it holds, as soon as this one knows it.
+    @property
+    def group_limit(self) -> int:
+        """Instances that one `append` may touch."""
 
-        `append` raises Behind, when another was faster: what it has written has been told then, decide again.
+    def subscribe(self, hear: Callable[[Learned], None], pulse: Callable[[Record, float | None], None]) -> None:
+        """Call `hear` with what others have written, in the order in which it holds, as soon as it is known here.
+
+        Call `pulse` with each life that no writer has heard for its lease, and the seconds after which it may be given
+        up; None for one that has been heard. It is called at once for all leases that there are.
         """
+
+    def heard(self, epoch: int) -> None:
+        """The holder of this lease has spoken here."""
+
+    def is_held(self, epoch: int) -> bool:
+        """Whether the holder of this lease has spoken to any writer, as far as is known, or nothing can be known."""
 
     @property
     def age_s(self) -> float:

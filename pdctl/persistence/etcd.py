@@ -6,6 +6,7 @@ The journal in etcd: `--journal etcd://HOST:PORT[,HOST:PORT...][?prefix=NAME]`, 
 
     PREFIX/head               who wrote last, and what was done; last in its transaction, so that a group is whole
     PREFIX/instances/NAME     the rows of all that is kept of an instance, compressed where they are many
+    PREFIX/pulses/EPOCH       that a rank's lease has been renewed, under that lease (etcd_leases)
     PREFIX/rooms/WRITER/N     a group of rooms, under a lease of their own
     PREFIX/notes/BOOK/KEY     a row of another wire's book
 
@@ -38,6 +39,7 @@ from pdctl.core.lives import Change, Record
 from pdctl.errors import Behind, JournalUnavailable, JournalUnusable, Unreachable
 from pdctl.metrics import JournalMetrics
 from pdctl.persistence.base import Kept, Learned, Note, Room, Word
+from pdctl.persistence.etcd_leases import Pulses
 from pdctl.persistence.etcd_place import EtcdPlace, EtcdSettings
 from pdctl.persistence.etcd_wire import (
     Compacted,
@@ -148,6 +150,7 @@ class EtcdJournal:
         self.writer = token_hex(8)
         self._etcd = etcd
         self._place = place
+        self._pulses = Pulses(etcd, place, clock, self._living)
         self._rooms_kept_s = rooms_kept_s
         self._clock = clock
         self._counts = metrics
@@ -172,7 +175,10 @@ class EtcdJournal:
 
     async def start(self) -> None:
         """Learn everything. Raises JournalUnusable."""
-        self._tasks = [asyncio.create_task(self._follow(), name="etcd watch")]
+        self._tasks = [
+            asyncio.create_task(self._follow(), name="etcd watch"),
+            asyncio.create_task(self._pulses.run(), name="etcd leases"),
+        ]
         waiting = asyncio.create_task(self._known.wait())
         done, _ = await asyncio.wait({waiting, *self._tasks}, timeout=START_S, return_when=asyncio.FIRST_COMPLETED)
         waiting.cancel()
@@ -186,9 +192,20 @@ class EtcdJournal:
             raise error
         raise JournalUnusable(f"journal {self._place} cannot be read for {START_S:g} s: {self._cause or 'no answer'}")
 
-    def subscribe(self, hear: Callable[[Learned], None]) -> None:
+    def subscribe(self, hear: Callable[[Learned], None], pulse: Callable[[Record, float | None], None]) -> None:
         """As the port says."""
         self._hear = hear
+        self._pulses.subscribe(pulse)
+        for epoch, record in self._leased().items():
+            pulse(record, None if epoch in self._pulses else record.claim.ttl_s)
+
+    def heard(self, epoch: int) -> None:
+        """As the port says."""
+        self._pulses.heard(epoch)
+
+    def is_held(self, epoch: int) -> bool:
+        """As the port says."""
+        return epoch in self._pulses or self.age_s > SILENT_S
 
     @property
     def age_s(self) -> float:
@@ -250,6 +267,11 @@ class EtcdJournal:
 
     async def _put_changes(self, changes: Sequence[Change]) -> None:
         touched = self._touched(changes)
+        leased = [change.record for change in changes if not change.is_dropped and _lives_by_lease(change.record)]
+        try:
+            await self._pulses.begin(leased)
+        except Unreachable as error:
+            raise self._unavailable(str(error)) from error
         if len(touched) > GROUP_LIMIT:
             raise ValueError(f"{len(touched)} instances in one group: {GROUP_LIMIT} at most")
         await self._commit_group(
@@ -440,6 +462,8 @@ class EtcdJournal:
             self._seen = max(self._seen, self._copy.head.number)
         if before.at:
             self._tell_differences(before, rooms)
+        pulses = [found for found in listing.keys if found.key.startswith(self._place.key("pulses/"))]
+        self._pulses.take_listing(pulses, self._leased())
 
     def _tell_differences(self, before: _Copy, rooms: Sequence[Room]) -> None:
         now = self._copy
@@ -456,6 +480,8 @@ class EtcdJournal:
             self._take_head(event)
         elif name.startswith("instances/"):
             self._group.instances[name.removeprefix("instances/")] = event.value
+        elif name.startswith("pulses/"):
+            self._pulses.take_event(event)
         elif name.startswith("notes/"):
             book, key, value = self._sound(_note, name, event.value)
             self._group.notes.append((book, key, value))
@@ -484,6 +510,15 @@ class EtcdJournal:
         if head.writer != self.writer or head.number != self._in_flight:  # an own one that was given up has come
             records = {name: self._records(name) for name in group.instances}
             self._tell(Learned(records, head.words, (), group.notes, head.last_epoch))
+
+    def _leased(self) -> dict[int, Record]:
+        """Whoever lives by a lease, by epoch."""
+        records = (record for name in self._copy.rows for record in self._records(name))
+        return {record.epoch: record for record in records if _lives_by_lease(record)}
+
+    def _living(self, epoch: int) -> Record | None:
+        record = next((self._decoded([rows[epoch]])[0] for rows in self._copy.rows.values() if epoch in rows), None)
+        return record if record is not None and _lives_by_lease(record) else None
 
     def _records(self, name: str) -> list[Record]:
         return self._decoded(self._copy.rows.get(name, {}).values())
@@ -527,6 +562,10 @@ def _word(change: Change) -> Word:
     return Word(
         change.kind.value, change.life.epoch, None if change.before is None else change.before.epoch, change.why
     )
+
+
+def _lives_by_lease(record: Record) -> bool:
+    return record.claim.ttl_s is not None and record.lost is None
 
 
 def _packed(rows: Iterable[Row]) -> bytes:
