@@ -45,7 +45,8 @@ from pdctl.engine.mooncake import MooncakeSettings
 from pdctl.errors import ConfigError
 from pdctl.keyring import KeyWitness
 from pdctl.logs import LogSettings
-from pdctl.persistence.open import path_in
+from pdctl.persistence.etcd_place import EtcdSettings
+from pdctl.persistence.open import check
 from pdctl.retry import RetryPolicy
 from pdctl.sender import SenderLimits
 
@@ -77,7 +78,8 @@ class ServeSettings:
     """The sidecar's service.
 
     host, port  where to listen; loopback unless told otherwise, 8998 as SGLang's own registry, 0 = any free port
-    journal     where the registry's rows outlive it: `sqlite:PATH`, or `memory:`, which forgets them with the process.
+    journal     where the registry's rows outlive it: `sqlite:PATH`; `etcd://HOST:PORT[,HOST:PORT...][?prefix=NAME]`,
+                for several registries that are one; or `memory:`, which forgets them with the process.
                 Unless said, a file for this port in the state directory ($STATE_DIRECTORY as systemd gives it, else
                 $XDG_STATE_HOME/pdctl, else ~/.local/state/pdctl): ranks register once, so that a registry that forgets
                 breaks what it was put up for, and forgetting should be somebody's decision. The port is what tells one
@@ -103,7 +105,7 @@ class ServeSettings:
         if not 0 <= self.port <= 65535:
             raise ValueError(f"port is {self.port}: choose 0 (any free one) to 65535")
         if self.journal:
-            path_in(self.journal)
+            check(self.journal)
         self.listeners()
         self.hosts()
         if self.max_rooms < 1:
@@ -249,6 +251,7 @@ class Settings(BaseSettings):
     )
 
     serve: ServeSettings = ServeSettings()
+    etcd: EtcdSettings = EtcdSettings()
     metadata: MetadataSettings = MetadataSettings()
     vllm: FleetPolicy = FleetPolicy()
     access: AccessSettings = AccessSettings()

@@ -71,6 +71,10 @@ class Keyring:
         """Take back what the journal kept. Before the first request."""
         self._book.apply(rows)
 
+    def learn(self, rows: Sequence[Row]) -> None:
+        """Rows that another registry has journalled."""
+        self._book.apply(rows)
+
     def get(self, key: str) -> bytes | None:
         return self._book.get(key)
 

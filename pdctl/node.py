@@ -34,6 +34,7 @@ from pdctl.core.registry import Registry
 from pdctl.core.rooms import EXTENSIONS, RoomBook
 from pdctl.core.route import Announcement, Seat, Shape
 from pdctl.core.witness import Verdict, WitnessPolicy, WitnessTable
+from pdctl.dated import Dated
 from pdctl.dialects import native, sglang
 from pdctl.door import Door, open_door
 from pdctl.engine.asking import Asking
@@ -44,6 +45,7 @@ from pdctl.lease import Lease, LeaseTerms, NoLeases
 from pdctl.links import Links
 from pdctl.metrics import Metrics
 from pdctl.peer import PeerLink, open_link
+from pdctl.persistence.base import Shared
 from pdctl.persistence.open import MEMORY, SQLITE, open_journal
 from pdctl.prober import Prober
 from pdctl.receiver import Receiver
@@ -116,7 +118,9 @@ async def sidecar(settings: Settings) -> AsyncIterator[Sidecar]:
     async with AsyncExitStack() as stack:
         socks = [stack.enter_context(closing(sock)) for sock in bind_all(settings.serve)]
         longest_s = settings.serve.room_ttl_s * (1 + EXTENSIONS)
-        opening = open_journal(journal_url(settings.serve), rooms_kept_s=longest_s, metrics=metrics.journal)
+        opening = open_journal(
+            journal_url(settings.serve), rooms_kept_s=longest_s, metrics=metrics.journal, etcd=settings.etcd
+        )
         journal = await stack.enter_async_context(opening)
         rooms = RoomBook(settings.serve.max_rooms, settings.serve.room_ttl_s)
         registrar = Registrar(
@@ -133,7 +137,8 @@ async def sidecar(settings: Settings) -> AsyncIterator[Sidecar]:
         registrar.subscribe(links.heard)
         routers = [plain.router(), *others.routers(registrar, instance), ours, links.router]
         inner = sglang.in_front(plain, server.app(routers, metrics, unready=registrar.unready))
-        service = Turnstile(inner, Admission(settings.admission), time.monotonic, metrics)
+        admitted = Turnstile(inner, Admission(settings.admission), time.monotonic, metrics)
+        service = Dated(admitted, lambda: registrar.copy_age_s) if isinstance(journal, Shared) else admitted
         witness = _witness(settings.witness, registrar, metrics)
         http = door.services(service, socks, settings.serve.grace_s)
         loops = {

@@ -179,6 +179,10 @@ class Roster:
         if not rows:
             return
         await self._keep(rows)
+        self.learn(rows)
+
+    def learn(self, rows: Sequence[Row]) -> None:
+        """Rows that are journalled, by this registry or by another one."""
         moves: dict[str, list[Move]] = {}
         for move in self._fleet.apply(rows, self._clock()):
             row = move.row

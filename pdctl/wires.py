@@ -84,13 +84,20 @@ class OtherWires:
         roster = Roster(fleet.Fleet(settings.vllm), keep_fleet, vllm.look, metrics, time.monotonic)
         try:
             keyring.restore([metadata.Row.from_note(key, value) for key, value in _of(notes, _KEYS)])
-            roster.restore([fleet.Row.from_note(value) for _, value in _of(notes, _FLEET)])
+            roster.restore([fleet.Row.from_note(key, value) for key, value in _of(notes, _FLEET)])
         except (BadField, KeyError, TypeError, ValueError) as error:
             raise JournalUnusable(
                 f"the journal's rows of {_KEYS} or {_FLEET} were written by another version of pdctl ({error!r}): "
                 "start that version, or give another path; nothing was changed in it"
             ) from error
         return cls(roster, keyring, limits.max_value_nbytes, Engines(roster))
+
+    def learn(self, notes: Sequence[Note]) -> None:
+        """What another registry over the same journal has put into the books."""
+        keys = [(key, value) for book, key, value in notes if book == _KEYS]
+        seats = [(key, value) for book, key, value in notes if book == _FLEET]
+        self.keyring.learn([metadata.Row.from_note(key, value) for key, value in keys])
+        self.roster.learn([fleet.Row.from_note(key, value) for key, value in seats])
 
     def routers(self, registrar: Registrar, instance: InstanceOf) -> list[APIRouter]:
         return [
@@ -100,7 +107,8 @@ class OtherWires:
         ]
 
     def tell(self, registrar: Registrar, news: Broadcast) -> None:
-        """Let watchers hear of vLLM's prefills, in one order with everything else."""
+        """Let watchers hear of vLLM's prefills, in one order with everything else; and hear of other registries."""
+        registrar.subscribe_notes(self.learn)
 
         def publish(name: str, move: fleet.Move | None) -> None:
             def tell(revision: int) -> None:

@@ -23,7 +23,7 @@ FLOORS = {
     **dict.fromkeys(["pdctl.node", "pdctl.wires", "pdctl.door", "pdctl.links", "pdctl.inquiry", "pdctl.config"], 5),
     **dict.fromkeys([f"pdctl.{shell}" for shell in ("server", "guard", "dialects", "client", "prober", "peer")], 4),
     **dict.fromkeys([f"pdctl.{shell}" for shell in ("sender", "receiver", "agent", "kvstore", "lease")], 4),
-    **dict.fromkeys([f"pdctl.{shell}" for shell in ("admission", "witness", "drainer")], 4),
+    **dict.fromkeys([f"pdctl.{shell}" for shell in ("admission", "dated", "witness", "drainer")], 4),
     **dict.fromkeys(
         [
             f"pdctl.{room}"

@@ -147,7 +147,10 @@ class Row:
         return seat, None if self.worker is None else self.worker.to_json()
 
     @classmethod
-    def from_note(cls, noted: bytes) -> Row:
+    def from_note(cls, seat: str, noted: bytes | None) -> Row:
+        if noted is None:
+            *place, prefill = seat.split("/", 3)
+            return cls(prefill, Place(*(int(axis[2:]) for axis in place)), None)
         worker = Worker.from_json(noted)
         return cls(worker.prefill, worker.place, worker)
 

@@ -66,7 +66,9 @@ class Row:
         return self.key, None if self.value is None else self.host.encode() + b"\0" + self.value
 
     @classmethod
-    def from_note(cls, key: str, noted: bytes) -> Row:
+    def from_note(cls, key: str, noted: bytes | None) -> Row:
+        if noted is None:
+            return cls(key, None, "")
         host, _, value = noted.partition(b"\0")
         return cls(key, value, host.decode())
 

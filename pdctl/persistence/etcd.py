@@ -267,9 +267,9 @@ class EtcdJournal:
 
     async def _put_changes(self, changes: Sequence[Change]) -> None:
         touched = self._touched(changes)
-        leased = [change.record for change in changes if not change.is_dropped and _lives_by_lease(change.record)]
+        kept = {change.life.epoch: change.record for change in changes if not change.is_dropped}
         try:
-            await self._pulses.begin(leased)
+            await self._pulses.begin([record for record in kept.values() if _lives_by_lease(record)])
         except Unreachable as error:
             raise self._unavailable(str(error)) from error
         if len(touched) > GROUP_LIMIT:

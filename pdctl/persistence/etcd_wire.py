@@ -36,6 +36,7 @@ _CHANNEL: Final = (
     ("grpc.max_receive_message_length", 64 << 20),
     ("grpc.enable_retries", 0),
 )
+_OURS: Final = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.OUT_OF_RANGE, grpc.StatusCode.RESOURCE_EXHAUSTED)
 _WITH_LEADER: Final = ("hasleader", "true")  # a member without one then refuses, and does not keep a watch waiting
 
 
@@ -164,7 +165,7 @@ class Etcd:
     async def failed(self, error: Exception, channel: grpc.aio.Channel) -> Unreachable:
         """Turn to the next endpoint, unless another call on `channel` has failed already; returns what to raise."""
         was = self.endpoint
-        if channel is self._channel:
+        if channel is self._channel and not _is_our_fault(error):
             await self._let_go()
             self._at = (self._at + 1) % len(self._endpoints)
         return Unreachable(
@@ -305,6 +306,11 @@ def _end_of(prefix: str) -> bytes:
     """The first key behind all that begin with `prefix`, which ends in a character below the last one."""
     first = prefix.encode()
     return first[:-1] + bytes([first[-1] + 1])
+
+
+def _is_our_fault(error: Exception) -> bool:
+    """Whether another endpoint would say the same."""
+    return isinstance(error, grpc.aio.AioRpcError) and error.code() in _OURS
 
 
 def _in_words(error: Exception) -> str:

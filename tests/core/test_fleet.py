@@ -64,7 +64,7 @@ def test_epochs_outlive_the_journal_and_rows_of_before_are_given_one(sized: Flee
     old = notes[0].replace(b', "epoch": 1', b"")
     assert old != notes[0]
     heir = Fleet(FleetPolicy(sizes="dp=1,tp=2,pp=1"))
-    heir.apply([Row.from_note(note) for note in (notes[1], old)], 0.0)
+    heir.apply([Row.from_note("", note) for note in (notes[1], old)], 0.0)
     assert {each.place.tp: each.epoch for each in held(heir)} == {1: 2, 0: 3}
     join(heir, worker(0, engine="q"))
     assert max(each.epoch for each in held(heir)) == 4

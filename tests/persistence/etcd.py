@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 UP_S = 20.0
-BINARY = Path(__file__).parents[2] / ".cache" / "etcd" / "usr" / "bin" / "etcd"  # where `./dev` puts it
+BINARY = Path(__file__).parents[2] / ".cache" / "servers" / "usr" / "bin" / "etcd"  # where `./dev` puts it
 
 
 def binary() -> str:
     found = shutil.which("etcd") or (str(BINARY) if BINARY.exists() else None)
-    assert found is not None, "there is no etcd: ./dev setup fetches it"
+    assert found is not None, "there is no etcd: ./dev test fetches it"
     return found
 
 

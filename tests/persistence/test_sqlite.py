@@ -97,7 +97,7 @@ async def test_a_journal_says_where_it_is_refused_to_be(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("url", ["", "sqlite:", "sqlite: ", "postgres://x", "journal.db", "memory", "sqlite:a\0b"])
 def test_a_url_that_names_no_journal_is_refused_with_those_that_do(url: str) -> None:
-    with pytest.raises(ConfigError, match="give sqlite:PATH, or memory:"):
+    with pytest.raises(ConfigError, match="give sqlite:PATH, etcd://HOST:PORT, or memory:"):
         path_in(url)
 
 
