@@ -102,9 +102,14 @@ def differences(
         else:
             yield Difference(ChangeKind.SUPERSEDED if after else ChangeKind.FORGOTTEN, life, None, words.get(epoch))
     held = {(life.incarnation, life.seat): life for life in were.values()}
+    known = (
+        set() if before is None else {loss.life.epoch for each in before.incarnations for loss in each.lost.values()}
+    )
     for epoch, life in sorted(are.items()):
         if epoch in were:
             yield from _amended(were[epoch], life, words.get(epoch))
+        elif epoch in known:
+            yield Difference(ChangeKind.FOUND, life)
         else:
             previous = held.get((life.incarnation, life.seat))
             yield Difference(ChangeKind.REPLACED if previous else ChangeKind.SEATED, life, previous)
