@@ -52,7 +52,7 @@ def claim(name: str, tp: int, port: int, size: int, ttl_s: float | None) -> Clai
     return Claim(name, Announcement(seat, shape, where), Owner("10.0.0.1"), ttl_s=ttl_s)
 
 
-def decide(registry: Registry, step: tuple, now: float) -> list[Change]:  # type: ignore[type-arg]
+def decide(registry: Registry, step: tuple, now: float) -> list[Change]:
     match step:
         case ("claim", name, tp, port, size, ttl_s):
             return registry.claim(claim(name, tp, port, size, ttl_s), now).changes
@@ -94,7 +94,7 @@ def known(view: InstanceView | None) -> object:
 
 @given(STEPS)
 @settings(max_examples=300, deadline=None)
-def test_who_only_learns_knows_what_who_decided_knows(steps: list[tuple[bool, tuple]]) -> None:  # type: ignore[type-arg]
+def test_who_only_learns_knows_what_who_decided_knows(steps: list[tuple[bool, tuple]]) -> None:
     registries, rows, now = (Registry(), Registry()), Rows(), 0.0
     for which, step in steps:
         decides, learns = registries[which], registries[not which]

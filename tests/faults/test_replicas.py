@@ -1,0 +1,160 @@
+"""Any number of registries over one etcd are one: real processes, a real etcd, real faults."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.faults.replicas import Fleet, call, claim, fleet, renew, seen, signalled
+from tests.service import service, until
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> Iterator[Fleet]:
+    with fleet(tmp_path) as made:
+        yield made
+
+
+def test_what_one_registry_was_told_every_other_one_knows(two: Fleet) -> None:
+    a, b = two.replicas
+    epochs = {claim(a, "p", 0).body["epoch"], claim(b, "p", 1).body["epoch"]}
+    two.agree("p", epochs)
+    for each in two.replicas:
+        until(lambda each=each: call("GET", f"{each.url}/v1/instances/p").body["ready"])  # type: ignore[misc]
+    assert call("DELETE", f"{b.url}/v1/instances/p/ranks/tp0").status == 200
+    two.agree("p", {max(epochs)})
+
+
+def test_who_renews_at_one_registry_is_alive_at_all_and_who_is_silent_is_gone_from_all(two: Fleet) -> None:
+    a, b = two.replicas
+    renewed, silent = (claim(a, "p", tp, ttl_s=2.0).body["epoch"] for tp in (0, 1))
+
+    def only_one_is_left() -> bool:
+        assert renew(b, "p", 0, renewed).status == 200
+        assert seen(a, "p")[renewed] == "alive"
+        return all(set(seen(each, "p")) == {renewed} for each in two.replicas)
+
+    two.agree("p", {renewed, silent})
+    until(only_one_is_left)
+    assert renew(a, "p", 1, silent).status == 404
+
+
+def test_registries_that_are_asked_at_once_never_give_one_seat_twice(two: Fleet) -> None:
+    def take(n: int) -> int:
+        answer = claim(two.replicas[n % 2], "p", 0, port=5000 + n, size=1, ttl_s=None)
+        assert answer.status == 200, answer
+        return int(answer.body["epoch"])
+
+    with ThreadPoolExecutor(8) as pool:
+        epochs = list(pool.map(take, range(40)))
+    assert len(set(epochs)) == 40
+    two.agree("p", {max(epochs)})
+
+
+def test_a_registry_that_starts_later_knows_all_of_it(two: Fleet, tmp_path: Path) -> None:
+    epochs = {claim(two.replicas[0], "p", tp).body["epoch"] for tp in (0, 1)}
+    assert call("PUT", f"{two.replicas[0].url}/metadata?key=mooncake/ram/h:1", {"a": 1}).status == 200
+    with service(tmp_path / "late.log", "--journal", two.etcd.url("fleet")) as late:
+        assert set(seen(late, "p")) == epochs
+        assert call("GET", f"{late.url}/metadata?key=mooncake/ram/h:1").body == {"a": 1}
+
+
+def test_etcds_end_ends_nothing_and_its_return_mends_all(two: Fleet) -> None:
+    a, b = two.replicas
+    epochs = {claim(a, "p", tp, ttl_s=2.0).body["epoch"]: tp for tp in (0, 1)}
+    two.agree("p", set(epochs))
+    two.etcd.nodes[0].kill()
+
+    def is_old() -> bool:
+        for epoch, tp in epochs.items():
+            assert renew(b, "p", tp, epoch).status == 200
+        return call("GET", f"{a.url}/v1/instances/p").age_s >= 5  # two and a half leases
+
+    until(is_old)
+    assert set(seen(a, "p")) == set(seen(b, "p")) == set(epochs)
+    refused = claim(a, "q", 0)
+    assert (refused.status, int(refused.headers["retry-after"]) >= 1) == (503, True)
+    two.etcd.nodes[0].start()
+
+    def is_fresh() -> bool:
+        for epoch, tp in epochs.items():
+            assert renew(b, "p", tp, epoch).status == 200
+        return all(call("GET", f"{each.url}/v1/instances/p").age_s == 0 for each in two.replicas)
+
+    until(is_fresh)
+    until(lambda: claim(a, "q", 0).status == 200)
+    assert set(seen(a, "p")) == set(seen(b, "p")) == set(epochs)
+
+
+def test_a_wiped_etcd_is_given_back_what_the_registries_know(two: Fleet) -> None:
+    a, b = two.replicas
+    epoch = claim(a, "p", 0, size=1, ttl_s=None).body["epoch"]
+    two.agree("p", {epoch})
+    node = two.etcd.nodes[0]
+    node.kill()
+    node.wipe()
+    node.start()
+    until(lambda: claim(b, "q", 0, size=1, ttl_s=None).status == 200)
+    two.agree("p", {epoch})
+    assert call("GET", f"{b.url}/v1/instances/q").body["epoch"] > epoch
+    two.agree("q", {call("GET", f"{b.url}/v1/instances/q").body["epoch"]})
+
+
+def test_a_registry_that_was_stopped_says_how_old_its_answers_are_and_ends_nobody(two: Fleet) -> None:
+    a, b = two.replicas
+    held, leaves = (claim(a, "p", tp, ttl_s=2.0).body["epoch"] for tp in (0, 1))
+    two.agree("p", {held, leaves})
+    signalled(b, signal.SIGSTOP)
+    assert call("DELETE", f"{a.url}/v1/instances/p/ranks/tp1").status == 200
+    new = claim(a, "q", 0, size=1, ttl_s=None).body["epoch"]
+
+    def three_leases_later() -> bool:
+        assert renew(a, "p", 0, held).status == 200
+        return bool(call("GET", f"{a.url}/v1/instances/p").body["alive_seats"][0]["age_s"] > 6)
+
+    until(three_leases_later)
+    signalled(b, signal.SIGCONT)
+    first = call("GET", f"{b.url}/v1/instances/p")
+    stale = {row["epoch"] for row in first.body["alive_seats"]}
+    assert first.age_s >= 5 or stale == {held}
+    two.agree("p", {held})
+    two.agree("q", {new})
+    assert renew(b, "p", 0, held).status == 200
+
+
+@pytest.fixture
+def three(tmp_path: Path) -> Iterator[Fleet]:
+    with fleet(tmp_path, n_replicas=2, n_nodes=3) as made:
+        yield made
+
+
+def test_the_loss_of_any_one_etcd_member_the_leader_too_is_no_loss(three: Fleet) -> None:
+    a, b = three.replicas
+    epochs = {claim(a, "p", 0, size=8, ttl_s=None).body["epoch"]}
+    for n, node in enumerate(three.etcd.nodes, 1):
+        node.kill()
+        until(lambda n=n: claim(b, "p", n, size=8, ttl_s=None).status == 200)  # type: ignore[misc]
+        epochs = set(seen(b, "p"))
+        assert len(epochs) == n + 1
+        three.agree("p", epochs)
+        node.start()
+        three.etcd.wait()
+
+
+def test_a_minority_takes_nothing_and_serves_with_its_age(three: Fleet) -> None:
+    a, b = three.replicas
+    epoch = claim(a, "p", 0, size=2, ttl_s=None).body["epoch"]
+    three.agree("p", {epoch})
+    for node in three.etcd.nodes[:2]:
+        node.stopped(signal.SIGSTOP)
+    until(lambda: call("GET", f"{a.url}/v1/instances/p").age_s >= 4)
+    assert set(seen(a, "p")) == {epoch}
+    assert claim(b, "p", 1, ttl_s=None).status == 503
+    for node in three.etcd.nodes[:2]:
+        node.stopped(signal.SIGCONT)
+    until(lambda: claim(b, "p", 1, ttl_s=None).status == 200)
+    three.agree("p", set(seen(b, "p")))
