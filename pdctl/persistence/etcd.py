@@ -102,10 +102,10 @@ class Head:
 
 @dataclass(slots=True)
 class _Copy:
-    """What this writer knows. `at`: the head's revision in etcd, 0 where there is none."""
+    """What this writer knows. `written`: the head as etcd has it, None where there is none."""
 
     head: Head = field(default_factory=lambda: Head("", 0, 0, 0, 0))
-    at: int = 0
+    written: bytes | None = None
     rows: dict[str, dict[int, Row]] = field(default_factory=dict)
     notes: dict[tuple[str, str], tuple[int, bytes]] = field(default_factory=dict)
 
@@ -159,7 +159,7 @@ class EtcdJournal:
         self._rooms: list[Room] = []
         self._number = 0
         self._in_flight: int | None = None
-        self._seen = 0  # the last own group that has come back
+        self._came = 0  # the own group that has come back last
         self._since = 0
         self._moved = asyncio.Condition()
         self._turn = asyncio.Lock()
@@ -303,7 +303,7 @@ class EtcdJournal:
         """On condition that nobody has written since; returns when the watch has brought it back."""
         began, self._in_flight = self._clock(), head.number
         try:
-            await self._committed([*ops, Put(self._place.key("head"), head.to_bytes())], head.number)
+            await self._committed([*ops, Put(self._place.key("head"), head.to_bytes())], head)
         except JournalUnavailable as error:
             if self._counts is not None and not isinstance(error, Behind):
                 self._counts.failed()
@@ -313,18 +313,18 @@ class EtcdJournal:
         if self._counts is not None:
             self._counts.committed(self._clock() - began)
 
-    async def _committed(self, ops: Sequence[Op], number: int) -> None:
-        at = self._copy.at
+    async def _committed(self, ops: Sequence[Op], head: Head) -> None:
+        known = self._copy.written
         try:
-            done = await self._etcd.commit(ops, expected={self._place.key("head"): at})
+            is_done = await self._etcd.commit(ops, expected={self._place.key("head"): known})
         except Unreachable as error:
-            if not await self._wait(lambda: self._seen >= number, BEAT_S):
+            if not await self._wait(lambda: self._came == head.number, BEAT_S):
                 raise self._unavailable(str(error)) from error
             return
-        if done is None:
-            await self._wait(lambda: self._copy.at != at, SILENT_S)
+        if not is_done:
+            await self._wait(lambda: self._copy.written != known, SILENT_S)
             raise Behind("another registry was faster: ask again", cause="another registry was faster")
-        if not await self._wait(lambda: self._seen >= number or self._copy.at >= done, SILENT_S):
+        if not await self._wait(lambda: self._came == head.number, SILENT_S):
             raise self._unavailable("the watch has not brought back what was written")
 
     async def _wait(self, until: Callable[[], bool], within_s: float) -> bool:
@@ -397,9 +397,12 @@ class EtcdJournal:
         """Ask a majority how far it is; raises Unreachable where the watch has not followed."""
         while True:
             asked = self._clock()
-            head = await self._etcd.get(self._place.key("head"))
-            at = 0 if head is None else head.revision
-            if at <= self._copy.at and (at or not self._copy.at):
+            found = await self._etcd.get(self._place.key("head"))
+            if found is None and self._copy.written is None:
+                self._fresh_at, self._behind_since = asked, None
+            elif found is None or (head := self._head(found)).count < self._copy.head.count:
+                raise Unreachable("etcd has lost rows: everything is read anew")
+            elif head.count == self._copy.head.count:
                 self._fresh_at, self._behind_since = asked, None
             else:
                 self._behind_since = self._behind_since or asked
@@ -414,21 +417,20 @@ class EtcdJournal:
         """
         copy, key = self._copy, self._place.key("head")
         found = next((found for found in listing.keys if found.key == key), None)
-        head, at = _Copy().head, 0
-        if found is not None:
-            head, at = self._sound(Head.from_bytes, found.value), found.revision
+        head = Head("", 0, 0, 0, 0) if found is None else self._head(found)
         if head.count >= copy.head.count:
             return False
+        known = None if found is None else found.value
         lost = copy.head.count - head.count
         log.error("ETCD HAS LOST ROWS: they are put back as they are known here", journal=str(self._place), groups=lost)
         strangers = [Delete(each.key) for each in listing.keys if self._is_stranger(each.key)]
         ops = [*strangers, *(self._instance_op(name, rows) for name, rows in copy.rows.items())]
         ops += [self._note_op(book, key, value) for (book, key), (_, value) in copy.notes.items()]
         for first in range(0, len(ops), GROUP_LIMIT):
-            await self._etcd.commit(ops[first : first + GROUP_LIMIT], expected={key: at})
+            await self._etcd.commit(ops[first : first + GROUP_LIMIT], expected={key: known})
         self._number += 1
         again = Head(self.writer, self._number, copy.head.count + 1, copy.head.last_epoch, copy.head.revision)
-        await self._etcd.commit([Put(key, again.to_bytes())], expected={key: at})
+        await self._etcd.commit([Put(key, again.to_bytes())], expected={key: known})
         return True
 
     def _is_stranger(self, key: str) -> bool:
@@ -448,7 +450,7 @@ class EtcdJournal:
             name = self._place.name(found.key)
             value = found.value or b""
             if name == "head":
-                self._copy.head, self._copy.at = self._sound(Head.from_bytes, value), found.revision
+                self._copy.head, self._copy.written = self._head(found), value
             elif name.startswith("instances/"):
                 self._copy.rows[name.removeprefix("instances/")] = self._sound(_unpacked, value)
             elif name.startswith("notes/"):
@@ -459,8 +461,8 @@ class EtcdJournal:
             self._copy.notes[book, key] = at, kept or b""
         self._rooms = rooms
         if self._copy.head.writer == self.writer:
-            self._seen = max(self._seen, self._copy.head.number)
-        if before.at:
+            self._came = self._copy.head.number
+        if before.written is not None:
             self._tell_differences(before, rooms)
         pulses = [found for found in listing.keys if found.key.startswith(self._place.key("pulses/"))]
         self._pulses.take_listing(pulses, self._leased())
@@ -493,9 +495,8 @@ class EtcdJournal:
         group, self._group = self._group, _Group()
         if event.value is None:
             raise Unreachable("etcd's head is gone: somebody has emptied it")
-        head = self._sound(Head.from_bytes, event.value)
-        copy = self._copy
-        copy.head, copy.at = head, event.revision
+        head, copy = self._head(event), self._copy
+        copy.head, copy.written = head, event.value
         for name, value in group.instances.items():
             if value is None:
                 copy.rows.pop(name, None)
@@ -506,7 +507,7 @@ class EtcdJournal:
             if noted is not None:
                 copy.notes[book, key] = event.revision, noted
         if head.writer == self.writer:
-            self._seen = head.number
+            self._came = head.number
         if head.writer != self.writer or head.number != self._in_flight:  # an own one that was given up has come
             records = {name: self._records(name) for name in group.instances}
             self._tell(Learned(records, head.words, (), group.notes, head.last_epoch))
@@ -519,6 +520,9 @@ class EtcdJournal:
     def _living(self, epoch: int) -> Record | None:
         record = next((self._decoded([rows[epoch]])[0] for rows in self._copy.rows.values() if epoch in rows), None)
         return record if record is not None and _lives_by_lease(record) else None
+
+    def _head(self, found: KeyValue) -> Head:
+        return self._sound(Head.from_bytes, found.value)
 
     def _records(self, name: str) -> list[Record]:
         return self._decoded(self._copy.rows.get(name, {}).values())

@@ -114,18 +114,18 @@ class Etcd:
                 return Listing(revision, keys)
             first = answer.kvs[-1].key + b"\0"
 
-    async def commit(self, ops: Sequence[Op], *, expected: Mapping[str, int] | None = None) -> int | None:
-        """Do all of it if each key of `expected` was last changed at that revision (0: is not there); else nothing.
+    async def commit(self, ops: Sequence[Op], *, expected: Mapping[str, bytes | None] | None = None) -> bool:
+        """Do all of it if each key of `expected` has that value (None: is not there); else nothing, and return False.
 
-        Returns the revision, None where the condition did not hold. Raises Unreachable: then it is not known whether
-        it was done, or may still be.
+        Not by revision: etcd counts from 1 again when its disk was wiped. Raises Unreachable: then it is not known
+        whether it was done, or may still be.
         """
         request = rpc.TxnRequest(
-            compare=[_compare(key, revision) for key, revision in (expected or {}).items()],
+            compare=[_compare(key, value) for key, value in (expected or {}).items()],
             success=[_request_op(op) for op in ops],
         )
         answer = await self._call(rpc.KVStub, "Txn", request)
-        return answer.header.revision if answer.succeeded else None
+        return bool(answer.succeeded)
 
     async def grant(self, ttl_s: int) -> int:
         """A lease; keys put under it go with it. Raises Unreachable."""
@@ -291,9 +291,11 @@ def _event(event: Any) -> KeyValue:
     return KeyValue(event.kv.key.decode(), None if is_gone else event.kv.value, event.kv.mod_revision, event.kv.lease)
 
 
-def _compare(key: str, revision: int) -> Any:
+def _compare(key: str, value: bytes | None) -> Any:
     compare = rpc.Compare
-    return compare(key=key.encode(), target=compare.MOD, result=compare.EQUAL, mod_revision=revision)
+    if value is None:
+        return compare(key=key.encode(), target=compare.VERSION, result=compare.EQUAL, version=0)
+    return compare(key=key.encode(), target=compare.VALUE, result=compare.EQUAL, value=value)
 
 
 def _request_op(op: Op) -> Any:

@@ -58,6 +58,7 @@ def test_registries_that_are_asked_at_once_never_give_one_seat_twice(two: Fleet)
 def test_a_registry_that_starts_later_knows_all_of_it(two: Fleet, tmp_path: Path) -> None:
     epochs = {claim(two.replicas[0], "p", tp).body["epoch"] for tp in (0, 1)}
     assert call("PUT", f"{two.replicas[0].url}/metadata?key=mooncake/ram/h:1", {"a": 1}).status == 200
+    until(lambda: call("GET", f"{two.replicas[1].url}/metadata?key=mooncake/ram/h:1").body == {"a": 1})
     with service(tmp_path / "late.log", "--journal", two.etcd.url("fleet")) as late:
         assert set(seen(late, "p")) == epochs
         assert call("GET", f"{late.url}/metadata?key=mooncake/ram/h:1").body == {"a": 1}
