@@ -16,12 +16,13 @@ _MAY_PASS = frozenset({HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPSta
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One answer, whole. `location` is where a redirect would lead."""
+    """One answer, whole. `location` is where a redirect would lead; `age_s`, how old it may be, as it says itself."""
 
     status: int
     body: bytes
     retry_after_s: float | None
     location: str | None
+    age_s: float = 0.0
 
     @property
     def text(self) -> str:

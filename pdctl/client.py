@@ -90,7 +90,9 @@ class _Question(Generic[T]):
 class RegistryClient:
     """One rank's side of the registry; one keep-alive session from `async with` to its end.
 
-    base_url           http://host:port, or with a path where the registry is mounted below one
+    base_url           http://host:port, or with a path where the registry is mounted below one; several, with commas,
+                       of registries that are one (one etcd): where one does not answer, has trouble, or answers from
+                       an old copy, the next is asked, and goes on being asked
     policy             for registrations; `look_up` for the questions that a request waits for
     credentials        what is shown to the registry, and whose certificate is believed
     attempt_timeout_s  for one attempt, from name resolution to the answer's last byte
@@ -111,14 +113,15 @@ class RegistryClient:
     ) -> None:
         if not (math.isfinite(attempt_timeout_s) and attempt_timeout_s > 0):
             raise ConfigError(f"attempt_timeout_s is {attempt_timeout_s}: give a number of seconds above 0")
-        self._url = _checked(base_url)
+        self._urls = tuple(_checked(url) for url in base_url.split(","))
+        self._at = 0
         self._policy = policy or RetryPolicy()
         self._look_up = look_up
         credentials = credentials or Credentials()
         self._token = own_token(credentials)
         self._certified = credentials.tls_cert is not None
         self._token_may_change = credentials.token_file is not None
-        self._tls = client_tls(credentials) if self._url.startswith("https:") else None
+        self._tls = client_tls(credentials) if any(url.startswith("https:") for url in self._urls) else None
         self._attempt_timeout_s = attempt_timeout_s
         self._random = random or SystemRandom()
         self._clock = clock
@@ -149,7 +152,8 @@ class RegistryClient:
 
     @property
     def url(self) -> str:
-        return self._url
+        """The registry that is asked next."""
+        return self._urls[self._at]
 
     @property
     def registered(self) -> bool:
@@ -202,7 +206,7 @@ class RegistryClient:
     def _exit_or_raise(self, gave_up: RegistrationGaveUp, exhaustion: Exhaustion) -> NoReturn:
         if exhaustion is Exhaustion.EXIT:
             log.error(
-                "registration gave up, exiting", attempts=gave_up.attempts, cause=gave_up.cause, registry=self._url
+                "registration gave up, exiting", attempts=gave_up.attempts, cause=gave_up.cause, registry=self.url
             )
             raise SystemExit(os.EX_UNAVAILABLE) from gave_up
         raise gave_up
@@ -241,7 +245,7 @@ class RegistryClient:
 
     async def await_topology(self, deadline_s: float) -> Shape:
         """The shape, as soon as the instance is complete. After `deadline_s` NotReady or Unreachable, and why."""
-        last: NotNow = Unreachable(f"registry {self._url} has not answered yet")
+        last: NotNow = Unreachable(f"registry {self.url} has not answered yet")
 
         def remember(failure: Failure) -> None:
             nonlocal last
@@ -300,7 +304,7 @@ class RegistryClient:
 
         def say(failure: Failure) -> None:
             wait_s = None if failure.next_wait_s is None else round(failure.next_wait_s, 3)
-            log.warning("watch interrupted", cause=failure.cause, next_wait_s=wait_s, registry=self._url)
+            log.warning("watch interrupted", cause=failure.cause, next_wait_s=wait_s, registry=self.url)
 
         async def insist(attempt: Callable[[], Awaitable[Read]]) -> Read:
             return await self._retrying(attempt, policy, on_failure=say)
@@ -310,7 +314,7 @@ class RegistryClient:
     async def _announce(self, announcement: Announcement) -> None:
         await self._question(_Question("registration", "PUT", "/route", _nothing, body=announcement.to_body()))
         if not self.registered:
-            log.info("registered", registry=self._url, seat=str(announcement.seat), address=str(announcement.address))
+            log.info("registered", registry=self.url, seat=str(announcement.seat), address=str(announcement.address))
 
     def _not_registered(self, announcement: Announcement, failure: Failure) -> None:
         self._confirmed = None
@@ -319,13 +323,13 @@ class RegistryClient:
             attempt=failure.attempt,
             cause=failure.cause,
             next_wait_s=None if failure.next_wait_s is None else round(failure.next_wait_s, 3),
-            registry=self._url,
+            registry=self.url,
             seat=str(announcement.seat),
         )
 
     def _gave_up(self, announcement: Announcement, failure: Failure) -> NoReturn:
         raise RegistrationGaveUp(
-            f"registration of {announcement.seat} with {self._url} failed {failure.attempt} times, at last: "
+            f"registration of {announcement.seat} with {self.url} failed {failure.attempt} times, at last: "
             f"{failure.cause}: see that the registry runs and can be reached from here, or allow more attempts",
             attempts=failure.attempt,
             cause=failure.cause,
@@ -336,7 +340,7 @@ class RegistryClient:
 
         def say(failure: Failure) -> None:
             said = {"what": question.what, "attempt": failure.attempt, "cause": failure.cause}
-            log.info("registry question failed", **said, registry=self._url)
+            log.info("registry question failed", **said, registry=self.url)
 
         return await self._retrying(lambda: self._question(question), self._look_up, on_failure=say)
 
@@ -363,12 +367,12 @@ class RegistryClient:
         said = f"{what} with {answer.status}: {answer.text}"
         if answer.is_final and answer.status != not_yet and not self._may_be_let_in(answer):
             return RegistryRefused(
-                f"registry {self._url} refused {said}: trying again changes nothing, mend what it names",
+                f"registry {self.url} refused {said}: trying again changes nothing, mend what it names",
                 status=answer.status,
                 text=answer.text,
             )
         return PutOff(
-            f"registry {self._url} put off {said}",
+            f"registry {self.url} put off {said}",
             status=answer.status,
             text=answer.text,
             retry_after_s=answer.retry_after_s,
@@ -378,9 +382,42 @@ class RegistryClient:
         try:
             return question.read(answer.body)
         except (BadField, ValueError, RecursionError) as error:
-            raise Unreachable(f"what answers at {self._url} is no registry: {question.what}: {error}") from None
+            raise Unreachable(f"what answers at {self.url} is no registry: {question.what}: {error}") from None
 
     async def _ask(self, question: _Question[T]) -> Answer:
+        """The answer of the first registry that has a good one, else the best that there is."""
+        best: Answer | None = None
+        failed: Unreachable | None = None
+        for _ in self._urls:
+            try:
+                answer = await self._ask_one(question)
+            except Unreachable as error:
+                failed = failed or error
+                self._turn("does not answer")
+                continue
+            if not self._is_poor(question, answer):
+                return answer
+            if best is None or _rank_of(answer) < _rank_of(best):
+                best = answer
+            self._turn("has trouble with its journal")
+        if best is not None:
+            return best
+        assert failed is not None  # noqa: S101 - there is one URL at least
+        raise failed
+
+    def _is_poor(self, question: _Question[T], answer: Answer) -> bool:
+        """Whether another registry over the same journal may have a better one."""
+        if len(self._urls) == 1:
+            return False
+        return answer.age_s > 0 or (answer.status >= HTTPStatus.INTERNAL_SERVER_ERROR and question.method != "GET")
+
+    def _turn(self, why: str) -> None:
+        """Ask the next registry from now on."""
+        if len(self._urls) > 1:
+            was, self._at = self.url, (self._at + 1) % len(self._urls)
+            log.info("another registry is asked", registry=self.url, before=was, why=why)
+
+    async def _ask_one(self, question: _Question[T]) -> Answer:
         """One HTTP exchange."""
         with self._bridge(f"timed out after {self._attempt_timeout_s:g} s"):
             async with self._request(question.method, question.path, question.params, question.body) as response:
@@ -388,8 +425,17 @@ class RegistryClient:
 
     @asynccontextmanager
     async def _stream(self, cursor: str | None, silent_after_s: float) -> AsyncIterator[Read]:
-        """A watch that the registry has agreed to, from `cursor` on."""
-        params = None if cursor is None else {"since": cursor}
+        """A watch that the registry has agreed to, from `cursor` on; the next one at another registry if it breaks."""
+        try:
+            async with self._stream_of_one(cursor, silent_after_s) as read:
+                yield read
+        except Unreachable:
+            self._turn("does not answer")
+            raise
+
+    @asynccontextmanager
+    async def _stream_of_one(self, cursor: str | None, silent_after_s: float) -> AsyncIterator[Read]:
+        params = None if cursor is None else {"since": cursor}  # another registry does not know it, and tells all
         late = f"timed out after {self._attempt_timeout_s:g} s"
         with self._bridge(late):
             async with asyncio.timeout(self._attempt_timeout_s):
@@ -400,7 +446,7 @@ class RegistryClient:
                 async with asyncio.timeout(silent_after_s):
                     piece = await response.content.readany()
             if not piece:
-                raise Unreachable(f"registry {self._url} has ended the stream")
+                raise Unreachable(f"registry {self.url} has ended the stream")
             return piece
 
         try:
@@ -410,7 +456,7 @@ class RegistryClient:
                         refused = await self._received(response)
                 raise self._no(refused, "a watch")
             if response.content_type != "text/event-stream":
-                raise Unreachable(f"what answers at {self._url} is no registry: {response.content_type} for a watch")
+                raise Unreachable(f"what answers at {self.url} is no registry: {response.content_type} for a watch")
             yield read
         finally:
             response.close()
@@ -427,7 +473,7 @@ class RegistryClient:
             raise RuntimeError("RegistryClient is used outside of its `async with`: open it first")
         return self._session.request(
             method,
-            self._url + path,
+            self.url + path,
             params=params,
             json=body,
             headers=self._shown(),
@@ -442,15 +488,15 @@ class RegistryClient:
         try:
             yield
         except aiohttp.InvalidURL as error:
-            raise ConfigError(f"registry URL {self._url} cannot be used ({error}): write http://host:port") from None
+            raise ConfigError(f"registry URL {self.url} cannot be used ({error}): write http://host:port") from None
         except TimeoutError:
             timed_out = TimeoutError(late)
-            raise Unreachable(f"registry {self._url} does not answer: {timed_out}") from timed_out
+            raise Unreachable(f"registry {self.url} does not answer: {timed_out}") from timed_out
         except aiohttp.ServerDisconnectedError as error:
             why = self._hung_up(error)
-            raise Unreachable(f"registry {self._url} does not answer: {root_cause(why)}") from why
+            raise Unreachable(f"registry {self.url} does not answer: {root_cause(why)}") from why
         except (aiohttp.ClientError, OSError) as error:
-            raise Unreachable(f"registry {self._url} does not answer: {root_cause(error)}") from error
+            raise Unreachable(f"registry {self.url} does not answer: {root_cause(error)}") from error
 
     def _may_be_let_in(self, answer: Answer) -> bool:
         """While a token is changed over, the registry may know the new one before our file does: no rank dies of it."""
@@ -463,8 +509,8 @@ class RegistryClient:
 
     def _warn_of_eavesdroppers(self) -> None:
         """Once, by who registers: a decode opens a client for every room."""
-        if self._token.value is not None and self._tls is None and not is_loopback(urlsplit(self._url).hostname or ""):
-            log.warning("token goes over plain HTTP, anyone on the way can read it", registry=self._url)
+        if self._token.value is not None and self._tls is None and not is_loopback(urlsplit(self.url).hostname or ""):
+            log.warning("token goes over plain HTTP, anyone on the way can read it", registry=self.url)
 
     def _hung_up(self, error: Exception) -> Exception:
         """What a TLS server does to a client that it does not believe: asyncio closes before the alert is out."""
@@ -478,11 +524,18 @@ class RegistryClient:
         async for chunk in response.content.iter_any():
             body += chunk
             if len(body) > MAX_ANSWER_BYTES:
-                raise Unreachable(f"what answers at {self._url} is no registry: more than {MAX_ANSWER_BYTES} bytes")
+                raise Unreachable(f"what answers at {self.url} is no registry: more than {MAX_ANSWER_BYTES} bytes")
         retry_after_s = parse_retry_after(
             response.headers.get("Retry-After"), now=self._wall_clock(), date=response.headers.get("Date")
         )
-        return Answer(response.status, bytes(body), retry_after_s, response.headers.get("Location"))
+        age = response.headers.get("X-Pdctl-Age", "")
+        age_s = float(age) if age.isdecimal() else 0.0
+        return Answer(response.status, bytes(body), retry_after_s, response.headers.get("Location"), age_s)
+
+
+def _rank_of(answer: Answer) -> tuple[bool, float]:
+    """The lowest is the best."""
+    return answer.status >= HTTPStatus.INTERNAL_SERVER_ERROR, answer.age_s
 
 
 def _checked(base_url: str) -> str:

@@ -152,7 +152,7 @@ class MetadataSettings:
 class NodeSettings:
     """A rank of ours: a prefill or a decode that pdctl drives.
 
-    registry          the bootstrap registry's URL
+    registry          the bootstrap registry's URL; several, with commas, where several registries are one
     instance          which instance this rank belongs to; a stock registry knows only one, and no names
     decode_instance   the same for a decode that is listed in the registry: a name has one role
     ttl_s             the lease that a rank holds, renewed every third of it: a rank that has died is gone after it.
@@ -174,7 +174,7 @@ class NodeSettings:
     exhaustion: Exhaustion = Exhaustion.RAISE
 
     def __post_init__(self) -> None:
-        if urlsplit(self.registry).scheme not in ("http", "https"):
+        if any(urlsplit(url).scheme not in ("http", "https") for url in self.registry.split(",")):
             raise ValueError(f"registry is {self.registry!r}: give http://host:port")
         for name in ("instance", "decode_instance"):
             if not re.fullmatch(NAME, getattr(self, name), re.ASCII):

@@ -630,3 +630,63 @@ def test_a_password_in_the_url_is_refused_and_not_repeated(url: str) -> None:
 def test_an_attempt_without_an_end_is_refused(timeout_s: float) -> None:
     with pytest.raises(ConfigError, match="attempt_timeout_s"):
         RegistryClient("http://10.0.0.1:8998", attempt_timeout_s=timeout_s)
+
+
+# --- several registries that are one
+
+
+async def test_the_next_registry_is_asked_when_one_does_not_answer_and_goes_on_being_asked() -> None:
+    async with scripted(closes(), closes()) as first, scripted() as second, client(f"{first.url},{second.url}") as rank:
+        await rank.register(ROW)
+        await rank.register(ROW)
+        assert (len(first.asked), len(second.asked), rank.url) == (1, 2, second.url)
+
+
+async def test_a_registry_that_takes_nothing_is_left_for_one_that_does() -> None:
+    async with (
+        scripted(otherwise=answers(503, "the journal takes no rows", {"Retry-After": "100"})) as first,
+        scripted() as second,
+        client(f"{first.url},{second.url}") as rank,
+    ):
+        await rank.register(ROW)
+        assert (len(first.asked), len(second.asked)) == (1, 1)
+
+
+@pytest.mark.parametrize("ages", [("9", None), ("9", "4")])
+async def test_of_answers_from_old_copies_the_freshest_counts(ages: tuple[str, str | None]) -> None:
+    old, fresher = ({} if age is None else {"X-Pdctl-Age": age} for age in ages)
+    topologies = [replace(SHAPE, page_size=size) for size in (1, 2)]
+    bodies = [str(topology_body(shape, None)).replace("'", '"') for shape in topologies]
+    bodies = [body.replace("None", "null").replace("True", "true").replace("False", "false") for body in bodies]
+    async with (
+        scripted(otherwise=answers(200, bodies[0], old)) as first,
+        scripted(otherwise=answers(200, bodies[1], fresher)) as second,
+        client(f"{first.url},{second.url}") as rank,
+    ):
+        assert await rank.topology() == topologies[1]
+        assert await rank.topology() == topologies[1]
+        assert len(first.asked) == (1 if ages[1] is None else 2)
+
+
+async def test_what_no_registry_can_do_is_told_as_one_would_tell_it() -> None:
+    async with (
+        scripted(otherwise=answers(503, "first says no")) as first,
+        scripted(otherwise=closes()) as second,
+        client(f"{first.url},{second.url}") as rank,
+    ):
+        with pytest.raises(PutOff, match="first says no"):
+            await rank.tell("a word", "POST", "/said", lambda body: body)
+    with pytest.raises(Unreachable):
+        async with client(f"{first.url},{second.url}") as rank:
+            await rank.tell("a word", "POST", "/said", lambda body: body)
+
+
+async def test_a_final_no_is_final_whoever_else_might_say_yes() -> None:
+    async with (
+        scripted(otherwise=answers(409, "Inconsistent")) as first,
+        scripted() as second,
+        client(f"{first.url},{second.url}") as rank,
+    ):
+        with pytest.raises(RegistryRefused):
+            await rank.register(ROW)
+        assert not second.asked
