@@ -97,7 +97,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"pdctl {version('pdctl')}")
     commands = top.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_add_serve, _add_register, _add_agent, _add_sessions, _add_probe, _add_demo):
+    for add in (_add_serve, _add_register, _add_agent, _add_sessions, _add_probe, _add_journal, _add_demo):
         add(commands)
     return top
 
@@ -128,7 +128,9 @@ def _add_serve(commands: Commands) -> None:
     command.add_argument("--vllm-sizes", dest="vllm.sizes", help="ranks of every vLLM prefill, as dp=1,tp=8,pp=1")
     _add_access(command)
     command.add_argument(
-        "--journal", dest="serve.journal", help="where the rows live: sqlite:PATH or memory: (a file for this port)"
+        "--journal",
+        dest="serve.journal",
+        help="where the rows live: sqlite:PATH, etcd://HOST:PORT or memory: (a file for this port)",
     )
 
 
@@ -211,6 +213,16 @@ def _add_probe(commands: Commands) -> None:
         "--host", dest="node.host", help="our own address, under which the peer reaches us (127.0.0.1)"
     )
     command.set_defaults(depth="data", deadline=3.0)
+
+
+def _add_journal(commands: Commands) -> None:
+    """`pdctl journal copy FROM TO`: to another store, with every epoch."""
+    journal = commands.add_parser("journal", help="what a registry keeps", description="What a registry keeps.")
+    actions: Commands = journal.add_subparsers(metavar="ACTION", required=True)
+    what = "put all that a journal keeps into an empty one, for a registry that moves; stop the registry first"
+    command = _command(actions, "copy", _copy_journal, _never, what)
+    command.add_argument("source", metavar="FROM", help="sqlite:PATH or etcd://HOST:PORT[,HOST:PORT...][?prefix=NAME]")
+    command.add_argument("target", metavar="TO", help="the same; it has to be empty")
 
 
 def _add_service(command: argparse.ArgumentParser, what: str) -> None:
@@ -332,6 +344,15 @@ async def _probe(settings: Settings, args: argparse.Namespace) -> int:
     works = f"works: {verdict.depth}" if verdict.works else "does not work"
     print(f"{verdict.session} {works} ({verdict.detail}), {verdict.seconds * 1e3:.1f} ms")
     return 0 if verdict.works else 1
+
+
+async def _copy_journal(settings: Settings, args: argparse.Namespace) -> int:
+    copied = await node.copy_journal(settings, args.source, args.target)
+    print(
+        f"{copied.lives} lives, {copied.rooms} rooms and {copied.notes} notes copied; "
+        f"epochs go on after {copied.last_epoch}"
+    )
+    return 0
 
 
 async def _demo(settings: Settings, args: argparse.Namespace) -> int:  # noqa: ARG001

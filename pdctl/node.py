@@ -46,7 +46,8 @@ from pdctl.links import Links
 from pdctl.metrics import Metrics
 from pdctl.peer import PeerLink, open_link
 from pdctl.persistence.base import Shared
-from pdctl.persistence.open import MEMORY, SQLITE, open_journal
+from pdctl.persistence.copying import Copied, copy
+from pdctl.persistence.open import MEMORY, SQLITE, open_journal, path_in
 from pdctl.prober import Prober
 from pdctl.receiver import Receiver
 from pdctl.registrar import Registrar
@@ -204,6 +205,21 @@ def journal_url(serve: ServeSettings) -> str:
             "or --journal memory:, which forgets with the process"
         ) from error
     return f"{SQLITE}{directory / f'registry-{serve.port}.journal'}"
+
+
+async def copy_journal(settings: Settings, source: str, target: str) -> Copied:
+    """All that the journal at `source` keeps, to `target`. Raises ConfigError, JournalUnusable, JournalUnavailable."""
+    if MEMORY in (source, target):
+        raise ConfigError("a journal in memory ends with its process: give sqlite:PATH or etcd://HOST:PORT")
+    longest_s = settings.serve.room_ttl_s * (1 + EXTENSIONS)
+    path = path_in(source) if source.startswith(SQLITE) else None
+    if path is not None and not path.exists():
+        raise ConfigError(f"there is no journal {path}: give the one that the registry served from")
+    async with (
+        open_journal(source, rooms_kept_s=longest_s, etcd=settings.etcd) as kept,
+        open_journal(target, rooms_kept_s=longest_s, etcd=settings.etcd) as empty,
+    ):
+        return await copy(kept, empty)
 
 
 async def register(settings: Settings) -> None:

@@ -115,7 +115,7 @@ class _Group:
     """What the watch has brought of a group whose head has not come yet."""
 
     instances: dict[str, bytes | None] = field(default_factory=dict)
-    notes: list[Note] = field(default_factory=list)
+    notes: list[tuple[int, Note]] = field(default_factory=list)
 
 
 @asynccontextmanager
@@ -236,15 +236,17 @@ class EtcdJournal:
             return
         last = {(book, key): value for book, key, value in notes}
         order = list(dict.fromkeys(reversed([(book, key) for book, key, _ in notes])))[::-1]
-        ops = [self._note_op(book, key, last[book, key]) for book, key in order]
+        rows = [(book, key, last[book, key]) for book, key in order]
         async with self._turn:
-            for first in range(0, len(ops), GROUP_LIMIT):
-                some = ops[first : first + GROUP_LIMIT]
+            for first in range(0, len(rows), GROUP_LIMIT):
+                some = rows[first : first + GROUP_LIMIT]
                 await retrying(_AT_ONCE, partial(self._note_group, some), is_permanent=_is_not_behind)
 
-    async def _note_group(self, ops: Sequence[Op]) -> None:
+    async def _note_group(self, notes: Sequence[Note]) -> None:
         self._refuse_in_trouble()
-        await self._commit_group(ops, self._next_head(()))
+        head = self._next_head(())
+        ops = [self._note_op(note, head.count * GROUP_LIMIT + n) for n, note in enumerate(notes)]
+        await self._commit_group(ops, head)
 
     async def load(self) -> Kept:
         """What was kept when it was last heard of."""
@@ -356,9 +358,11 @@ class EtcdJournal:
         key = self._place.key(f"instances/{name}")
         return Put(key, _packed(rows.values())) if rows else Delete(key)
 
-    def _note_op(self, book: str, key: str, value: bytes | None) -> Op:
+    def _note_op(self, note: Note, at: int) -> Op:
+        """`at`: its place in the order of all notes, which etcd does not tell within one transaction."""
+        book, key, value = note
         place = self._place.key(f"notes/{book}/{urlsafe_b64encode(key.encode()).decode()}")
-        return Delete(place) if value is None else Put(place, f"{crc32(value)} ".encode() + value)
+        return Delete(place) if value is None else Put(place, f"{crc32(value)} {at} ".encode() + value)
 
     # --- reading
 
@@ -425,7 +429,7 @@ class EtcdJournal:
         log.error("ETCD HAS LOST ROWS: they are put back as they are known here", journal=str(self._place), groups=lost)
         strangers = [Delete(each.key) for each in listing.keys if self._is_stranger(each.key)]
         ops = [*strangers, *(self._instance_op(name, rows) for name, rows in copy.rows.items())]
-        ops += [self._note_op(book, key, value) for (book, key), (_, value) in copy.notes.items()]
+        ops += [self._note_op((book, key, value), at) for (book, key), (at, value) in copy.notes.items()]
         for first in range(0, len(ops), GROUP_LIMIT):
             await self._etcd.commit(ops[first : first + GROUP_LIMIT], expected={key: known})
         self._number += 1
@@ -438,7 +442,7 @@ class EtcdJournal:
         name = self._place.name(key)
         if name.startswith("instances/"):
             return name.removeprefix("instances/") not in self._copy.rows
-        return name.startswith("notes/") and self._sound(_note, name, None)[:2] not in self._copy.notes
+        return name.startswith("notes/") and self._sound(_note, name, None)[1][:2] not in self._copy.notes
 
     def _take_listing(self, listing: Listing) -> None:
         """What differs from what was known is told."""
@@ -454,7 +458,7 @@ class EtcdJournal:
             elif name.startswith("instances/"):
                 self._copy.rows[name.removeprefix("instances/")] = self._sound(_unpacked, value)
             elif name.startswith("notes/"):
-                notes.append((found.revision, self._sound(_note, name, value)))
+                notes.append(self._sound(_note, name, value))
             elif name.startswith("rooms/"):
                 rooms += map(tuple, json.loads(value))
         for at, (book, key, kept) in sorted(notes, key=lambda note: note[0]):
@@ -485,8 +489,7 @@ class EtcdJournal:
         elif name.startswith("pulses/"):
             self._pulses.take_event(event)
         elif name.startswith("notes/"):
-            book, key, value = self._sound(_note, name, event.value)
-            self._group.notes.append((book, key, value))
+            self._group.notes.append(self._sound(_note, name, event.value))
         elif name.startswith("rooms/") and event.value is not None and not name.startswith(f"rooms/{self.writer}/"):
             self._tell(Learned(rooms=[tuple(room) for room in json.loads(event.value)]))
 
@@ -502,15 +505,15 @@ class EtcdJournal:
                 copy.rows.pop(name, None)
             else:
                 copy.rows[name] = self._sound(_unpacked, value)
-        for book, key, noted in group.notes:
+        for at, (book, key, noted) in group.notes:
             copy.notes.pop((book, key), None)
             if noted is not None:
-                copy.notes[book, key] = event.revision, noted
+                copy.notes[book, key] = at, noted
         if head.writer == self.writer:
             self._came = head.number
         if head.writer != self.writer or head.number != self._in_flight:  # an own one that was given up has come
             records = {name: self._records(name) for name in group.instances}
-            self._tell(Learned(records, head.words, (), group.notes, head.last_epoch))
+            self._tell(Learned(records, head.words, (), [note for _, note in group.notes], head.last_epoch))
 
     def _leased(self) -> dict[int, Record]:
         """Whoever lives by a lease, by epoch."""
@@ -588,19 +591,19 @@ def _unpacked(value: bytes) -> dict[int, Row]:
         raise Unsound(f"an instance's rows cannot be read ({error})") from error
 
 
-def _note(name: str, value: bytes | None) -> Note:
-    """Raises Unsound."""
+def _note(name: str, value: bytes | None) -> tuple[int, Note]:
+    """Its place in the order of all, 0 for one that is gone. Raises Unsound."""
     _, book, key = name.split("/", 2)
     try:
         text = urlsafe_b64decode(key).decode()
         if value is None:
-            return book, text, None
-        checksum, kept = value.split(b" ", 1)
+            return 0, (book, text, None)
+        checksum, at, kept = value.split(b" ", 2)
         if crc32(kept) != int(checksum):
             raise Unsound(f"the note {text!r} of {book} does not fit its checksum")
+        return int(at), (book, text, kept)
     except ValueError as error:
         raise Unsound(f"the note {name} cannot be read ({error})") from error
-    return book, text, kept
 
 
 def _first(group: BaseExceptionGroup[Any]) -> BaseException:
