@@ -139,6 +139,16 @@ class JournalMetrics:
             "pdctl_journal_failed_total", "Transactions that came to nothing, retries included.", registry=registry
         )
         self._trouble = Gauge("pdctl_journal_trouble", "1 while the journal takes no rows.", registry=registry)
+        self._behind = Counter(
+            "pdctl_journal_behind_total",
+            "Groups that were decided again since another registry over the same journal was faster.",
+            registry=registry,
+        )
+        self._age = Gauge(
+            "pdctl_journal_age_seconds",
+            "How old what is known of a shared journal may be; 0 for one that is this registry's own.",
+            registry=registry,
+        )
 
     def committed(self, seconds: float) -> None:
         self._seconds.observe(seconds)
@@ -146,9 +156,14 @@ class JournalMetrics:
     def failed(self) -> None:
         self._failed.inc()
 
-    def follow(self, in_trouble: Callable[[], bool]) -> None:
+    def behind(self) -> None:
+        self._behind.inc()
+
+    def follow(self, in_trouble: Callable[[], bool], age_s: Callable[[], float] | None = None) -> None:
         """Read at every scrape."""
         self._trouble.set_function(lambda: float(in_trouble()))
+        if age_s is not None:
+            self._age.set_function(age_s)
 
 
 class KeyMetrics:

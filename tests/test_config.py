@@ -84,7 +84,7 @@ def test_an_unknown_section_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("serve.port", "70000", "port is 70000"),
         ("serve.port", "http", r"serve\.port: .*integer.*PDCTL_SERVE__PORT"),
-        ("serve.journal", "etcd://h", "memory:"),
+        ("serve.journal", "etcd://h", "etcd://HOST:PORT"),
         ("node.registry", "h:8998", "give http://host:port"),
         ("log.format", "xml", r"log\.format: .*'kv' or 'json'"),
     ],

@@ -184,7 +184,7 @@ class EtcdJournal:
         waiting.cancel()
         if waiting in done:
             if self._counts is not None:
-                self._counts.follow(lambda: self.trouble is not None)
+                self._counts.follow(lambda: self.trouble is not None, lambda: self.age_s)
             return
         ended = self._tasks[0]
         await self.aclose()
@@ -307,13 +307,20 @@ class EtcdJournal:
         try:
             await self._committed([*ops, Put(self._place.key("head"), head.to_bytes())], head)
         except JournalUnavailable as error:
-            if self._counts is not None and not isinstance(error, Behind):
-                self._counts.failed()
+            self._count_failure(error)
             raise
         finally:
             self._in_flight = None
         if self._counts is not None:
             self._counts.committed(self._clock() - began)
+
+    def _count_failure(self, error: JournalUnavailable) -> None:
+        if self._counts is None:
+            return
+        if isinstance(error, Behind):
+            self._counts.behind()
+        else:
+            self._counts.failed()
 
     async def _committed(self, ops: Sequence[Op], head: Head) -> None:
         known = self._copy.written

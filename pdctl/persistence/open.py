@@ -6,11 +6,9 @@ The only place that knows them all. Opens; what a journal promises stands in `ba
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Final
 
 from pdctl.errors import ConfigError
@@ -39,7 +37,11 @@ async def open_journal(
     rooms_kept_s: for how long a room may be asked for, at the longest.
     """
     if url.startswith(ETCD):
-        opening = _etcd().open_etcd_journal(url, etcd or EtcdSettings(), rooms_kept_s=rooms_kept_s, metrics=metrics)
+        try:
+            from pdctl.persistence.etcd import open_etcd_journal  # who has a journal in a file needs none of it
+        except ModuleNotFoundError as error:
+            raise ConfigError(f"journal {url} needs {error.name}, which is not here: install pdctl[etcd]") from error
+        opening = open_etcd_journal(url, etcd or EtcdSettings(), rooms_kept_s=rooms_kept_s, metrics=metrics)
         async with opening as shared:
             yield shared
         return
@@ -49,14 +51,6 @@ async def open_journal(
         return
     async with open_sqlite(path, rooms_kept_s=rooms_kept_s, metrics=metrics) as journal:
         yield journal
-
-
-def _etcd() -> ModuleType:
-    """Raises ConfigError where pdctl was installed without it."""
-    try:
-        return importlib.import_module("pdctl.persistence.etcd")
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"journal etcd:// needs {error.name}, which is not here: install pdctl[etcd]") from error
 
 
 def check(url: str) -> None:
