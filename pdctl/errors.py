@@ -28,6 +28,7 @@ Every exception that pdctl raises, as one tree, split by who must act.
         ├── Unreachable            the registry or a peer does not answer
         ├── SessionBlocked         this transfer session has failed and has not been proven well
         ├── TransferFailed         the engine's verdict, with its Cause
+        ├── StoreFailed            the shared store's verdict, with its StoreCause
         └── RoomFailed             a room ended in FAILED; carries the first cause
 
 Message style: what happened: what to do. The values stand beside the text as attributes.
@@ -55,6 +56,20 @@ class Cause(StrEnum):
     def speaks_of_peer(self) -> bool:
         """Whether this counts against the peer's session."""
         return self not in (Cause.REJECTED_ADDRESS, Cause.LAYOUT, Cause.LOCAL)
+
+
+class StoreCause(StrEnum):
+    """Why the shared store did not do what was asked, decided once, at the store's adapter."""
+
+    MISSING = "missing"  # no such key
+    LEASED = "leased"  # it was read a moment ago: removing it has to wait
+    NO_SPACE = "no_space"  # no segment has room, or none is mounted (yet)
+    BAD_ARGUMENT = "bad_argument"  # an empty value, one larger than a segment or the local buffer, memory unknown
+    OWNER_UNREACHABLE = "owner_unreachable"  # the process that holds, or shall hold, the bytes does not take them
+    MASTER_UNREACHABLE = "master_unreachable"  # no connection to the master, or it broke
+    TIMED_OUT = "timed_out"  # the master did not answer in time
+    CLOSED = "closed"  # this store was closed
+    OTHER = "other"  # a code that nobody here knows; it stands in the text
 
 
 class PdctlError(Exception):
@@ -225,6 +240,23 @@ class TransferFailed(NotNow):
         self.session = session
         self.detail = detail
         self.settled = settled
+
+
+class StoreFailed(NotNow):
+    """The shared store did not do what was asked: `step` of `key`, with the store's own `code` where it gave one.
+
+    `cause` is what the code means.
+    """
+
+    def __init__(self, cause: StoreCause, step: str, detail: str, *, key: str = "", code: int | None = None) -> None:
+        of = f" of {key}" if key else ""
+        said = "" if code is None else f", code {code}"
+        super().__init__(f"store {step}{of} failed ({cause}{said}): {detail}")
+        self.cause = cause
+        self.step = step
+        self.detail = detail
+        self.key = key
+        self.code = code
 
 
 class RoomFailed(NotNow):

@@ -27,12 +27,25 @@ FLOORS = {
     **dict.fromkeys(
         [
             f"pdctl.{room}"
-            for room in ("engine", "persistence", "registrar", "keyring", "roster", "watching", "device", "memory")
+            for room in (
+                "engine",
+                "persistence",
+                "store",
+                "registrar",
+                "keyring",
+                "roster",
+                "watching",
+                "device",
+                "memory",
+            )
         ],
         3,
     ),
     **dict.fromkeys(
-        [f"pdctl.{room}" for room in ("engine.base", "persistence.base", "retry", "metrics", "logs", "errands")],
+        [
+            f"pdctl.{room}"
+            for room in ("engine.base", "persistence.base", "store.base", "retry", "metrics", "logs", "errands")
+        ],
         2,
     ),
     "pdctl.answers": 2,
@@ -45,7 +58,7 @@ FLOORS = {
 }
 """A room -> its floor. A folder's floor holds for its files, unless a file has a row of its own."""
 
-FOLDERS = ("pdctl.demo", "pdctl.dialects", "pdctl.engine", "pdctl.persistence", "pdctl.core")
+FOLDERS = ("pdctl.demo", "pdctl.dialects", "pdctl.engine", "pdctl.persistence", "pdctl.store", "pdctl.core")
 WHO = ("errors", "core", "ports", "adapters", "shells", "the wiring", "the entrance")
 CLOSED_FLOORS = {2: "ports", 3: "adapters", 4: "shells"}
 """Floors whose rooms do not import each other."""
