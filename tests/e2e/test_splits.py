@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.instance import Model, Split, arguments
+from tests.e2e.instance import arguments
+from tests.e2e.model import Model, Split
 from tests.engine.processes import Child
 from tests.service import service
 
