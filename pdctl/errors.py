@@ -7,7 +7,8 @@ Every exception that pdctl raises, as one tree, split by who must act.
     │   ├── EngineUnavailable      no Mooncake wheel, or a system library is missing
     │   ├── AddressTaken           the port to listen on has another holder
     │   ├── JournalUnusable        the journal's file is another's, a newer version's, or cannot be made
-    │   └── RegistrationGaveUp     every attempt that the policy allows has failed
+    │   ├── RegistrationGaveUp     every attempt that the policy allows has failed
+    │   └── ChecksumsMissing       a peer sums nothing, and this side requires it
     ├── CallerError            the request itself is wrong; sending it again changes nothing
     │   ├── BadField               names the field
     │   ├── Refused                contradicts what is registered; carries both values
@@ -106,6 +107,10 @@ class RegistrationGaveUp(OperatorError):
         super().__init__(message)
         self.attempts = attempts
         self.cause = cause
+
+
+class ChecksumsMissing(OperatorError):
+    """A peer does not sum what it sends or is sent, and this side requires it; the text names the peer."""
 
 
 class CallerError(PdctlError):

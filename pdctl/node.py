@@ -347,7 +347,7 @@ class DecodeNode:
             pairing = pair(shape, self.shape, self.seat.tp, self.seat.pp, kind).at(await _dp_rank(client, shape, room))
             at = await asyncio.gather(*map(client.rank, (*pairing.senders, *pairing.dummies)))
         n = pairing.responses
-        ranks = frozenset(rank_id(seat, shape) for seat in pairing.senders)
+        ranks = tuple(rank_id(seat, shape) for seat in pairing.senders)
         return Paired(tuple(at[:n]), tuple(at[n:]), pairing.required, n, ranks)
 
 

@@ -34,14 +34,16 @@ from pdctl.core.early import EarlyBook, EarlyLimits
 from pdctl.core.layout import RankPools
 from pdctl.core.plan import CopyPlan, Ints
 from pdctl.core.sessions import Gate
-from pdctl.core.sums import Summand, Sums
+from pdctl.core.sums import Checksum, Summand, Sums
 from pdctl.core.transfer import OVERDUE, SENDER, Event, Phase, Quarantined, RoomTimeouts, Side, step
 from pdctl.core.turns import cut
 from pdctl.core.wire import (
+    FIRST_QUESTION,
     NOT_REGISTERED,
     Abort,
     AbortAck,
     Bootstrap,
+    Matched,
     Metadata,
     RegisterBuffers,
     Status,
@@ -54,6 +56,7 @@ from pdctl.engine.checksums import Checksums
 from pdctl.errands import Errands
 from pdctl.errors import (
     CallerError,
+    ChecksumsMissing,
     ConfigError,
     LayoutMismatch,
     LimitReached,
@@ -173,6 +176,9 @@ class Sender:
                 self._named(named)
             case Abort() as abort:
                 self._aborted(abort)
+            case Matched() as matched:
+                if (room := self._rooms.get(matched.room)) is not None:
+                    room.matched(matched.session)
             case Bootstrap() | Unknown() as other:
                 log.debug("message not used", message=type(other).__name__)
 
@@ -203,7 +209,8 @@ class Sender:
         if room is not None:
             room.aborted(abort)
             return
-        self._early.abort(abort, self.clock())
+        if abort.room < FIRST_QUESTION:
+            self._early.abort(abort, self.clock())
         if abort.reply is not None and abort.generation is not None:
             self.acknowledge(abort.room, abort.reply, abort.generation)  # nothing of it is in flight
 
@@ -242,6 +249,11 @@ class Sender:
         blocked = self.gate.reason_blocked(named.session)
         if blocked is not None:
             raise SessionBlocked(named.session, blocked)
+        if self.timeouts.checksum is Checksum.REQUIRED and not said.wants_sums:
+            raise ChecksumsMissing(
+                f"decode session {named.session} asks for no checksums, and room.checksum is required here: start that "
+                "decode with room.checksum offered or required (a stock one cannot), or this prefill with offered"
+            )
         return Destination.of(said, named, self.pools)
 
     def take_in(self, session: str) -> None:
@@ -266,7 +278,9 @@ class Sender:
         self._post(to, status.to_frames(), "status")
 
     def acknowledge(self, room: int, to: Endpoint, generation: int) -> None:
-        self._post(to, AbortAck(room, self._rank, generation).to_frames(), "abort ack")
+        """And answer the question that it may be."""
+        sums = room >= FIRST_QUESTION and self.timeouts.checksum.is_on
+        self._post(to, AbortAck(room, self._rank, generation, sums).to_frames(), "abort ack")
 
     def _post(self, to: Endpoint, frames: Sequence[bytes], what: str) -> None:
         async def deliver() -> None:
@@ -295,6 +309,8 @@ class SendingRoom:
         self._writes: set[asyncio.Task[None]] = set()
         self._unsettled: set[str] = set()
         self._sums: dict[str, list[Sums]] = {}
+        self._comparing: set[str] = set()
+        self._compared = asyncio.Event()
         self._sources: list[Ints] = []
         self._n_sent = 0
         self._open_chunk: LayerGroups | None = None
@@ -366,7 +382,7 @@ class SendingRoom:
 
     async def finish(self, aux_row: int | None = None, state_rows: Sequence[npt.ArrayLike] = ()) -> None:
         """Copy the aux row and the rows of each group of state, when all chunks have landed; then the decode ranks hear
-        of success."""
+        of success. Those that sum have to say first that what arrived is what was sent."""
         while self._writes:
             await asyncio.wait(self._writes)
         self._check()
@@ -376,10 +392,29 @@ class SendingRoom:
         await self._write(
             lambda d: d.last(self._n_sent, aux_row, state_rows), lambda d: d.last_summands(aux_row, state_rows)
         )
-        self._step(Event.LAST_CHUNK_LANDED)
+        self._comparing = set(self._sums)
         for destination in self._destinations.values():
             sums = self._sums.get(destination.session)
             self._of.report(destination.named.reply, self.room, Phase.SUCCESS, sums=sums)
+        if self._comparing:
+            await self._comparison()
+        self._step(Event.LAST_CHUNK_LANDED)
+
+    async def _comparison(self) -> None:
+        """Return when every decode rank that sums has found what was sent. Raises RoomFailed."""
+        self._watch()
+        limit_s = self._of.timeouts.transfer_s
+        try:
+            async with asyncio.timeout(limit_s):
+                await self._compared.wait()
+        except TimeoutError:
+            silent = ", ".join(sorted(self._comparing))
+            self._fail(
+                Event.TIMED_OUT,
+                f"no word from decode session {silent} within {limit_s:g} s whether what arrived is what was sent: see "
+                "its log for this room, and whether it can reach this control port, or raise transfer_s",
+            )
+        self._check()
 
     # --- what peers say
 
@@ -395,7 +430,7 @@ class SendingRoom:
                 if named.session not in self._destinations:
                     self._of.take_in(named.session)
                 self._destinations[named.session] = destination
-                if destination.wants_sums and self._of.timeouts.checksum:
+                if destination.wants_sums and self._of.timeouts.checksum.is_on:
                     self._sums[named.session] = []
             except PdctlError as error:
                 self._fail(Event.TRANSFER_FAILED, str(error))
@@ -406,10 +441,18 @@ class SendingRoom:
         if complete:
             self._no_longer_bootstrapping.set()
 
+    def matched(self, session: str) -> None:
+        """What it has of the room is what our sums say; before they were given that is a mistake."""
+        if session in self._comparing:
+            self._comparing.remove(session)
+            if not self._comparing:
+                self._compared.set()
+
     def aborted(self, abort: Abort) -> None:
         """A decode rank has given the room up; acknowledged when nothing of the room is in flight."""
         who = f"decode rank {abort.reply}" if abort.reply else "a decode rank"
-        self._fail(Event.PEER_FAILED, f"{who} has given the room up: see its log", but_tell_not=abort.reply)
+        why = f"{who} has given the room up: {abort.reason or 'see its log'}"
+        self._fail(Event.PEER_FAILED, why, but_tell_not=abort.reply)
         if abort.reply is not None and abort.generation is not None:
             self._acks[abort.reply] = abort.generation
             self._acknowledge_at_rest()
@@ -540,6 +583,7 @@ class SendingRoom:
             if not named.is_dummy and named.reply != but_tell_not:
                 self._of.report(named.reply, self.room, Phase.FAILED, reason)
         self._no_longer_bootstrapping.set()
+        self._compared.set()
 
     def _acknowledge_at_rest(self) -> None:
         if self._writes or self._unsettled:
@@ -549,11 +593,11 @@ class SendingRoom:
             self._of.acknowledge(self.room, to, generation)
 
     def _watch(self) -> None:
-        """Bound the wait that the room is in. A write is bounded by its own deadline."""
+        """Bound the wait that the room is in. A write is bounded by its own deadline, and so is a comparison."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if not self.phase.is_final and not self._writes:
+        if not self.phase.is_final and not self._writes and not self._comparing:
             limit_s = OVERDUE[Side.SENDER, self.phase].limit_s(self._of.timeouts)
             self._timer = asyncio.get_running_loop().call_later(limit_s, self._overdue)
 

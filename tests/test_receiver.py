@@ -158,7 +158,7 @@ async def test_a_dummy_prefill_rank_hears_of_no_pages(rig: Rig) -> None:
 
 
 async def test_ranks_that_nobody_expects_do_not_count(rig: Rig) -> None:
-    async with rig.receiver.open(5, Paired((PREFILL,), ranks=frozenset({4})), [1], 0) as room:
+    async with rig.receiver.open(5, Paired((PREFILL,), ranks=(4,)), [1], 0) as room:
         rig.succeed(5, rank=3)
         rig.fail(5, rank=3)
         assert room.phase is Phase.TRANSFERRING

@@ -46,14 +46,15 @@ class Pairing:
 class Paired:
     """A Pairing of which the control links are known: whom one room's decode rank tells, and whom it hears.
 
-    ranks: the ids by which the senders report; None where they are not known, and then every report counts.
+    ranks: the ids by which the senders report, in their order; None where they are not known, and then every report
+    counts.
     """
 
     senders: tuple[Endpoint, ...]
     dummies: tuple[Endpoint, ...] = ()
     required: int = 1
     responses: int = 1
-    ranks: frozenset[int] | None = None
+    ranks: tuple[int, ...] | None = None
 
 
 def pair(prefill: Shape, decode: Shape, tp_rank: int, pp_rank: int, kind: Kind) -> Pairing:

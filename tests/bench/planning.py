@@ -19,6 +19,7 @@ import numpy as np
 
 from pdctl.core.layout import Pool
 from pdctl.core.plan import CopyPlan, Ints, item_plan
+from pdctl.core.sums import Checksum
 from pdctl.core.turns import cut
 from pdctl.engine.blocks import split
 from pdctl.sender import SenderLimits
@@ -80,7 +81,7 @@ def beside_the_transfer() -> str:
     both, arrays = pools(len(kv.lens), MOVED_PAGE), (np.asarray(src), np.asarray(dst))
     moves, plans = [], []
     with ExitStack() as stack:
-        pair = Pair(stack, kv, checksum=False)
+        pair = Pair(stack, kv, checksum=Checksum.OFF)
         pair.ours, pair.theirs = src, dst
         pair.check()
         for _ in range(MOVES):  # cold each time, as in a prefill that has computed meanwhile

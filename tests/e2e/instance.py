@@ -18,6 +18,7 @@ import numpy as np
 
 from pdctl import logs
 from pdctl.config import NodeSettings, ServeSettings, Settings
+from pdctl.core.sums import Checksum
 from pdctl.core.transfer import RoomTimeouts
 from pdctl.engine.environment import MooncakeSettings
 from pdctl.logs import LogSettings
@@ -132,7 +133,7 @@ async def main(given: dict[str, Any]) -> None:
     settings = Settings(
         node=NodeSettings(registry=given["registry"]),
         serve=ServeSettings(port=0, grace_s=0.5),
-        room=RoomTimeouts(drain_margin_s=0.05, checksum=True),  # every split is checked from both sides
+        room=RoomTimeouts(drain_margin_s=0.05, checksum=Checksum.OFFERED),  # every split is checked from both sides
         engine=MooncakeSettings(progress_timeout_s=2),
     )
     instance = (Prefill if given["role"] == "prefill" else Decode)(model, given["seed"])

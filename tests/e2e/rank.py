@@ -20,7 +20,9 @@ import numpy as np
 from pdctl import logs
 from pdctl.core.address import Endpoint
 from pdctl.core.layout import Pool, RankPools
+from pdctl.core.sums import Checksum
 from pdctl.core.transfer import RoomTimeouts
+from pdctl.device.cpu import Cpu
 from pdctl.engine.base import Engine
 from pdctl.engine.mooncake import MooncakeSettings, open_mooncake
 from pdctl.errors import PdctlError
@@ -178,7 +180,7 @@ async def main(role: str, kv: Kv, timeouts: RoomTimeouts, host: str) -> None:
     kind = PrefillRank if role == "prefill" else DecodeRank
     async with (
         open_link(host, metrics=Metrics(), settings=LinkSettings(send_deadline_s=0.5)) as link,
-        open_mooncake(MooncakeSettings(host=host, progress_timeout_s=1)) as engine,
+        open_mooncake(MooncakeSettings(host=host, progress_timeout_s=1), Cpu()) as engine,
     ):
         rank: PrefillRank | DecodeRank = kind(kv, engine, link, timeouts)
         await engine.register(rank.arena.region)
@@ -196,7 +198,8 @@ if __name__ == "__main__":
     die_with_parent()
     logs.configure(LogSettings())
     given = json.loads(sys.argv[1])
-    how = RoomTimeouts(**given.get("timeouts", {}))
+    timeouts = given.get("timeouts", {})
+    how = RoomTimeouts(**timeouts | {"checksum": Checksum(timeouts.get("checksum", Checksum.OFF))})
     asyncio.run(main(given["role"], Kv(**given["kv"]), how, given.get("host", "127.0.0.1")))
     sys.stdout.flush()
     os._exit(0)

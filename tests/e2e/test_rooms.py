@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from pdctl.core.sums import Checksum
 from tests.e2e.kv import BIG, MHA, MLA, Kv
 from tests.engine.processes import Child
 
@@ -18,7 +19,7 @@ PREFILL_EMPTY: dict[str, list[int]] = {"rooms": [], "early": [], "quarantine": [
 DECODE_EMPTY: dict[str, list[int]] = {"rooms": [], "quarantine": []}
 
 
-def rank(role: str, kv: Kv, host: str = "127.0.0.1", /, **timeouts: float | bool) -> Child:
+def rank(role: str, kv: Kv, host: str = "127.0.0.1", /, **timeouts: float | str) -> Child:
     settings = {"role": role, "kv": dataclasses.asdict(kv), "timeouts": {**QUICK, **timeouts}, "host": host}
     return Child("tests.e2e.rank", json.dumps(settings))
 
@@ -153,8 +154,8 @@ async def test_a_stopped_prefill_keeps_the_pages_in_quarantine_until_it_has_answ
         await assert_empty(prefill, decode)
 
 
-@pytest.mark.parametrize("checksum", [False, True], ids=["plain", "checked"])
-async def test_a_small_room_beside_a_large_one_ends_first(checksum: bool) -> None:
+@pytest.mark.parametrize("checksum", [Checksum.OFF, Checksum.OFFERED])
+async def test_a_small_room_beside_a_large_one_ends_first(checksum: Checksum) -> None:
     with rank("prefill", BIG, checksum=checksum) as prefill, rank("decode", BIG, checksum=checksum) as decode:
         large, small = list(range(1, 47)), [47]
         await prefill.ask("send", room=1, chunks=[large], row=0)
@@ -169,14 +170,16 @@ async def test_a_small_room_beside_a_large_one_ends_first(checksum: bool) -> Non
 
 
 async def test_real_bytes_that_change_on_their_way_fail_the_room_and_name_the_page() -> None:
-    with rank("prefill", MHA, checksum=True) as prefill, rank("decode", MHA, checksum=True) as decode:
+    how = Checksum.REQUIRED
+    with rank("prefill", MHA, checksum=how) as prefill, rank("decode", MHA, checksum=how) as decode:
         await prefill.ask("send", room=7, chunks=[[5, 6, 7], [30]], row=2, paced=True)
         await receive(decode, prefill, 7, [9, 10, 11, 3], 5)
         await decode.ask("spoil", entry=4, page=10)
         await prefill.ask("proceed")
-        assert "page 10: not what prefill rank 0 sent, by checksum" in await why(decode, 7)
+        said = "page 10 (6 at the prefill): not what prefill rank 0 sent, by checksum"
+        assert said in await why(decode, 7)
+        assert said in await why(prefill, 7)
         assert await decode.ask("let_go", n=1) == {"released": [[9, 10, 11, 3]]}
-        await prefill.ask("result", room=7)
         await assert_empty(prefill, decode)
 
 

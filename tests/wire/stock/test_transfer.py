@@ -20,7 +20,9 @@ from pdctl.client import RegistryClient
 from pdctl.core.layout import Pool, RankPools
 from pdctl.core.route import Announcement, Seat, Shape
 from pdctl.core.sessions import ProbePolicy, SessionTable
+from pdctl.core.sums import Checksum
 from pdctl.core.transfer import RoomTimeouts
+from pdctl.device.cpu import Cpu
 from pdctl.engine.asking import Asking
 from pdctl.engine.base import Engine
 from pdctl.engine.mooncake import MooncakeSettings, open_mooncake
@@ -38,8 +40,10 @@ ENTRIES, PAGES, PAGE_NBYTES, ROWS = 4, 16, 2048, 4
 AUX_NBYTES = (64, 16)
 SEED = 20260
 BOOTSTRAPPING, WAITING, TRANSFERRING, SUCCESS, FAILED = 1, 2, 3, 4, 0
-# checksum: a stock peer must never see a trace of it
-TIMEOUTS = RoomTimeouts(bootstrap_s=20, waiting_s=20, transfer_s=20, release_s=10, drain_margin_s=0.1, checksum=True)
+# checksum: rooms with a stock peer go as without
+TIMEOUTS = RoomTimeouts(
+    bootstrap_s=20, waiting_s=20, transfer_s=20, release_s=10, drain_margin_s=0.1, checksum=Checksum.OFFERED
+)
 SEAT, SHAPE = Seat(0, 0, 0, 0), Shape(1, 1, 1, 1, 16, "bfloat16")
 WITHIN_S = 30
 
@@ -75,7 +79,7 @@ async def ours(metrics: Metrics) -> AsyncIterator[Ours]:
     kv = [arena.array((PAGES, PAGE_NBYTES), np.uint8) for _ in range(ENTRIES)]
     aux = [arena.array((ROWS, nbytes), np.uint8) for nbytes in AUX_NBYTES]
     async with (
-        open_mooncake(MooncakeSettings(progress_timeout_s=2, handshake_timeout_s=2.0)) as engine,
+        open_mooncake(MooncakeSettings(progress_timeout_s=2, handshake_timeout_s=2.0), Cpu()) as engine,
         open_link("127.0.0.1", metrics=metrics) as link,
     ):
         await engine.register(arena.region)
