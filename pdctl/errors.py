@@ -5,6 +5,7 @@ Every exception that pdctl raises, as one tree, split by who must act.
     ├── OperatorError          someone has to change a setting, a package or a host
     │   ├── ConfigError
     │   ├── EngineUnavailable      no Mooncake wheel, or a system library is missing
+    │   ├── DeviceUnavailable      the device is not there, or its driver or runtime is not
     │   ├── AddressTaken           the port to listen on has another holder
     │   ├── JournalUnusable        the journal's file is another's, a newer version's, or cannot be made
     │   ├── RegistrationGaveUp     every attempt that the policy allows has failed
@@ -22,7 +23,8 @@ Every exception that pdctl raises, as one tree, split by who must act.
     │   └── IllegalEvent           a phase that knows no such event
     └── NotNow                 nobody: wait, or look at the cause
         ├── NotReady               the instance is not complete, or not known, yet
-        │   └── PutOff                 the registry has answered "not now"; carries its status and words
+        │   ├── PutOff                 the registry has answered "not now"; carries its status and words
+        │   └── StoreNotReady          the shared store did not come up in time; carries the report
         ├── LimitReached           a bounded table is full; the text names the limit
         ├── JournalUnavailable     the journal does not take rows now; nothing was changed
         ├── TooSlow                a request's body did not arrive in time
@@ -69,6 +71,9 @@ class StoreCause(StrEnum):
     OWNER_UNREACHABLE = "owner_unreachable"  # the process that holds, or shall hold, the bytes does not take them
     MASTER_UNREACHABLE = "master_unreachable"  # no connection to the master, or it broke
     TIMED_OUT = "timed_out"  # the master did not answer in time
+    NO_OFFLOAD = "no_offload"  # SSD offload is asked for, and the master was started without it
+    SET_UP_REFUSED = "set_up_refused"  # the wheel took no such arguments
+    WRONG_DATA = "wrong_data"  # what came back is not what was put
     CLOSED = "closed"  # this store was closed
     OTHER = "other"  # a code that nobody here knows; it stands in the text
 
@@ -87,6 +92,10 @@ class ConfigError(OperatorError):
 
 class EngineUnavailable(OperatorError):
     """The transfer engine cannot be loaded; the text names the extra or the apt package."""
+
+
+class DeviceUnavailable(OperatorError):
+    """The device cannot be set; the text names what is missing, or the runtime's own code."""
 
 
 class AddressTaken(OperatorError):
@@ -111,6 +120,14 @@ class RegistrationGaveUp(OperatorError):
 
 class ChecksumsMissing(OperatorError):
     """A peer does not sum what it sends or is sent, and this side requires it; the text names the peer."""
+
+
+class StoreUnusable(OperatorError):
+    """The shared store cannot come up as it is configured. `report`: core.warmup's Report of how far it came."""
+
+    def __init__(self, report: object) -> None:
+        super().__init__(str(report))
+        self.report = report
 
 
 class CallerError(PdctlError):
@@ -188,6 +205,14 @@ class NotNow(PdctlError):
 
 class NotReady(NotNow):
     """Not complete, or not known, yet."""
+
+
+class StoreNotReady(NotReady):
+    """The shared store did not come up in the time that it was given. `report`: core.warmup's Report."""
+
+    def __init__(self, report: object) -> None:
+        super().__init__(str(report))
+        self.report = report
 
 
 class LimitReached(NotNow):
