@@ -7,6 +7,7 @@ The real nodes, each with its own engine, link and lease; only the model is miss
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import sys
@@ -18,9 +19,11 @@ import numpy as np
 
 from pdctl import logs
 from pdctl.config import NodeSettings, ServeSettings, Settings
+from pdctl.core.pairing import Paired
 from pdctl.core.sums import Checksum
 from pdctl.core.transfer import RoomTimeouts
 from pdctl.engine.environment import MooncakeSettings
+from pdctl.errors import NotReady
 from pdctl.logs import LogSettings
 from pdctl.node import DecodeNode, PrefillNode, decode_node, prefill_node
 from tests.e2e.model import Model, Rank, Split
@@ -103,7 +106,7 @@ class Decode:
 
     async def _receive(self, rank: Rank, node: DecodeNode, room: int, pages: list[int], row: int, prefix: int) -> None:
         async with asyncio.timeout(20):
-            paired = await node.pair(self.registry, room)
+            paired = await self._pair(node, room)
             arriving = node.receiver.open(
                 room,
                 paired,
@@ -114,6 +117,12 @@ class Decode:
             )
             async with arriving as it:
                 await it.arrived()
+
+    async def _pair(self, node: DecodeNode, room: int) -> Paired:
+        while True:  # until the prefill has said which of its DP ranks has the room
+            with contextlib.suppress(NotReady):
+                return await node.pair(self.registry, room)
+            await asyncio.sleep(0.01)
 
     async def idle(self) -> dict[str, Any]:
         tables = [(it.rooms, it.quarantine) for it in (node.receiver for _, node in self.nodes)]
@@ -126,6 +135,15 @@ def arguments(role: str, model: Model, split: Split, registry: str, seed: int = 
     )
 
 
+def settings_at(registry: str) -> Settings:
+    return Settings(
+        node=NodeSettings(registry=registry),
+        serve=ServeSettings(port=0, grace_s=0.5),
+        room=RoomTimeouts(drain_margin_s=0.05, checksum=Checksum.OFFERED),  # every split is checked from both sides
+        engine=MooncakeSettings(progress_timeout_s=2, handshake_timeout_s=10.0),  # a busy machine is no dead peer
+    )
+
+
 async def main(given: dict[str, Any]) -> None:
     reader = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
@@ -134,7 +152,7 @@ async def main(given: dict[str, Any]) -> None:
         node=NodeSettings(registry=given["registry"]),
         serve=ServeSettings(port=0, grace_s=0.5),
         room=RoomTimeouts(drain_margin_s=0.05, checksum=Checksum.OFFERED),  # every split is checked from both sides
-        engine=MooncakeSettings(progress_timeout_s=2),
+        engine=MooncakeSettings(progress_timeout_s=2, handshake_timeout_s=10.0),  # a busy machine is no dead peer
     )
     instance = (Prefill if given["role"] == "prefill" else Decode)(model, given["seed"])
     async with AsyncExitStack() as stack:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pdctl.device.cpu import Cpu
 
 from pdctl.client import RegistryClient
 from pdctl.core.layout import Pool, RankPools
@@ -22,7 +23,6 @@ from pdctl.core.route import Announcement, Seat, Shape
 from pdctl.core.sessions import ProbePolicy, SessionTable
 from pdctl.core.sums import Checksum
 from pdctl.core.transfer import RoomTimeouts
-from pdctl.device.cpu import Cpu
 from pdctl.engine.asking import Asking
 from pdctl.engine.base import Engine
 from pdctl.engine.mooncake import MooncakeSettings, open_mooncake

@@ -1,0 +1,212 @@
+"""
+All ranks of one stock SGLang instance, on the memory of tests/e2e/model.py, doing a request's share of the scheduler.
+
+Runs beside the stock wheel only, after surroundings.install(). What a scheduler decides (which pages, which chunk is
+the last, when to look again) is decided here, in the order of stock's prefill.py and decode.py; all else is stock's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+from sglang.srt.disaggregation.base.conn import StateType
+from sglang.srt.disaggregation.common.conn import KVTransferError
+from sglang.srt.disaggregation.mooncake.conn import MooncakeKVReceiver, MooncakeKVSender
+
+from pdctl.core.layout import Pool
+from pdctl.core.route import Seat
+from tests.e2e.model import Model, Rank, Split
+from tests.wire.stock import ranks, surroundings
+
+FAILED, WAITING, SUCCESS = 0, 2, 4
+POLL_S = 0.002
+WITHIN_S = 20.0
+
+
+class Group:
+    """A parallel group whose ranks are all in this process: what its first rank says, the others hear."""
+
+    def __init__(self) -> None:
+        self.said: object = None
+
+    def broadcast_object(self, said: object, src: int) -> object:
+        self.said = self.said if said is None else said
+        return self.said
+
+
+@dataclass
+class Seated:
+    rank: Rank
+    manager: Any
+
+
+class Instance:
+    def __init__(self, role: str, registry: str, model: Model, split: Split, state_type: str = "swa") -> None:
+        self.role, self.address, self.model, self.split, self.state_type = role, registry, model, split, state_type
+        self.seated: list[Seated] = []
+        self.rooms: dict[int, list[Any]] = {}
+        groups: dict[tuple[int, int, int], Group] = {}
+        host, _, port = registry.rpartition(":")
+        surroundings.tell("serving", host=host.strip("[]"))
+        surroundings.tell("disagg", disaggregation_bootstrap_port=int(port))
+        for seat in sorted(split.shape(model).seats()):
+            rank = Rank(model, split, seat)
+            group = groups.setdefault((seat.dp, seat.cp, seat.tp), Group())
+            surroundings.tell("parallel", **{**surroundings.PARALLEL, **self._parallel(seat, group)})
+            args = self._args(rank)
+            self.seated.append(Seated(rank, ranks.manager(role, args, ranks.real_engine(), mla=model.kind == "mla")))
+
+    def _parallel(self, seat: Seat, group: Group) -> dict[str, Any]:
+        split = self.split
+        return {
+            "attn_tp_size": split.tp, "attn_tp_rank": seat.tp,
+            "attn_cp_size": split.cp, "attn_cp_rank": seat.cp,
+            "attn_dp_size": split.dp, "attn_dp_rank": seat.dp, "num_dp_ranks": split.dp,
+            "pp_size": split.pp, "pp_group": group,
+            "load_balance_method": "follow_bootstrap_room" if split.follow else "round_robin",
+        }  # fmt: skip
+
+    def _args(self, rank: Rank) -> Any:
+        pools, seat = rank.pools, rank.seat
+        return ranks.kv_args(
+            # decode ranks of a second DP group count on, as --enable-dp-attention has it
+            engine_rank=seat.tp + (seat.dp if self.role == "prefill" else 1) * self.split.tp,
+            **_named("kv", pools.kv),
+            kv_layer_ids=list(pools.layout.layer_ids),
+            kv_cache_dtype_str="uint8",
+            **_named("aux", pools.aux),
+            state_types=[StateType(self.state_type)] * len(pools.states),
+            **{f"state_{name}": [_each(state)[name] for state in pools.states] for name in _each(pools.kv)},
+            state_layer_ids=[list(ids) for ids in pools.state_layer_ids],
+            state_dim_per_tensor=[[] for _ in pools.states],
+            page_size=self.model.page_size,
+            kv_head_num=len(rank.heads),
+            total_kv_head_num=self.model.heads,
+            pp_rank=seat.pp,
+            prefill_start_layer=rank.entries[0][1],
+        )
+
+    def fill(self, seed: int) -> None:
+        for each in self.seated:
+            each.rank.fill(seed)
+
+    # --- prefill
+
+    def send(self, room: int, dp: int, chunks: list[list[int]], row: int) -> dict[str, Any]:
+        """Chunk after chunk from every rank of a DP group; what the room came to."""
+        senders = self.open_senders(room, dp)
+        for sender, _ in senders:
+            settle(sender, (WAITING, FAILED))
+        for sender, rank in senders:
+            self._send(sender, rank, chunks, row)
+        return self.outcome(room)
+
+    def open_senders(self, room: int, dp: int) -> list[tuple[Any, Rank]]:
+        of = [each for each in self.seated if each.rank.seat.dp == dp]
+        senders = [(MooncakeKVSender(each.manager, self.address, room), each.rank) for each in of]
+        self.rooms[room] = [sender for sender, _ in senders]
+        return senders
+
+    def _send(self, sender: Any, rank: Rank, chunks: list[list[int]], row: int) -> None:
+        skipped = sender.pop_decode_prefix_len() // self.model.page_size
+        left = sum(map(len, chunks)) - skipped
+        sender.init(left, row)
+        for chunk in chunks:
+            pages, skipped = chunk[skipped:], max(0, skipped - len(chunk))
+            left -= len(pages)
+            if pages or chunk is chunks[-1]:
+                state = [[row]] if rank.state and not left else None
+                sender.send(np.array(pages, np.int32), state, num_kv_tokens=len(pages) * self.model.page_size)
+
+    # --- decode
+
+    def receive(self, room: int, pages: list[int], sent: list[int], row: int, prefix: int, seed: int) -> dict[str, Any]:
+        """As tests/e2e/instance.py: `pages` into which `sent` go, of which the first `prefix` are here."""
+        for each in self.seated:
+            each.rank.begin(sent, pages, prefix, seed)
+        for each, receiver in zip(self.seated, self.open_receivers(room), strict=True):
+            state = [[row]] if each.rank.state else None
+            named = np.array(pages[prefix:], np.int32)
+            receiver.send_metadata(named, row, state, decode_prefix_len=prefix * self.model.page_size)
+        return self.outcome(room) | {
+            "wrong": [wrong for each in self.seated for wrong in each.rank.wrong(sent, pages, 1, row, seed)]
+        }
+
+    def open_receivers(self, room: int) -> list[Any]:
+        for each in self.seated:
+            wait_for(partial(each.manager.try_ensure_parallel_info, self.address), "the instance is not complete")
+        receivers = [MooncakeKVReceiver(each.manager, self.address, room) for each in self.seated]
+        dp = self._dp_rank(room)
+        for receiver in receivers:
+            receiver.init(prefill_dp_rank=dp)
+        self.rooms[room] = receivers
+        return receivers
+
+    def _dp_rank(self, room: int) -> int:
+        info = self.seated[0].manager.prefill_info_table[self.address]
+        if info.dp_size == 1 or info.follow_bootstrap_room:
+            dp_rank: int = room % info.dp_size
+            return dp_rank
+        found: dict[str, int] = {}
+
+        def asked() -> bool:
+            found.update(MooncakeKVReceiver.query_prefill_dp_ranks(self.address, [room]))
+            return str(room) in found
+
+        wait_for(asked, f"no DP rank announced room {room}")
+        return found[str(room)]
+
+    # --- both
+
+    def outcome(self, room: int) -> dict[str, Any]:
+        """How its ranks see the room at its end: `reasons` for those that failed."""
+        ended = [settle(one, (SUCCESS, FAILED)) for one in self.rooms[room]]
+        return {"reasons": [_reason(one) for one, status in zip(self.rooms[room], ended, strict=True) if not status]}
+
+    def abort(self, room: int) -> None:
+        for one in self.rooms[room]:
+            one.abort()
+
+    def close(self) -> None:
+        with ThreadPoolExecutor() as pool:  # each waits for its threads, which look up twice a second
+            list(pool.map(lambda manager: manager.teardown(), [each.manager for each in self.seated]))
+
+
+def settle(one: Any, status: Sequence[int]) -> int:
+    wait_for(lambda: one.poll() in status, f"room {one.bootstrap_room} stays at {one.poll()}, not {status}")
+    status_now: int = one.poll()
+    return status_now
+
+
+def wait_for(said: Callable[[], Any], otherwise: str, within_s: float = WITHIN_S) -> None:
+    deadline = time.monotonic() + within_s
+    while not said():
+        if time.monotonic() > deadline:
+            raise TimeoutError(otherwise)
+        time.sleep(POLL_S)
+
+
+def _reason(one: Any) -> str:
+    try:
+        one.failure_exception()
+    except KVTransferError as error:
+        return str(error.failure_reason)
+    return ""
+
+
+def _each(pool: Pool) -> dict[str, list[int]]:
+    return {
+        "data_ptrs": list(pool.pointers),
+        "data_lens": [nbytes * (pool.n_items or 0) for nbytes in pool.item_lens],
+        "item_lens": list(pool.item_lens),
+    }
+
+
+def _named(what: str, pool: Pool) -> dict[str, list[int]]:
+    return {f"{what}_{name}": values for name, values in _each(pool).items()}

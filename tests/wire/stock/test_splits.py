@@ -1,0 +1,141 @@
+"""Every split that stock SGLang does, stock ranks on one side and ours on the other: each byte where it belongs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+from tests.e2e.instance import Decode, Prefill, settings_at
+from tests.e2e.model import Model, Split
+from tests.engine.processes import Child
+from tests.wire.stock.conftest import environment
+
+MHA = Model()
+MLA = Model("mla", layers=4, heads=1, lens=(24,))
+SENT, NAMED = [[5, 6, 7], [20], [12, 11]], [9, 10, 11, 3, 23, 0]
+SEED = 5
+
+One = TypeVar("One", Prefill, Decode)
+
+SPLITS = [
+    pytest.param(Model(page_size=1, lens=(8, 24)), Split(), Split(), id="pages of one token, V longer than K"),
+    pytest.param(Model(page_size=16), Split(tp=2), Split(tp=2), id="TP 2 to 2"),
+    pytest.param(Model(page_size=128), Split(), Split(tp=2), id="TP 1 to 2, pages of 128 tokens"),
+    pytest.param(Model(heads=4), Split(tp=4), Split(tp=2), id="TP 4 to 2"),
+    pytest.param(Model(page_size=1), Split(tp=2), Split(), id="TP 2 to 1, pages of one token"),
+    pytest.param(Model(heads=2), Split(tp=4), Split(), id="TP 4 to 1 with replicated heads"),
+    pytest.param(Model(heads=1), Split(), Split(tp=2), id="TP 1 to 2 with one head"),
+    pytest.param(MLA, Split(tp=2), Split(tp=2), id="MLA, TP 2 to 2"),
+    pytest.param(MLA, Split(tp=2), Split(), id="MLA, TP 2 to 1 with a dummy"),
+    pytest.param(MLA, Split(), Split(tp=2), id="MLA, TP 1 to 2"),
+    pytest.param(MHA, Split(pp=2), Split(pp=2), id="PP 2 to 2"),
+    pytest.param(MHA, Split(pp=2), Split(), id="PP 2 to 1"),
+    pytest.param(MLA, Split(tp=2, pp=2), Split(), id="MLA, PP 2 and TP 2 to 1"),
+    pytest.param(Model(ids=True, heads=2), Split(pp=2, tp=2), Split(), id="PP 2 and TP 2 to 1 by layer ids"),
+    pytest.param(MHA, Split(dp=2), Split(), id="DP 2, the room says which"),
+    pytest.param(MHA, Split(dp=2, follow=False), Split(), id="DP 2, the registry says which"),
+    pytest.param(MHA, Split(cp=2), Split(), id="CP 2, of which rank 0 sends"),
+    pytest.param(Model(state=32), Split(), Split(), id="state beside KV"),
+    pytest.param(Model(state=32), Split(pp=2), Split(), id="state beside KV, PP 2 to 1"),
+]
+
+
+class StockInstance:
+    """The instance of the stock child; what stock code raised is raised here."""
+
+    def __init__(self, child: Child) -> None:
+        self.child = child
+
+    async def __call__(self, do: str, **given: Any) -> Any:
+        answer = await self.child.ask(do, **given)
+        if "error" in answer:
+            raise RuntimeError(answer["error"])
+        return answer["result"]
+
+    async def does(self, do: str, **given: Any) -> Any:
+        return await self("instance_does", what=do, **given)
+
+    @asynccontextmanager
+    async def seated(self, role: str, address: str, model: Model, split: Split, **more: Any) -> AsyncIterator[None]:
+        given = {"model": asdict(model), "split": asdict(split)}
+        await self("seat", role=role, registry=address, **given, **more)
+        try:
+            yield
+        finally:
+            await self("unseat")
+
+
+@pytest.fixture(scope="module")
+def child(stock_folder: Path) -> Iterator[Child]:
+    """One process for all: starting one takes longer than most splits."""
+    with Child("tests.wire.stock.child", environ=environment(stock_folder)) as one:
+        yield one
+
+
+@pytest.fixture
+def stock(child: Child) -> StockInstance:
+    return StockInstance(child)
+
+
+@asynccontextmanager
+async def opened(one: One, registry: str, split: Split) -> AsyncIterator[One]:
+    """Ours, in this process."""
+    async with AsyncExitStack() as stack:
+        await one.open(stack, settings_at(registry), split)
+        yield one
+
+
+def flat(chunks: list[list[int]]) -> list[int]:
+    return [page for chunk in chunks for page in chunk]
+
+
+async def into_ours(stock: StockInstance, decode: Decode, room: int, dp: int = 0, prefix: int = 0) -> None:
+    told, found = await asyncio.gather(
+        stock.does("send", room=room, dp=dp, chunks=SENT, row=1),
+        decode.receive(room, NAMED, flat(SENT), prefix=prefix),
+    )
+    assert (told, found) == ({"reasons": []}, {"wrong": []})
+
+
+async def into_stock(stock: StockInstance, prefill: Prefill, room: int, dp: int = 0, prefix: int = 0) -> None:
+    given = {"pages": NAMED, "sent": flat(SENT), "row": 3, "prefix": prefix, "seed": SEED}
+    told, found = await asyncio.gather(
+        prefill.send(room, dp, SENT, groups=1 + room % 2),
+        stock.does("receive", room=room, **given),
+    )
+    assert (told, found) == ({}, {"reasons": [], "wrong": []})
+
+
+@pytest.mark.parametrize(("model", "prefill", "decode"), SPLITS)
+async def test_what_stock_prefills_arrives_in_our_pages(
+    stock: StockInstance, registry_url: str, model: Model, prefill: Split, decode: Split
+) -> None:
+    address = registry_url.removeprefix("http://")
+    async with (
+        stock.seated("prefill", address, model, prefill, seed=SEED),
+        opened(Decode(model, SEED), registry_url, decode) as ours,
+    ):
+        for room in range(40, 40 + prefill.dp):
+            await into_ours(stock, ours, room, dp=room % prefill.dp)
+        await into_ours(stock, ours, 44, prefix=2)
+        assert await ours.idle() == {"left": []}
+
+
+@pytest.mark.parametrize(("model", "prefill", "decode"), SPLITS)
+async def test_what_we_prefill_arrives_in_stock_pages(
+    stock: StockInstance, registry_url: str, model: Model, prefill: Split, decode: Split
+) -> None:
+    address = registry_url.removeprefix("http://")
+    async with opened(Prefill(model, SEED), registry_url, prefill) as ours:
+        await ours.registered()
+        async with stock.seated("decode", address, model, decode):
+            for room in range(40, 40 + prefill.dp):
+                await into_stock(stock, ours, room, dp=room % prefill.dp)
+            await into_stock(stock, ours, 44, prefix=2)
+            assert await ours.idle() == {"left": []}
