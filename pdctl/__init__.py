@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from pdctl.core.sessions import ProbePolicy
     from pdctl.core.transfer import RoomTimeouts
     from pdctl.credentials import Credentials
+    from pdctl.device.base import Device
+    from pdctl.device.open import open_device
     from pdctl.engine.base import Engine
     from pdctl.engine.mooncake import MooncakeSettings, open_mooncake
     from pdctl.errors import Cause, PdctlError, RoomFailed, SessionBlocked, TransferFailed
@@ -41,6 +43,7 @@ __all__ = [
     "CopyPlan",
     "Credentials",
     "DecodeNode",
+    "Device",
     "Endpoint",
     "Engine",
     "Exhaustion",
@@ -71,6 +74,7 @@ __all__ = [
     "TransferFailed",
     "decode_node",
     "load",
+    "open_device",
     "open_mooncake",
     "prefill_node",
     "sidecar",
@@ -88,6 +92,8 @@ _ROOMS = {
     "core.sessions": ("ProbePolicy",),
     "core.transfer": ("RoomTimeouts",),
     "credentials": ("Credentials",),
+    "device.base": ("Device",),
+    "device.open": ("open_device",),
     "engine.base": ("Engine",),
     "engine.mooncake": ("MooncakeSettings", "open_mooncake"),
     "errors": ("Cause", "PdctlError", "RoomFailed", "SessionBlocked", "TransferFailed"),

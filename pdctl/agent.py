@@ -24,7 +24,7 @@ import numpy.typing as npt
 import structlog
 from aiohttp import web
 
-from pdctl.core.handover import Offer, Row
+from pdctl.core.handover import Mapped, Offer, Row
 from pdctl.core.layout import Pool, RankPools, Region
 from pdctl.core.plan import Ints
 from pdctl.core.transfer import Quarantined
@@ -38,7 +38,6 @@ from pdctl.errors import (
     TooLarge,
     TooSlow,
 )
-from pdctl.memory import Mapped
 
 log = structlog.get_logger(__name__)
 

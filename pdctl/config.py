@@ -27,6 +27,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from pdctl.client import Exhaustion
 from pdctl.core.address import Endpoint
 from pdctl.core.admission import AdmissionPolicy
+from pdctl.core.device import DeviceSpec
 from pdctl.core.draining import DrainPolicy
 from pdctl.core.fleet import FleetPolicy
 from pdctl.core.lives import LONGEST_TTL_S, SHORTEST_TTL_S
@@ -42,7 +43,7 @@ from pdctl.core.witness import WitnessPolicy
 from pdctl.credentials import AccessSettings, Credentials
 from pdctl.dialects.watch import WatchLimits
 from pdctl.engine.mooncake import MooncakeSettings
-from pdctl.errors import ConfigError
+from pdctl.errors import BadField, ConfigError
 from pdctl.keyring import KeyWitness
 from pdctl.logs import LogSettings
 from pdctl.persistence.open import path_in
@@ -157,6 +158,8 @@ class NodeSettings:
                       15 s: an engine that stands still for 10 (a graph is captured, weights are loaded) is not lost,
                       and a decode's own pings need about as long (5 s, two in a row)
     host              the address that this rank announces and listens at; peers must be able to reach it
+    accelerator       the device that this rank's pools are on: cpu (memory of the host), cuda:N, cuda:GPU-<uuid> or
+                      npu:N, as this process numbers them; no network adapter, those are engine.device
     http_port         where this rank's own /metrics, /livez and /readyz answer; 0 = any free port
     announce_every_s  how often a registration is repeated at a registry without leases, so that it learns it again
     exhaustion        what the end of all registration attempts means: raise, exit or keep-trying
@@ -167,6 +170,7 @@ class NodeSettings:
     decode_instance: str = "decode"
     ttl_s: float = 15.0
     host: str = "127.0.0.1"
+    accelerator: str = "cpu"
     http_port: int = 0
     announce_every_s: float = 10.0
     exhaustion: Exhaustion = Exhaustion.RAISE
@@ -174,6 +178,12 @@ class NodeSettings:
     def __post_init__(self) -> None:
         if urlsplit(self.registry).scheme not in ("http", "https"):
             raise ValueError(f"registry is {self.registry!r}: give http://host:port")
+        try:
+            DeviceSpec.parse(self.accelerator)
+        except BadField:
+            raise ValueError(
+                f"accelerator is {self.accelerator!r}: give cpu, cuda:N, cuda:GPU-<uuid> or npu:N"
+            ) from None
         for name in ("instance", "decode_instance"):
             if not re.fullmatch(NAME, getattr(self, name), re.ASCII):
                 raise ValueError(f"{name} is {getattr(self, name)!r}: give letters, digits and . _ -, at most 128")

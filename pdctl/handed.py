@@ -18,11 +18,11 @@ from aiohttp import web
 
 from pdctl.agent import Agent, Arrival, Arriving, Rank, Release, Sending
 from pdctl.config import Settings
-from pdctl.core.handover import Offer, Role
+from pdctl.core.handover import Mapped, Offer, Role
 from pdctl.core.layout import RankPools, Region
 from pdctl.core.transfer import Quarantined
 from pdctl.errors import CallerError
-from pdctl.memory import Mapped, map_shared
+from pdctl.memory import map_shared
 from pdctl.node import DecodeNode, PrefillNode, decode_node, prefill_node
 
 

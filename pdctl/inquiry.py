@@ -17,10 +17,11 @@ from urllib.parse import quote
 import structlog
 
 from pdctl.client import RegistryClient
-from pdctl.config import Settings
+from pdctl.config import Settings, environment
 from pdctl.core.address import Endpoint
 from pdctl.core.route import as_object, needed
 from pdctl.core.sessions import Depth
+from pdctl.device.open import open_device
 from pdctl.engine.asking import Asking
 from pdctl.engine.base import Proof
 from pdctl.engine.mooncake import open_mooncake
@@ -77,7 +78,10 @@ async def ask(settings: Settings, session: str, deadline_s: float, wanted: Depth
     if wanted is Depth.HANDSHAKE:
         return await _judged(Asking(), session, deadline_s, wanted)
     try:
-        async with open_mooncake(replace(settings.engine, host=settings.node.host)) as engine:
+        async with (
+            open_device(settings.node.accelerator, environ=environment()) as device,
+            open_mooncake(replace(settings.engine, host=settings.node.host), device) as engine,
+        ):
             return await _judged(Asking(engine), session, deadline_s, wanted)
     except EngineUnavailable as error:
         log.warning("no engine to ask with, only the handshake is asked", why=str(error))

@@ -44,7 +44,16 @@ FLOORS = {
     **dict.fromkeys(
         [
             f"pdctl.{room}"
-            for room in ("engine.base", "persistence.base", "store.base", "retry", "metrics", "logs", "errands")
+            for room in (
+                "engine.base",
+                "persistence.base",
+                "device.base",
+                "store.base",
+                "retry",
+                "metrics",
+                "logs",
+                "errands",
+            )
         ],
         2,
     ),
@@ -58,7 +67,15 @@ FLOORS = {
 }
 """A room -> its floor. A folder's floor holds for its files, unless a file has a row of its own."""
 
-FOLDERS = ("pdctl.demo", "pdctl.dialects", "pdctl.engine", "pdctl.persistence", "pdctl.store", "pdctl.core")
+FOLDERS = (
+    "pdctl.demo",
+    "pdctl.device",
+    "pdctl.dialects",
+    "pdctl.engine",
+    "pdctl.persistence",
+    "pdctl.store",
+    "pdctl.core",
+)
 WHO = ("errors", "core", "ports", "adapters", "shells", "the wiring", "the entrance")
 CLOSED_FLOORS = {2: "ports", 3: "adapters", 4: "shells"}
 """Floors whose rooms do not import each other."""

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, NamedTuple
 
+from pdctl.core.device import is_uuid
 from pdctl.core.layout import Heads, Kind, KvLayout, Pool, RankPools, Region
 from pdctl.core.route import Seat, Shape, shape_from_topology, topology_body
 from pdctl.errors import BadField, LayoutMismatch
 
-MOST_MEMORIES, MOST_ENTRIES = 64, 65_536
+MOST_MEMORIES, MOST_ENTRIES, MOST_STATES = 1024, 65_536, 64  # an engine may allocate each layer by itself
 _LONGEST = 4096  # of a path, and of any other text
 
 
@@ -32,7 +33,7 @@ class Store(StrEnum):
 
     SHM = "shm"  # POSIX shared memory: the name that was given to shm_open
     FILE = "file"  # a file that both processes see under one path, such as in a shared memory volume
-    CUDA_IPC = "cuda_ipc"  # memory of a device: what cudaIpcGetMemHandle gave, in hex
+    CUDA_IPC = "cuda_ipc"  # memory of a device: what cudaIpcGetMemHandle gave, in base64
 
 
 _NAMED_BY = {Store.SHM: "name", Store.FILE: "path", Store.CUDA_IPC: "handle"}
@@ -40,13 +41,17 @@ _NAMED_BY = {Store.SHM: "name", Store.FILE: "path", Store.CUDA_IPC: "handle"}
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """`nbytes` of one memory, `offset` bytes from its beginning on; `device` only of a device's."""
+    """`nbytes` of one memory, `offset` bytes from its beginning on.
+
+    `device`: whose memory it is, by the UUID that the driver gives it (GPU-...); empty for the host's. A number would
+    mean another device in a process that sees others.
+    """
 
     store: Store
     name: str
     nbytes: int
     offset: int = 0
-    device: int = 0
+    device: str = ""
 
     def to_body(self) -> dict[str, Any]:
         body: dict[str, Any] = {"kind": self.store.value, _NAMED_BY[self.store]: self.name}
@@ -59,6 +64,14 @@ class Handed(NamedTuple):
 
     memory: Memory
     region: Region
+
+
+@dataclass(frozen=True, slots=True)
+class Mapped:
+    """Another process's memory, at `region` here for as long as somebody has `holder`."""
+
+    region: Region
+    holder: object
 
 
 class Place(NamedTuple):
@@ -119,6 +132,11 @@ class Offer:
     registry: str | None = None
     instance: str | None = None
 
+    @property
+    def device(self) -> str:
+        """The UUID of the device that some of its memory is on; empty where all is the host's."""
+        return max(memory.device for memory in self.memory)
+
     def pools(self, regions: Sequence[Region]) -> RankPools:
         """The same with pointers: `regions` says where each memory lies here."""
         states = tuple(state.at(regions) for state in self.states)
@@ -170,7 +188,8 @@ class Offer:
         """Raises BadField with the field's path, and LayoutMismatch for what does not fit itself."""
         row = Row.of(body)
         memory = tuple(map(_memory, row.rows("memory", 1, MOST_MEMORIES)))
-        states = tuple(_entries(state, memory) for state in row.rows("states", 0, MOST_MEMORIES))
+        _check_one_device(memory)
+        states = tuple(_entries(state, memory) for state in row.rows("states", 0, MOST_STATES))
         kv, layout = _entries(row.row("kv"), memory), _layout(row.row("layout", optional=True))
         if layout.layer_ids and len(layout.layer_ids) != len(kv.places):
             raise BadField(
@@ -281,10 +300,25 @@ class Row:
 def _memory(row: Row) -> Memory:
     store = Store(row.choice("kind", tuple(Store)))
     name = row.text(_NAMED_BY[store]) or ""
-    device = row.integer("device", 0, 0) if store is Store.CUDA_IPC else 0
+    device = _uuid(row) if store is Store.CUDA_IPC else ""
     it = Memory(store, name, row.integer("nbytes", 1), row.integer("offset", 0, 0), device)
     row.end()
     return it
+
+
+def _check_one_device(memory: Sequence[Memory]) -> None:
+    devices = sorted({each.device for each in memory} - {""})
+    if len(devices) > 1:
+        raise BadField("memory", f"is on {' and '.join(devices)}: hand over each device's pool to an agent of its own")
+
+
+def _uuid(row: Row) -> str:
+    text = row.text("device") or ""
+    if not is_uuid(text):
+        raise row.wrong(
+            "device", f"is {text!r}: give the device's UUID (GPU-...), as nvidia-smi -L and cuDeviceGetUuid say"
+        )
+    return text
 
 
 def _entries(row: Row, memory: Sequence[Memory]) -> Entries:

@@ -10,14 +10,15 @@ Aux rows (first token, log-probs, ...) and state have the same shape: one entry 
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 import numpy as np
 import numpy.typing as npt
 
-from pdctl.errors import LayoutMismatch
+from pdctl.core.device import HOST, DeviceSpec
+from pdctl.errors import BadField, ConfigError, LayoutMismatch
 
 Pairs = npt.NDArray[np.int64]
 """Shape (k, 2): entry of the sender, entry of the receiver."""
@@ -25,10 +26,11 @@ Pairs = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """`nbytes` bytes from address `pointer` on."""
+    """`nbytes` bytes from address `pointer` on; `owner` is what keeps them there, such as a tensor."""
 
     pointer: int
     nbytes: int
+    owner: object = field(default=None, compare=False, repr=False)
 
     @property
     def end(self) -> int:
@@ -43,12 +45,14 @@ class Pool:
     """`n_items` equal items in each of E entries; `pointers` and `item_lens` have length E.
 
     `n_items` is None for a peer's pool, whose size the wire does not carry: there the regions that the peer's engine
-    announces are the bound.
+    announces are the bound. `on`: whose memory it is; `owner`: what keeps it there, such as a list of tensors.
     """
 
     pointers: tuple[int, ...]
     item_lens: tuple[int, ...]
     n_items: int | None = None
+    on: DeviceSpec = HOST
+    owner: object = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if len(self.pointers) != len(self.item_lens):
@@ -67,7 +71,7 @@ class Pool:
         if self.n_items is None:
             raise LayoutMismatch("the pool's number of items is not known: it belongs to a peer")
         return (
-            Region(pointer, nbytes * self.n_items)
+            Region(pointer, nbytes * self.n_items, self.owner)
             for pointer, nbytes in zip(self.pointers, self.item_lens, strict=True)
         )
 
@@ -188,6 +192,42 @@ class RankPools:
                 f"{len(self.states)} groups of state and {len(self.state_layer_ids)} lists of layer ids: "
                 "give each group one, or none at all"
             )
+
+    def placed(self, where: Callable[[Region], DeviceSpec]) -> RankPools:
+        """The same, each pool with the device that it is on; `where` knows. Raises BadField for one on several."""
+        return replace(
+            self,
+            kv=_placed(self.kv, where, "kv"),
+            aux=_placed(self.aux, where, "aux"),
+            states=tuple(_placed(state, where, f"states.{n}") for n, state in enumerate(self.states)),
+        )
+
+    def check_summed_here(self) -> None:
+        """Raises ConfigError where a checksum would have this processor follow a device's pointer."""
+        named = (("kv", self.kv), ("aux", self.aux), *((f"states.{n}", pool) for n, pool in enumerate(self.states)))
+        for what, pool in named:
+            if not pool.on.is_host:
+                raise ConfigError(
+                    f"room.checksum is on, and the {what} pool is on {pool.on}: sums are made by the host's processor, "
+                    "which cannot read it: switch room.checksum off at both sides"
+                )
+
+    def check_aux_written_here(self) -> None:
+        """Raises BadField where an aux row that comes by the control link could not be written."""
+        if not self.aux.on.is_host:
+            raise BadField(
+                "aux",
+                f"is on {self.aux.on}: a prefill may send aux rows by the control link, and then the host's processor "
+                "writes them: keep the aux buffers in host memory",
+            )
+
+
+def _placed(pool: Pool, where: Callable[[Region], DeviceSpec], what: str) -> Pool:
+    found = {where(region) for region in pool.regions()}
+    if len(found) > 1:
+        named = " and ".join(sorted(map(str, found)))
+        raise BadField(what, f"has entries on {named}: keep all entries of a pool on one device")
+    return replace(pool, on=found.pop()) if found else pool
 
 
 def check_pair(source: Pool, destination: Pool, what: str) -> None:

@@ -28,6 +28,7 @@ import structlog
 
 from pdctl.core.address import Endpoint
 from pdctl.core.layout import Region
+from pdctl.device.base import Device
 from pdctl.engine import handshake, wheel
 from pdctl.engine.asking import SendProbe
 from pdctl.engine.base import Capabilities, Engine
@@ -59,25 +60,27 @@ _WELCOME = {
 @asynccontextmanager
 async def open_mooncake(
     settings: MooncakeSettings,
+    device: Device,
     *,
     factory: Callable[[], Any] | None = None,
     importer: Callable[[str], ModuleType] = importlib.import_module,
     environ: MutableMapping[str, str] | None = None,
-    bind_device: Callable[[], None] = lambda: None,
 ) -> AsyncIterator[Engine]:
     """An open engine; closing it waits, within a bound, until no block of it touches this process's memory.
 
-    `factory` makes the engine object (the wheel's class by default); `bind_device` runs first on the mover thread.
+    `device`: whose memory it will move (`open_device`); set on each of our threads before the engine is made there, or
+    memory registered. `factory` makes the engine object (the wheel's class by default).
     """
+    device.check_protocol(settings.protocol)
     variables = os.environ if environ is None else environ
     prepare(settings, variables, wheel.MODULE in sys.modules)
-    make = factory or _factory(importer)
+    make = factory or _factory(importer, settings, device)
 
     def prepared() -> Any:
         prepare(settings, variables, loaded=False)  # each engine object reads them when it is made
         return make()
 
-    carrier = _Carrier(settings, prepared, bind_device)
+    carrier = _Carrier(settings, prepared, device)
     await carrier.open()
     engine = PromisedEngine(carrier, settings.patience)
     try:
@@ -92,6 +95,7 @@ async def open_mooncake(
 
 def by_name(
     settings: MooncakeSettings,
+    device: Device,
     *,
     importer: Callable[[str], ModuleType] = importlib.import_module,
     environ: MutableMapping[str, str] | None = None,
@@ -101,7 +105,7 @@ def by_name(
     It is put by an engine object that does nothing else, made by the thread that asks first and kept until the process
     exits: it has no region and no block, so a question that hangs in it fences nothing and delays no transfer.
     """
-    make = _factory(importer)
+    make = _factory(importer, settings, device)
     if not hasattr(make, "send_probe"):
         return None
     once, made = threading.Lock(), list[Any]()
@@ -110,8 +114,9 @@ def by_name(
         with once:
             if not made:
                 prepare(settings, os.environ if environ is None else environ, loaded=False)
+                device.bind()
                 engine = make()
-                _Calls(engine).initialize(settings)
+                _Calls(engine).initialize(settings, device)
                 wheel.keep_until_exit(engine)
                 made.append(engine)
         return int(made[0].send_probe(session))
@@ -119,8 +124,9 @@ def by_name(
     return send_probe
 
 
-def _factory(importer: Callable[[str], ModuleType]) -> Callable[[], Any]:
+def _factory(importer: Callable[[str], ModuleType], settings: MooncakeSettings, device: Device) -> Callable[[], Any]:
     module = wheel.load(importer)
+    wheel.check_can_move(module, device.spec, settings.protocol)
     wheel.silence(module)
     return module.TransferEngine  # type: ignore[no-any-return]
 
@@ -138,12 +144,13 @@ class _Calls:
             log.warning("the installed mooncake wheel lacks calls", version=wheel.version(), **absent)
         self.has = {name: name not in absent for name in _WELCOME}
 
-    def initialize(self, settings: MooncakeSettings) -> str:
+    def initialize(self, settings: MooncakeSettings, device: Device) -> str:
         """The session id. Only once: a second time gives the object a new port and kills its sessions."""
-        code = self._engine.initialize(settings.host, "P2PHANDSHAKE", settings.protocol, settings.device)
+        name = device.engine_name(settings.host)
+        code = self._engine.initialize(name, "P2PHANDSHAKE", settings.protocol, settings.device)
         if code != 0:
             raise EngineUnavailable(
-                f"the Mooncake engine cannot be opened on {settings.host} with protocol {settings.protocol!r} and "
+                f"the Mooncake engine cannot be opened on {name} with protocol {settings.protocol!r} and "
                 f"device {settings.device!r} (code {code}): check these three against the host"
             )
         return str(Endpoint(settings.host, self._engine.get_rpc_port()))
@@ -181,17 +188,18 @@ class _Calls:
 class _Motor:
     """One engine object, and the mover thread that owns it from its birth to its end."""
 
-    def __init__(self, settings: MooncakeSettings) -> None:
+    def __init__(self, settings: MooncakeSettings, device: Device) -> None:
         self._settings = settings
+        self._device = device
         self._loop = asyncio.get_running_loop()
         self.opened: asyncio.Future[str] = self._loop.create_future()
         self.gone: asyncio.Future[None] = self._loop.create_future()
         self.calls: _Calls
         self.mover: Mover
 
-    async def open(self, factory: Callable[[], Any], bind_device: Callable[[], None]) -> None:
+    async def open(self, factory: Callable[[], Any]) -> None:
         """Cancelled, it is closed again. Raises what opening the engine raises."""
-        self.start(factory, bind_device)
+        self.start(factory)
         try:
             await asyncio.shield(self.opened)
         except asyncio.CancelledError:
@@ -200,18 +208,18 @@ class _Motor:
                 await self.close()
             raise
 
-    def start(self, factory: Callable[[], Any], bind_device: Callable[[], None]) -> None:
-        threading.Thread(target=self._live, args=(factory, bind_device), name="pdctl-mover", daemon=True).start()
+    def start(self, factory: Callable[[], Any]) -> None:
+        threading.Thread(target=self._live, args=(factory,), name="pdctl-mover", daemon=True).start()
 
     async def close(self) -> None:
         self.mover.end()
         await outlast(self.gone)
 
-    def _live(self, factory: Callable[[], Any], bind_device: Callable[[], None]) -> None:
+    def _live(self, factory: Callable[[], Any]) -> None:
         try:
-            bind_device()
+            self._device.bind()
             self.calls = _Calls(factory())
-            session = self.calls.initialize(self._settings)
+            session = self.calls.initialize(self._settings, self._device)
         except BaseException as cause:
             self._post(_refuse, self.opened, cause)
             return
@@ -234,14 +242,14 @@ class _Carrier:
     `spare` makes the next engine object, on its own thread.
     """
 
-    def __init__(self, settings: MooncakeSettings, factory: Callable[[], Any], bind_device: Callable[[], None]) -> None:
+    def __init__(self, settings: MooncakeSettings, factory: Callable[[], Any], device: Device) -> None:
         self._settings = settings
         self._factory = factory
-        self._bind_device = bind_device
+        self._device = device
         self._loop = asyncio.get_running_loop()
         self._serial = Serial()
         self._registering = ThreadPoolExecutor(1, "pdctl-register")
-        self._first = _Motor(settings)
+        self._first = _Motor(settings, device)
         self._motors = {0: self._first}
         self._tethered: deque[Lane] = deque()
 
@@ -266,10 +274,15 @@ class _Carrier:
         return engine in self._motors
 
     async def register(self, region: Region) -> int:
-        return await self._loop.run_in_executor(self._registering, self._first.calls.register, region)
+        return await self._loop.run_in_executor(self._registering, self._bound, self._first.calls.register, region)
 
     async def unregister(self, region: Region) -> int:
-        return await self._loop.run_in_executor(self._registering, self._first.calls.unregister, region)
+        return await self._loop.run_in_executor(self._registering, self._bound, self._first.calls.unregister, region)
+
+    def _bound(self, call: Callable[[Region], int], region: Region) -> int:
+        """On the registering thread, which is not the one that the device was set on."""
+        self._device.bind()
+        return call(region)
 
     async def describe(self, session: str, deadline_s: float) -> Descriptor:
         return await handshake.metadata(session, deadline_s=deadline_s)
@@ -321,7 +334,7 @@ class _Carrier:
             motor.mover.nudge()
 
     async def open(self) -> None:
-        await self._first.open(self._factory, self._bind_device)
+        await self._first.open(self._factory)
         has = self._first.calls.has
         # Once: to read the wheel's version off the disk takes 3 ms, and every look at a peer asks what can be done.
         self._capabilities = Capabilities(
@@ -340,9 +353,9 @@ class _Carrier:
     async def _running(self, session: str, engine: int) -> None:
         """That engine object is open; a spare one is opened now, and goes on opening if who wanted it gives up."""
         if engine not in self._motors:
-            self._motors[engine] = motor = _Motor(self._settings)
+            self._motors[engine] = motor = _Motor(self._settings, self._device)
             log.warning("a fresh engine is opened for peers that an older one does not reach", engine=engine)
-            motor.start(self._factory, self._bind_device)
+            motor.start(self._factory)
         motor = self._motors[engine]
         try:
             await asyncio.shield(motor.opened)

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from pdctl.core.device import DeviceKind, DeviceSpec
 from pdctl.errors import EngineUnavailable
 
 MODULE = "mooncake.engine"
@@ -45,6 +46,21 @@ def load(importer: Callable[[str], ModuleType]) -> ModuleType:
         return importer(MODULE)
     except ImportError as cause:
         raise EngineUnavailable(remedy(str(cause))) from cause
+
+
+def check_can_move(module: ModuleType, device: DeviceSpec, protocol: str) -> None:
+    """Raises EngineUnavailable for a wheel built without what the device or the protocol needs.
+
+    It would register a device's pointer all the same, and each transfer would end with EFAULT as its peer's failure.
+    """
+    needed = ["SUPPORT_CUDA"] if device.kind is DeviceKind.CUDA else []
+    needed += ["SUPPORT_INTRA_NVLINK"] if protocol == "nvlink_intra" else []
+    for flag in needed:
+        if getattr(module, flag, True) is False:  # older wheels have no such flags
+            raise EngineUnavailable(
+                f"the installed Mooncake wheel cannot move memory of {device} ({flag} is False, protocol {protocol}): "
+                "uninstall it, then pip install 'pdctl[cuda]' for a driver of CUDA 12, 'pdctl[cuda13]' for one of 13"
+            )
 
 
 def remedy(text: str) -> str:

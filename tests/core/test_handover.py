@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import json
 from typing import Any
@@ -15,7 +16,9 @@ from pdctl.errors import BadField, LayoutMismatch
 
 SHAPE = Shape(2, 1, 1, 1, 16, "bfloat16")
 HOST = Handed(Memory(Store.FILE, "/kv/rank0", 8192), Region(0x10000, 8192))
-DEVICE = Handed(Memory(Store.CUDA_IPC, "ab" * 64, 1 << 20, 4096, device=1), Region(0x9000_0000, 1 << 20))
+GPU = "GPU-00112233-4455-6677-8899-aabbccddeeff"
+HANDLE = base64.b64encode(bytes(range(64))).decode()
+DEVICE = Handed(Memory(Store.CUDA_IPC, HANDLE, 1 << 20, 4096, GPU), Region(0x9000_0000, 1 << 20))
 POOLS = RankPools(
     kv=Pool((0x9000_0000, 0x9000_1000), (256, 256), 16),
     aux=Pool((0x10000,), (48,), 8),
@@ -68,7 +71,7 @@ def test_what_is_left_out_is_what_most_engines_have() -> None:
 
 WRONG = [
     ("role", {"role": "router"}, "role: is the text 'router': send one of prefill, decode"),
-    ("no memory", {"memory": []}, "memory: is 0 of them: send a list of 1 to 64 objects"),
+    ("no memory", {"memory": []}, "memory: is 0 of them: send a list of 1 to 1024 objects"),
     ("kind of memory", {"memory__0__kind": "nfs"}, "memory.0.kind: is the text 'nfs'"),
     ("no path", {"memory__0__path": ...}, "memory.0.path: is missing"),
     ("a null byte", {"memory__0__path": "/a\0b"}, "memory.0.path: is the text"),
@@ -77,6 +80,13 @@ WRONG = [
     ("no bytes", {"memory__0__nbytes": 0}, "memory.0.nbytes: is 0: give 1 to"),
     ("a boolean", {"memory__0__nbytes": True}, "memory.0.nbytes: is a boolean: send an integer"),
     ("a fraction", {"kv__n_items": 1.5}, "kv.n_items: is 1.5: send an integer"),
+    ("a device's number", {"memory__1__device": 1}, "memory.1.device: is 1: send a text"),
+    (
+        "a device without a UUID",
+        {"memory__1__device": "cuda:1"},
+        "memory.1.device: is 'cuda:1': give the device's UUID",
+    ),
+    ("no device", {"memory__1__device": ...}, "memory.1.device: is missing"),
     ("no entries", {"kv__entries": []}, "kv.entries: is 0 of them"),
     ("an entry that is none", {"kv__entries__1": 7}, "kv.entries.1: is 7: send an object"),
     ("a memory that is not there", {"kv__entries__0__memory": 2}, "kv.entries.0.memory: is 2: give 0 to 1"),
@@ -99,6 +109,13 @@ def test_what_cannot_be_meant_is_named_by_its_path(changes: dict[str, Any], said
     with pytest.raises(BadField) as refused:
         Offer.from_body(body(**changes))
     assert str(refused.value).startswith(said)
+
+
+def test_a_rank_has_one_device_and_says_which() -> None:
+    assert OFFER.device == GPU
+    other = {**OFFER.to_body()["memory"][1], "device": GPU.replace("ff", "fe")}
+    with pytest.raises(BadField, match="memory: is on GPU-00112233-4455-6677-8899-aabbccddeefe and GPU-"):
+        Offer.from_body(body(memory=[*OFFER.to_body()["memory"], other]))
 
 
 @pytest.mark.parametrize("other", [None, 7, "x", [], [1]])
