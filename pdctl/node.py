@@ -478,7 +478,7 @@ async def _rank(
             open_link(host, metrics=metrics) as link,
         ):
             for region in (arena,) if isinstance(arena, Region) else arena:
-                await engine.register(region)
-            yield _Rank(device, engine, link, metrics, sock, door, settings.serve.grace_s)
                 if (on := device.where(region)) not in (HOST, device.spec):
                     raise BadField("arena", f"{region} is on {on}, and this rank's device is {device.spec}: open {on}")
+                await engine.register(region)
+            yield _Rank(device, engine, link, metrics, sock, door, settings.serve.grace_s)
