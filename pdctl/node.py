@@ -373,10 +373,10 @@ async def decode_node(
     tp_rank: int = 0,
     pp_rank: int = 0,
     registry: str | None = None,
+    device: Device | None = None,
 ) -> AsyncIterator[DecodeNode]:
     """A decode rank; `shape` is its own, with which a prefill's must agree. `arena` holds all its pools, `device` is an
     open one that they are on; without it `node.accelerator` is opened.
-    device: Device | None = None,
 
     With the URL of a `registry` it holds a lease there, as role decode of `node.decode_instance`, so that it is seen,
     watched and drained as prefills are; its engine's session stands in the metadata. Without one it only asks. Raises
@@ -437,10 +437,10 @@ async def _dp_rank(client: RegistryClient, shape: Shape, room: int) -> int:
 class _Rank:
     """What a prefill and a decode rank have in common."""
 
+    device: Device
     engine: Engine
     link: PeerLink
     metrics: Metrics
-    device: Device
     sock: socket.socket
     door: Door
     grace_s: float
