@@ -129,17 +129,18 @@ class Decode:
         return {"left": [str(each) for table in tables for each in table if each]}
 
 
-def arguments(role: str, model: Model, split: Split, registry: str, seed: int = 5) -> str:
-    return json.dumps(
-        {"role": role, "model": asdict(model), "split": asdict(split), "registry": registry, "seed": seed}
-    )
+def arguments(
+    role: str, model: Model, split: Split, registry: str, seed: int = 5, checksum: Checksum = Checksum.OFFERED
+) -> str:
+    given = {"role": role, "model": asdict(model), "split": asdict(split), "registry": registry, "seed": seed}
+    return json.dumps(given | {"checksum": checksum})
 
 
-def settings_at(registry: str) -> Settings:
+def settings_at(registry: str, checksum: Checksum = Checksum.OFFERED) -> Settings:
     return Settings(
         node=NodeSettings(registry=registry),
         serve=ServeSettings(port=0, grace_s=0.5),
-        room=RoomTimeouts(drain_margin_s=0.05, checksum=Checksum.OFFERED),  # every split is checked from both sides
+        room=RoomTimeouts(drain_margin_s=0.05, checksum=checksum),
         engine=MooncakeSettings(progress_timeout_s=2, handshake_timeout_s=10.0),  # a busy machine is no dead peer
     )
 
@@ -148,12 +149,7 @@ async def main(given: dict[str, Any]) -> None:
     reader = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
     model, split = Model(**given["model"] | {"lens": tuple(given["model"]["lens"])}), Split(**given["split"])
-    settings = Settings(
-        node=NodeSettings(registry=given["registry"]),
-        serve=ServeSettings(port=0, grace_s=0.5),
-        room=RoomTimeouts(drain_margin_s=0.05, checksum=Checksum.OFFERED),  # every split is checked from both sides
-        engine=MooncakeSettings(progress_timeout_s=2, handshake_timeout_s=10.0),  # a busy machine is no dead peer
-    )
+    settings = settings_at(given["registry"], Checksum(given["checksum"]))
     instance = (Prefill if given["role"] == "prefill" else Decode)(model, given["seed"])
     async with AsyncExitStack() as stack:
         await instance.open(stack, settings, split)
