@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ from pdctl.metrics import Metrics
 from pdctl.peer import LinkSettings, PeerLink, open_link
 from pdctl.receiver import Receiver
 from pdctl.sender import Sender
-from tests.e2e.kv import Kv
+from tests.e2e.kv import Kv, content
 from tests.engine.processes import die_with_parent
 from tests.room_rig import RigGate
 
@@ -87,8 +88,10 @@ class PrefillRank(Rank):
 
     def __init__(self, kv: Kv, engine: Engine, link: PeerLink, timeouts: RoomTimeouts) -> None:
         super().__init__(kv, engine, link)
-        rng = np.random.default_rng(kv.seed)
-        for array in (*self.kv, *self.aux):
+        for array, there in zip(self.kv, content(kv), strict=True):
+            array[:] = there
+        rng = np.random.default_rng(kv.seed + 1)
+        for array in self.aux:
             array[:] = rng.integers(0, 256, array.shape, np.uint8)
         self.gate = RigGate()
         self.go, self.landed_chunks = asyncio.Semaphore(0), asyncio.Semaphore(0)
@@ -127,9 +130,10 @@ class DecodeRank(Rank):
 
     def __init__(self, kv: Kv, engine: Engine, link: PeerLink, timeouts: RoomTimeouts) -> None:
         super().__init__(kv, engine, link)
+        self.shown = self.real = engine.session.encode()
         self.shell = Receiver(
             engine.session,
-            link.send,
+            self._send,
             link.endpoint,
             self.pools,
             0,
@@ -142,6 +146,14 @@ class DecodeRank(Rank):
 
     async def receive(self, room: int, prefill: str, pages: list[int], row: int) -> dict[str, Any]:
         return self.start(room, self._receive(room, Endpoint.parse(prefill), pages, row))
+
+    async def via(self, session: str) -> dict[str, Any]:
+        """Prefill ranks reach this engine by `session`, at which something stands between."""
+        self.shown = session.encode()
+        return {}
+
+    async def _send(self, to: Endpoint, frames: Sequence[bytes]) -> None:
+        await self.link.send(to, [self.shown if frame == self.real else frame for frame in frames])
 
     async def spoil(self, entry: int, page: int) -> dict[str, Any]:
         """One bit of a page turns over."""

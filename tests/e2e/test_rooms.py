@@ -11,7 +11,8 @@ from contextlib import contextmanager
 import pytest
 
 from pdctl.core.sums import Checksum
-from tests.e2e.kv import BIG, MHA, MLA, Kv
+from tests.e2e.kv import BIG, MHA, MLA, Kv, content
+from tests.engine.cable import Cable
 from tests.engine.processes import Child
 
 QUICK = {"drain_margin_s": 0.05, "release_s": 0.3}
@@ -181,6 +182,28 @@ async def test_real_bytes_that_change_on_their_way_fail_the_room_and_name_the_pa
         assert said in await why(prefill, 7)
         assert await decode.ask("let_go", n=1) == {"released": [[9, 10, 11, 3]]}
         await assert_empty(prefill, decode)
+
+
+async def test_one_bit_that_turns_over_on_the_network_fails_the_room_on_both_sides_and_names_the_page() -> None:
+    sent, named, victim = [5, 6, 7], [9, 10, 11], 6
+    with (
+        rank("prefill", MHA, checksum=Checksum.REQUIRED) as prefill,
+        rank("decode", MHA, checksum=Checksum.REQUIRED) as decode,
+    ):
+        async with Cable.to(decode.session) as cable:
+            await decode.ask("via", session=cable.session)
+            for room, entry in ((1, None), (2, 5), (3, 0), (4, None)):
+                page = b"" if entry is None else content(MHA)[entry][victim].tobytes()
+                cable.spoil([page[at : at + 16] for at in range(0, len(page), 256)])
+                await prefill.ask("send", room=room, chunks=[sent], row=2)
+                await decode.ask("receive", room=room, prefill=prefill.hello["link"], pages=named, row=5)
+                said = "" if entry is None else "page 10 (6 at the prefill): not what prefill rank 0 sent, by checksum"
+                assert said in (here := await why(decode, room))
+                assert said in (there := await why(prefill, room))
+                assert bool(here) is bool(there) is bool(said)
+            assert await digest(decode, named, 5) == await digest(prefill, sent, 2)
+            await decode.ask("let_go", n=4)
+            await assert_empty(prefill, decode)
 
 
 async def test_rooms_of_a_healthy_decode_succeed_while_those_of_a_stopped_one_stand_still() -> None:
