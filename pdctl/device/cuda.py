@@ -237,7 +237,7 @@ class Cuda:
             return DeviceSpec(DeviceKind.CUDA, self.driver.attribute(_ORDINAL, pointer))
         except DriverSaid as said:
             if said.code == INVALID_VALUE:  # no memory of CUDA's
-                return Cpu().where(region)
+                return Cpu().where(Region(pointer, 1))
             raise _unavailable(self.spec, said) from said
 
     def _allocation(self, pointer: int) -> tuple[int, int]:
