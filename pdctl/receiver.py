@@ -61,6 +61,7 @@ from pdctl.core.wire import (
 from pdctl.engine.checksums import Checksums
 from pdctl.errands import Errands
 from pdctl.errors import BadFrames, CallerError, ChecksumsMissing, RoomFailed, Unreachable
+from pdctl.lag import Alarm
 from pdctl.metrics import Metrics
 
 log = structlog.get_logger(__name__)
@@ -249,6 +250,12 @@ class Receiver:
     def enter(self, room: ArrivingRoom) -> None:
         if room.room in self._rooms:
             raise CallerError(f"room {room.room} is open already: give each request a room of its own")
+        silent = [str(at) for held in self._held if held.room == room.room for at in held.asked.values()]
+        if silent:  # what they say yet of the room's last use would be taken for this one: a status has no generation
+            raise CallerError(
+                f"room {room.room} is not over at prefill {', '.join(silent)}, which has not confirmed yet that it was "
+                "given up here: give each request a room of its own"
+            )
         self._rooms[room.room] = room
         self.metrics.opened(Side.RECEIVER)
 
@@ -420,7 +427,7 @@ class ArrivingRoom:
         self._checks: dict[int, asyncio.Task[None]] = {}
         self._spoken = np.zeros(len(named.pages), bool)
         self._ended = asyncio.Event()
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: Alarm | None = None
 
     async def __aenter__(self) -> Self:
         self._of.enter(self)
@@ -618,7 +625,7 @@ class ArrivingRoom:
         self._timer = None
         if not self.phase.is_final:
             limit_s = OVERDUE[Side.RECEIVER, self.phase].limit_s(self._of.timeouts)
-            self._timer = asyncio.get_running_loop().call_later(limit_s, self._overdue)
+            self._timer = Alarm(limit_s, self._overdue)
 
     def _overdue(self) -> None:
         who = "prefill at " + ", ".join(str(at) for at, _ in self._telling)
@@ -653,6 +660,6 @@ def _registration(
     )
 
 
-def _cancel(timer: asyncio.TimerHandle | None) -> None:
+def _cancel(timer: asyncio.TimerHandle | Alarm | None) -> None:
     if timer is not None:
         timer.cancel()

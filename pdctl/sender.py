@@ -18,9 +18,10 @@ not bring its blocks to rest in time, when it has. Until then it shows in `sende
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -66,8 +67,10 @@ from pdctl.errors import (
     TransferFailed,
     Unreachable,
 )
+from pdctl.lag import Alarm
 from pdctl.lanes import Lanes
 from pdctl.metrics import Metrics
+from pdctl.retry import RetryPolicy, retrying
 
 log = structlog.get_logger(__name__)
 
@@ -75,6 +78,9 @@ Send = Callable[[Endpoint, Sequence[bytes]], Awaitable[None]]
 Release = Callable[[Ints], None]
 
 _FLUSH_S = 1.0  # what a peer is allowed for taking a last status
+# A decode that does not hear how a room ended waits for all of its waiting_s, and loses a room that has succeeded. A
+# way that was cut for a moment is found again so; who is gone for longer has lost more than a status.
+_AGAIN = RetryPolicy(first_wait_s=0.2, max_wait_s=2.0, give_up_after_s=30.0)
 _AHEAD = 2  # turns of one room at one peer at once: the second fills the gap between the first and the one after
 
 
@@ -130,7 +136,9 @@ class Sender:
         self._rooms: dict[int, SendingRoom] = {}
         self._unsettled: set[SendingRoom] = set()
         self._early = EarlyBook(self.limits.early, timeouts.bootstrap_s, _never_opened)
+        self._untold: dict[tuple[int, Endpoint], asyncio.Task[None]] = {}
         self.errands = Errands()
+        self.reports = Errands()  # apart: what cannot be delivered stays long, and may not crowd out an abort's answer
         self.settling = Errands(limit=None)  # as many as rooms were left unsettled, and none may be dropped
 
     async def __aenter__(self) -> Self:
@@ -140,7 +148,7 @@ class Sender:
         if self._unsettled:
             log.warning("closing while the engine still reads pages", rooms=len(self._unsettled))
         await self.settling.aclose(flush_s=0)
-        await self.errands.aclose(_FLUSH_S)
+        await asyncio.gather(self.reports.aclose(_FLUSH_S), self.errands.aclose(_FLUSH_S))
         self.checksums.close()
 
     @property
@@ -198,6 +206,7 @@ class Sender:
         log.info("decode rank registered", session=said.session, entries=len(said.kv_pointers), reply=str(said.reply))
 
     def _named(self, named: Metadata) -> None:
+        self._hush(named.room, named.reply)
         room = self._rooms.get(named.room)
         if room is None or room.phase.is_final:  # the next use of a room id may come while the last is being left
             self._early.put(named, self.clock())
@@ -205,12 +214,13 @@ class Sender:
             room.named(named)
 
     def _aborted(self, abort: Abort) -> None:
+        if abort.reply is not None:
+            self._hush(abort.room, abort.reply)
         room = self._rooms.get(abort.room) or next((r for r in self._unsettled if r.room == abort.room), None)
         if room is not None:
             room.aborted(abort)
             return
-        if abort.room < FIRST_QUESTION:
-            self._early.abort(abort, self.clock())
+        self._early.abort(abort, self.clock())
         if abort.reply is not None and abort.generation is not None:
             self.acknowledge(abort.room, abort.reply, abort.generation)  # nothing of it is in flight
 
@@ -274,8 +284,34 @@ class Sender:
         reason: str | None = None,
         sums: Sequence[Sums] | None = None,
     ) -> None:
-        status = Status(room, phase, self._rank, reason, None if sums is None else tuple(sums))
-        self._post(to, status.to_frames(), "status")
+        """How the room has ended; said again until a connection takes it, or nobody there wants to know any more."""
+        frames = Status(room, phase, self._rank, reason, None if sums is None else tuple(sums)).to_frames()
+        policy = replace(_AGAIN, give_up_after_s=min(_AGAIN.give_up_after_s or 0.0, self.timeouts.waiting_s))
+
+        async def deliver() -> None:
+            with contextlib.suppress(Unreachable):
+                await self._send(to, frames)  # most of the time it is this; what may be repeated costs 0.1 ms more
+                return
+            try:
+                await retrying(policy, lambda: self._send(to, frames), is_permanent=_is_defect)
+            except Unreachable as error:
+                log.warning("decode rank not told", what="status", to=str(to), why=str(error))
+
+        self._hush(room, to)
+        task = self.reports.spawn(f"status to {to}", deliver())
+        if task is not None:
+            self._untold[room, to] = task
+            task.add_done_callback(lambda told: self._told(room, to, told))
+
+    def _told(self, room: int, to: Endpoint, task: asyncio.Task[None]) -> None:
+        if self._untold.get((room, to)) is task:
+            del self._untold[room, to]
+
+    def _hush(self, room: int, to: Endpoint) -> None:
+        """That end of the room's life is over: a status that came later would speak of the number's next use."""
+        task = self._untold.pop((room, to), None)
+        if task is not None:
+            task.cancel()
 
     def acknowledge(self, room: int, to: Endpoint, generation: int) -> None:
         """And answer the question that it may be."""
@@ -316,7 +352,7 @@ class SendingRoom:
         self._open_chunk: LayerGroups | None = None
         self._left_at = 0.0
         self._no_longer_bootstrapping = asyncio.Event()
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: Alarm | None = None
 
     async def __aenter__(self) -> Self:
         early, over = self._of.enter(self)
@@ -599,7 +635,7 @@ class SendingRoom:
             self._timer = None
         if not self.phase.is_final and not self._writes and not self._comparing:
             limit_s = OVERDUE[Side.SENDER, self.phase].limit_s(self._of.timeouts)
-            self._timer = asyncio.get_running_loop().call_later(limit_s, self._overdue)
+            self._timer = Alarm(limit_s, self._overdue)
 
     def _overdue(self) -> None:
         if self.phase is Phase.BOOTSTRAPPING:
@@ -630,6 +666,10 @@ class SendingRoom:
         self._acknowledge_at_rest()
         if self._release is not None:
             self._release(self._pages())
+
+
+def _is_defect(error: Exception) -> bool:
+    return not isinstance(error, Unreachable)
 
 
 def _never_opened(room: int) -> None:

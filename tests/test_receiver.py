@@ -497,6 +497,20 @@ async def test_a_room_is_open_once(rig: Rig) -> None:
     rig.assert_empty()
 
 
+async def test_a_number_is_not_used_again_before_its_last_use_is_over_at_the_prefill(rig: Rig) -> None:
+    """A status of the last use, which that prefill may still send, would end the next one before its pages are here."""
+    await enter_and_fail(rig, rig.receiver.open(5, PREFILL, [1], 0))
+    await rig.told_of_room()
+    _, abort = await rig.told_abort()
+    with pytest.raises(CallerError, match=r"room 5 is not over at prefill 10\.0\.0\.1:9001"):
+        await rig.receiver.open(5, SECOND, [2], 0).__aenter__()
+    assert rig.receiver.rooms == ()
+    rig.ack(abort)
+    async with rig.receiver.open(5, SECOND, [2], 0) as room:
+        rig.succeed(5)
+        await room.arrived()
+
+
 async def test_rooms_are_counted(rig: Rig) -> None:
     async with rig.receiver.open(5, PREFILL, [1], 0):
         assert 'pdctl_rooms_open{side="receiver"} 1.0' in rig.metrics.exposition()[0].decode()

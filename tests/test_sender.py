@@ -564,7 +564,9 @@ async def test_an_abort_after_success_is_acknowledged(rig: Rig) -> None:
         await room.finish(0)
         decode.abort(5, generation=3)
         assert room.phase is Phase.SUCCESS
-    assert {type(m) for _, m in (await rig.told(), await rig.told())} == {Status, AbortAck}
+    assert await rig.told() == (decode.reply, AbortAck(5, RANK, 3))
+    await let_others_run()
+    assert rig.post.is_empty, "a status after the acknowledgement would speak of the number's next use"
 
 
 # --- the engine fails
@@ -913,6 +915,42 @@ async def test_an_unreachable_decode_rank_does_not_hold_up_the_sender(rig: Rig) 
         await room.finish(0)
     assert room.phase is Phase.SUCCESS
     rig.assert_empty()
+
+
+async def test_a_status_that_no_connection_takes_is_told_when_one_does(rig: Rig) -> None:
+    decode = rig.decode()
+    decode.register()
+    rig.post.unreachable.add(decode.reply)
+    async with rig.sender.open(5) as room:
+        decode.name(5, [])
+        await room.peers_ready()
+        await room.finish(0)
+    await let_others_run()
+    rig.post.unreachable.clear()
+    assert await rig.told() == (decode.reply, Status(5, Phase.SUCCESS, RANK))
+    assert rig.post.is_empty
+
+
+@pytest.mark.parametrize("news", ["gives it up", "names it anew"])
+async def test_a_status_that_was_not_told_never_reaches_the_next_use_of_its_number(rig: Rig, news: str) -> None:
+    decode = rig.decode()
+    decode.register()
+    rig.post.unreachable.add(decode.reply)
+    async with rig.sender.open(5):
+        decode.name(5, [1])
+    await let_others_run()
+    assert len(rig.sender.reports) == 1
+    if news == "gives it up":
+        decode.abort(5, generation=3)
+    else:
+        decode.name(5, [2])
+    await let_others_run()
+    assert len(rig.sender.reports) == 0
+    rig.post.unreachable.clear()
+    decode.abort(5, generation=4)
+    assert await rig.told() == (decode.reply, AbortAck(5, RANK, 4))
+    await let_others_run()
+    assert rig.post.is_empty
 
 
 async def test_what_was_decided_last_is_still_told_on_closing(clock: Clock) -> None:
