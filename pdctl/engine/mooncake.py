@@ -48,6 +48,7 @@ log = structlog.get_logger(__name__)
 
 _MOST_ENGINES = 3  # in a process: each costs two threads, five descriptors and two open ports until it exits
 _LOOKED_AT = 64  # lanes, each time that one is made: 0.1 ms, and the dead never outnumber the living for long
+_TIDY_EVERY_S = 2.0  # where none is made: each that died keeps up to 17 connections half closed, and their ports
 _GIVEN_UP = -1  # the code of a registration that came when the mover had failed and the loop did not know it yet
 _NEEDED = ("initialize", "get_rpc_port", "transfer_submit_write", "transfer_check_status")
 _WELCOME = {
@@ -252,6 +253,7 @@ class _Carrier:
         self._first = _Motor(settings, device)
         self._motors = {0: self._first}
         self._tethered: deque[Lane] = deque()
+        self._next_tidying: asyncio.TimerHandle | None = None
 
     @property
     def session(self) -> str:
@@ -309,7 +311,14 @@ class _Carrier:
         lane.over, lane.was_cut = lambda: tether.over, lambda: tether.was_cut
         lane.close = lambda: self._leave(lane, tether, introduction)
         self._tethered.append(lane)
+        if self._next_tidying is None:
+            self._tidy_later()
         return lane
+
+    def _tidy_later(self) -> None:
+        self._tidy()
+        later = bool(self._tethered) and self.is_open
+        self._next_tidying = self._loop.call_later(_TIDY_EVERY_S, self._tidy_later) if later else None
 
     def _tidy(self) -> None:
         """Close what is held for lives that have ended: nobody says that a peer will never come back. How a life ended
@@ -343,6 +352,8 @@ class _Carrier:
 
     async def close(self) -> None:
         """The spare ones first: while the first is open, so is this."""
+        if self._next_tidying is not None:
+            self._next_tidying.cancel()
         for number in sorted(self._motors, reverse=True):
             motor = self._motors[number]
             await outlast(motor.opened)
