@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -95,10 +96,16 @@ class PrefillRank(Rank):
             array[:] = rng.integers(0, 256, array.shape, np.uint8)
         self.gate = RigGate()
         self.go, self.landed_chunks = asyncio.Semaphore(0), asyncio.Semaphore(0)
+        self.named: defaultdict[int, asyncio.Event] = defaultdict(asyncio.Event)
         self.shell = Sender(engine, link.send, self.pools, 0, self.gate, timeouts, time.monotonic, Metrics())
 
     async def send(self, room: int, chunks: list[list[int]], row: int, paced: bool = False) -> dict[str, Any]:
         return self.start(room, self._send(room, chunks, row, paced))
+
+    async def is_named(self, room: int) -> dict[str, Any]:
+        """Wait until its decode has named its pages."""
+        await self.named[room].wait()
+        return {}
 
     async def landed(self) -> dict[str, Any]:
         """Wait for one more chunk of any room to have landed."""
@@ -117,6 +124,7 @@ class PrefillRank(Rank):
     async def _send(self, room: int, chunks: list[list[int]], row: int, paced: bool) -> None:
         async with self.shell.open(room, release=self.release) as r:
             await r.peers_ready()
+            self.named[room].set()
             for n, chunk in enumerate(chunks):
                 if paced and n:
                     await self.go.acquire()
