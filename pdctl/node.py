@@ -22,7 +22,7 @@ from fastapi import APIRouter
 
 from pdctl import config, drainer, logs, server
 from pdctl.admission import Turnstile
-from pdctl.client import RegistryClient
+from pdctl.client import Registries, RegistryClient
 from pdctl.config import ServeSettings, Settings
 from pdctl.core.admission import Admission
 from pdctl.core.device import HOST
@@ -341,6 +341,7 @@ class DecodeNode:
     seat: Seat
     _settings: Settings
     _listed: _Listed | None = None
+    _registries: Registries = field(default_factory=Registries)
 
     @property
     def registered(self) -> bool:
@@ -353,7 +354,8 @@ class DecodeNode:
         Asked anew for every room (requests of a millisecond): a prefill that was replaced is found by the next one,
         and no stale address can be kept. Raises NotReady, Unreachable, and LayoutMismatch with both values.
         """
-        async with RegistryClient(registry, policy=self._settings.retry, credentials=self._settings.client) as client:
+        how = self._settings
+        async with self._registries.asking(registry, how.retry, how.client) as client:
             shape = await client.topology()
             kind = self.receiver.pools.layout.kind
             pairing = pair(shape, self.shape, self.seat.tp, self.seat.pp, kind).at(await _dp_rank(client, shape, room))
@@ -399,6 +401,7 @@ async def decode_node(
         )
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(receiver)
+            registries = await stack.enter_async_context(Registries())
             listed = None
             if registry is not None:
                 client = RegistryClient(registry, policy=settings.retry, credentials=settings.client)
@@ -415,7 +418,7 @@ async def decode_node(
                     metadata={SESSION_KEY: rank.engine.session},
                 )
                 await stack.enter_async_context(beside(registration=listed.hold(terms)))
-            yield DecodeNode(receiver, rank.engine, rank.metrics_url, shape, seat, settings, listed)
+            yield DecodeNode(receiver, rank.engine, rank.metrics_url, shape, seat, settings, listed, registries)
 
 
 def _refused(error: PdctlError, path: str, peer: str) -> PdctlError:
