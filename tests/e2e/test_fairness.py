@@ -51,7 +51,7 @@ async def small_rooms_beside(prefill: Child, decode: Child, others: set[int], at
 
 async def test_small_rooms_of_a_decode_pass_by_its_large_ones() -> None:
     with rank("prefill", BIG) as prefill, rank("decode", BIG) as decode:
-        large = [await begin(prefill, decode, LARGE[n::3], row=2 + n) for n in range(3)]
+        large = [await begin(prefill, decode, LARGE[n::5], row=2 + n) for n in range(5)]
         small = [await begin(prefill, decode, [page], row=n) for n, page in enumerate(SMALL)]
         for room in small:
             await assert_succeeds(prefill, decode, room)
@@ -107,12 +107,12 @@ async def test_a_slow_a_stopped_and_a_dead_decode_delay_no_other() -> None:
         crawling = asyncio.create_task(crawl(slow))
         try:
             assert await small_rooms_beside(prefill, well, {at_a_crawl}, at_most=2) == 2
-            stuck = await begin(prefill, stopped, LARGE)
+            stuck = {await begin(prefill, stopped, LARGE[n::5]) for n in range(5)}  # all that its lane takes, and more
             lost = await begin(prefill, dead, LARGE)
             stopped.stop()
             dead.kill()
-            assert await small_rooms_beside(prefill, well, {stuck}) >= 3, "a block may stand still for a second"
-            for room in (stuck, lost):
+            assert await small_rooms_beside(prefill, well, stuck) >= 3, "a block may stand still for a second"
+            for room in (*stuck, lost):
                 assert "transfer with" in await why(prefill, room)
         finally:
             crawling.cancel()
