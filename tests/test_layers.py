@@ -112,11 +112,11 @@ AS_A_TYPE = {"random.Random"}
 KNOWN_TO_CORE = {*sys.stdlib_module_names, "numpy", "pdctl"}
 
 ENVIRONMENT = ("os.environ", "os.environb", "os.getenv", "os.getenvb", "os.putenv", "os.unsetenv")
-ENVIRONMENT_READERS = ("pdctl.config", "pdctl.engine.mooncake")
+ENVIRONMENT_READERS = ("pdctl.config", "pdctl.engine.mooncake", "pdctl.engine.store_wheel")
 """The second puts the engine's own variables there before its import: it reads them once, at load."""
 
 UNREADABLE = ("importlib.import_module", "importlib.util", "importlib.__import__")
-UNREADABLE_IN = ("pdctl.engine.mooncake", "pdctl")
+UNREADABLE_IN = ("pdctl.engine.mooncake", "pdctl.engine.store_wheel", "pdctl")
 """Where the target need not stand in the text: the engine, whose absence is a sentence, and lazy exports."""
 
 THREADS = ("threading", "concurrent.futures", "multiprocessing.pool", "asyncio.to_thread")
@@ -189,7 +189,7 @@ def module_of(target: str) -> str:
 
 def reserved(name: str, target: str) -> str | None:
     if begins(target, "mooncake.store"):
-        return f"{short(name)} imports mooncake.store: its calls can end the process, it stays outside the house"
+        return f"{short(name)} imports mooncake.store: its calls can end the process, everyone speaks to the store port"
     for package, (owner, why) in RESERVED.items():
         if begins(target, package) and name != owner:
             return f"{short(name)} imports {package}: only {short(owner)} may, {why}"
@@ -215,9 +215,9 @@ def unreadable(name: str, target: str) -> str | None:
 
 
 def threads(name: str, target: str) -> str | None:
-    in_engine = begins(name, "pdctl.engine")
+    in_engine = begins(name, "pdctl.engine") or begins(name, "pdctl.store")
     if not in_engine and any(begins(target, way) for way in THREADS):
-        return f"{short(name)} uses {target}: threads live in an executor of engine/"
+        return f"{short(name)} uses {target}: threads live in an executor of engine/ or store/"
     return None
 
 
@@ -397,8 +397,12 @@ PLANTED = [
     ("client", "from importlib import import_module as i\ni(n)", "uses importlib.import_module: write the import out"),
     ("node", "from os import getenv", "uses os.getenv: only config reads the environment"),
     ("cli", "import os as o\no.environ.get('A')", "uses os.environ.get: only config reads the environment"),
-    ("prober", "import threading", "uses threading: threads live in an executor of engine/"),
-    ("node", "import asyncio\nasyncio.to_thread(f)", "uses asyncio.to_thread: threads live in an executor of engine/"),
+    ("prober", "import threading", "uses threading: threads live in an executor of engine/ or store/"),
+    (
+        "node",
+        "import asyncio\nasyncio.to_thread(f)",
+        "uses asyncio.to_thread: threads live in an executor of engine/ or store/",
+    ),
     ("core.rooms", "import time\nnow = time.monotonic()", "uses time.monotonic: `now` is an argument"),
     ("core.rooms", "from time import monotonic", "uses time.monotonic: `now` is an argument"),
     ("core.rooms", "from datetime import datetime\ndatetime.now()", "uses datetime.datetime.now: `now` is an argument"),

@@ -15,7 +15,6 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from pathlib import PurePosixPath
 from types import SimpleNamespace
 from typing import Any, Final
 
@@ -340,7 +339,7 @@ def _offload_problems(config: KVStoreConfig | SimpleNamespace) -> Iterator[tuple
         yield "ssd_offload_path", "is given but enable_ssd_offload is off: switch it on, or leave the path out"
     if config.enable_ssd_offload and path is None:
         yield "ssd_offload_path", "is not given but enable_ssd_offload is on: give a directory on the SSD"
-    if path is not None and not PurePosixPath(path).is_absolute():
+    if path is not None and not path.startswith("/"):
         yield "ssd_offload_path", f"{path!r} is relative: the wheel takes absolute paths only, begin it with /"
 
 

@@ -27,6 +27,12 @@ _DANGEROUS: dict[str, tuple[Callable[[str], bool], str]] = {
     "MC_TCP_ENABLE_CONNECTION_POOL": (lambda v: v.lower() in ("0", "false", "off"), "it is 50 times slower and fails"),
     "MC_DISABLE_METACACHE": (lambda v: v != "0", "each transfer to a hung peer would block all others for 61 s"),
 }
+# The store holds the interpreter while it waits for its master: 90 s by default, 4.5 s with these (H8).
+_IMPATIENCE = {
+    "MC_STORE_CLIENT_SETUP_RETRIES": "1",
+    "MC_RPC_CONNECT_TIMEOUT_MS": "500",
+    "MC_RPC_TIMEOUT_MS": "1000",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,11 +127,19 @@ def _defaults(settings: MooncakeSettings) -> dict[str, str]:
         "MC_LOG_LEVEL": settings.log_level,
         "MC_TRANSFER_TIMEOUT": "60",
         "MC_HANDSHAKE_CONNECT_TIMEOUT": "1",
-        # The store holds the interpreter while it waits for its master: 90 s by default, 4.5 s with these (H8).
-        "MC_STORE_CLIENT_SETUP_RETRIES": "1",
-        "MC_RPC_CONNECT_TIMEOUT_MS": "500",
-        "MC_RPC_TIMEOUT_MS": "1000",
+        **_IMPATIENCE,
     }
+
+
+def prepare_store(protocol: str, environ: MutableMapping[str, str], loaded: bool) -> None:
+    """Put into `environ` what a store needs that is opened without an engine; an operator's own value wins."""
+    wanted = {**_IMPATIENCE, "MC_LOG_LEVEL": "ERROR", **({"MC_FORCE_TCP": "1"} if protocol == "tcp" else {})}
+    if protocol != "tcp" and "MC_FORCE_TCP" in environ:
+        raise ConfigError(f"MC_FORCE_TCP is set but the protocol is {protocol}: unset it, or set protocol tcp")
+    late = {name: value for name, value in wanted.items() if name not in environ}
+    environ.update(late)
+    if late and loaded:
+        log.warning("mooncake.store was imported before its environment was set", variables=sorted(late))
 
 
 def prepare(settings: MooncakeSettings, environ: MutableMapping[str, str], loaded: bool) -> None:
