@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pdctl.agent_client import AgentClient
+    from pdctl.arrays import pool_of, region_of
     from pdctl.client import Exhaustion, RegistryClient
     from pdctl.config import Settings, load
     from pdctl.core.address import Endpoint
@@ -76,12 +77,15 @@ __all__ = [
     "load",
     "open_device",
     "open_mooncake",
+    "pool_of",
     "prefill_node",
+    "region_of",
     "sidecar",
 ]
 
 _ROOMS = {
     "agent_client": ("AgentClient",),
+    "arrays": ("pool_of", "region_of"),
     "client": ("Exhaustion", "RegistryClient"),
     "config": ("Settings", "load"),
     "core.address": ("Endpoint",),

@@ -57,6 +57,7 @@ FLOORS = {
         ],
         2,
     ),
+    "pdctl.arrays": 3,
     "pdctl.answers": 2,
     "pdctl.credentials": 2,
     "pdctl.lag": 2,
