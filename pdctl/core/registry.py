@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from pdctl.core.address import Endpoint
-from pdctl.core.agenda import Agenda
+from pdctl.core.calendar import Calendar
 from pdctl.core.claims import check_may_change, check_may_end, not_held, place
 from pdctl.core.instances import Incarnation, InstanceView, Loss
 from pdctl.core.listening import SHARE
@@ -110,6 +110,10 @@ class _Overlay(MutableMapping[str, InstanceView]):
         return len(self._below) + sum(name not in self._below for name in self.own)
 
 
+Entry = tuple[str, Seat, int]
+"""Instance, seat, epoch: a life, and in the agenda once."""
+
+
 class Registry:
     """All instances by name. One owner, in one event loop."""
 
@@ -118,7 +122,7 @@ class Registry:
         self.revision = 0
         self.last_epoch = 0
         self._views: MutableMapping[str, InstanceView] = {}
-        self._agenda = Agenda()
+        self._agenda: Calendar[Entry] = Calendar()
         self._emptied: deque[tuple[float, str]] = deque()  # (when to look again, instance), soonest first
         self._n_remembered = 0
         self.shortest_ttl_s = math.inf  # no lease is shorter; one that was may be over
@@ -267,18 +271,19 @@ class Registry:
         """What time alone has changed, `budget` lives at most: look at `next_deadline` for whether there are more."""
         changes: list[Change] = []
         over: dict[str, list[Loss]] = {}
-        for name, seat, epoch in self._agenda.due(now, budget):
+        for entry in self._agenda.due(now, budget):
+            name, seat, epoch = entry
             view = self._views.get(name)
             life = view.holder(seat, epoch) if view else None
             if life is None:
-                self._agenda.forget(epoch)
-            elif (loss := _over(life, now)) is not None:
+                continue
+            if (loss := _over(life, now)) is not None:
                 over.setdefault(name, []).append(loss)
             else:
                 if life.next_event <= now:
                     life.pulse.suspected = True
                     changes.append(self._noted(name, self._change(ChangeKind.SUSPECTED, life)))
-                self._agenda.put(life.next_event, name, seat, epoch)
+                self._agenda.put(entry, life.next_event)
         for name, losses in over.items():
             changes += self._end(self._views[name], losses, now)
         return changes + self._forget(now)
@@ -312,7 +317,7 @@ class Registry:
             view = InstanceView(name, served, forming[-1] if forming else None, epoch, revision)
             self._write(view, now)
             for life in view.lives:
-                self._schedule(name, life)
+                self._schedule(life)
 
     # Drafts
 
@@ -423,7 +428,7 @@ class Registry:
         if not life.pulse.suspected:
             return []
         life.pulse.suspected = False
-        self._agenda.put(life.next_event, view.name, life.seat, life.epoch)  # sooner than the end of a lease given anew
+        self._agenda.put_sooner(_entry(life), life.next_event)  # than the end of a lease given anew
         return [self._noted(view.name, self._change(ChangeKind.RECOVERED, life))]
 
     def _holder(self, instance: str, seat: Seat, epoch: int | None, owner: Owner | None) -> tuple[InstanceView, Life]:
@@ -442,14 +447,14 @@ class Registry:
         return next(each for each in view.incarnations if each.number == life.incarnation)
 
     def _put(self, view: InstanceView, incarnation: Incarnation, life: Life) -> InstanceView:
-        self._schedule(view.name, life)
+        self._schedule(life)
         return view.having(incarnation, life.epoch)
 
-    def _schedule(self, name: str, life: Life) -> None:
+    def _schedule(self, life: Life) -> None:
         ttl_s = life.claim.ttl_s
         if ttl_s is not None and ttl_s < self.shortest_ttl_s:
             self.shortest_ttl_s = ttl_s
-        self._agenda.put(life.next_event, name, life.seat, life.epoch)
+        self._agenda.put_sooner(_entry(life), life.next_event)  # one that speaks is looked at when its old hour comes
 
     def _change(
         self,
@@ -468,9 +473,9 @@ class Registry:
 
     def _let_go(self, change: Change) -> None:
         if change.is_end or change.kind is ChangeKind.LOST:
-            self._agenda.forget(change.life.epoch)
+            self._agenda.strike(_entry(change.life))
         if change.before is not None:
-            self._agenda.forget(change.before.epoch)
+            self._agenda.strike(_entry(change.before))
 
     def _noted(self, name: str, change: Change) -> Change:
         """A change that shows in no seat still makes another view."""
@@ -511,6 +516,10 @@ class Registry:
                 self._n_remembered -= view.n_remembered
                 del self._views[name]
         return changes
+
+
+def _entry(life: Life) -> Entry:
+    return life.claim.instance, life.seat, life.epoch
 
 
 def _over(life: Life, now: float) -> Loss | None:

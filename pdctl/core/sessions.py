@@ -39,7 +39,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Generic, Protocol
 
-from pdctl.core.due import Due
+from pdctl.core.calendar import Calendar
 from pdctl.core.ejection import Doubt, Groups, Health, ProbePolicy
 from pdctl.core.standing import (
     Change,
@@ -189,8 +189,8 @@ class SessionTable(Generic[ShownT]):
         # Both ordered by wanted_at, so that the idlest is found without a search; dropped ones apart, as they go last.
         self._idlest: OrderedDict[str, None] = OrderedDict()
         self._dropped: OrderedDict[str, None] = OrderedDict()
-        self._questions = Due()
-        self._trials = Due()
+        self._questions: Calendar[str] = Calendar()
+        self._trials: Calendar[str] = Calendar()
         self._groups = Groups(policy)
         self._doubt = Doubt(policy)
 
@@ -309,9 +309,10 @@ class SessionTable(Generic[ShownT]):
     @property
     def next_due(self) -> float | None:
         """When there is next something to do: a question to put, or time to `tick`. None while there is nothing."""
-        due = [first[0] for first in (self._questions.first, self._trials.first) if first]
-        doubt = self._doubt.next_at
-        return min([*due, doubt] if doubt is not None else due, default=None)
+        due = min(self._questions.next_at, self._trials.next_at)
+        if (doubt := self._doubt.next_at) is not None:
+            due = min(due, doubt)
+        return None if due == math.inf else due
 
     @property
     def deadline_s(self) -> float:
@@ -320,10 +321,7 @@ class SessionTable(Generic[ShownT]):
 
     def ask_due(self, now: float, limit: int) -> list[Question]:
         """At most `limit` questions that are due, the most overdue first. They are being asked from now on."""
-        questions: list[Question] = []
-        while len(questions) < limit and (session := self._questions.take(now)) is not None:
-            questions.append(self._ask(self._records[session], now))
-        return questions
+        return [self._ask(self._records[session], now) for session in self._questions.due(now, limit)]
 
     def ask_now(self, session: str, now: float) -> Question:
         """Somebody wants to know now, however the session stands. A question that is being asked becomes void."""
@@ -354,7 +352,7 @@ class SessionTable(Generic[ShownT]):
     def tick(self, now: float) -> list[Change]:
         """What time alone has brought about. To be called when `next_due` says so, and before `ask_due`."""
         changes = self._weigh(now)
-        while (session := self._trials.take(now)) is not None:
+        for session in self._trials.due(now):
             record = self._records[session]
             if record.trial:
                 changes += self._end_trial(record, record.trial, "no transfer has failed since it came back", now)
