@@ -26,8 +26,8 @@ DEFAULT_TENANT: Final = "default"
 CONFIG_PATH: Final = "SGLANG_HICACHE_MOONCAKE_CONFIG_PATH"
 LOCAL_HOSTNAMES: Final = ("MOONCAKE_LOCAL_HOSTNAME", "LOCAL_HOSTNAME")
 PROTOCOLS: Final = (
-    *("tcp", "rdma", "ascend", "barex", "cxl", "efa", "hip", "maca", "musa", "nvlink", "nvmeof"),
-    *("sunrise_link", "ubshmem"),
+    *("tcp", "rdma", "ascend", "barex", "cxl", "efa", "hip", "maca", "musa", "nvlink", "nvlink_intra"),
+    *("nvmeof", "sunrise_link", "ubshmem"),
 )
 VARIABLES: Final[Mapping[str, str]] = {
     "MOONCAKE_MASTER": "master_server_address",
