@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import subprocess
 import sys
 import threading
 import time
 from contextlib import AsyncExitStack
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -24,6 +26,7 @@ from pdctl.engine.environment import MooncakeSettings, environment, prepare
 from pdctl.engine.mooncake import _Calls, open_mooncake
 from pdctl.errors import Cause, ConfigError, DeviceUnavailable, EngineUnavailable
 from pdctl.memory import Arena
+from tests.device.paper import build
 from tests.device.recording import Recording
 from tests.engine.conftest import STALL_S, mooncake_stage
 from tests.engine.processes import ROOT, Peers
@@ -152,6 +155,38 @@ async def test_without_a_wheel_opening_is_an_operators_error() -> None:
     with pytest.raises(EngineUnavailable, match=r"pdctl\[cpu\]"):
         async with open_mooncake(MooncakeSettings(), Cpu(), importer=importer, environ={}):
             pass
+
+
+def test_a_cuda_runtime_that_pip_has_installed_is_found_where_no_loader_looks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = tmp_path / "nvidia/cuda_runtime/lib/libcudart.so.12"
+    info = tmp_path / "nvidia_cuda_runtime_cu12-1.dist-info"
+    library.parent.mkdir(parents=True)
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: nvidia-cuda-runtime-cu12\nVersion: 1\n")
+    (info / "RECORD").write_text("nvidia/cuda_runtime/lib/libcudart.so.12,,\n")
+    shutil.copy(build(tmp_path), library)
+    monkeypatch.syspath_prepend(tmp_path)
+    asked = 0
+
+    def importer(name: str) -> ModuleType:
+        nonlocal asked
+        asked += 1
+        if str(library) not in Path("/proc/self/maps").read_text():
+            raise ImportError("libcudart.so.12: cannot open shared object file")
+        return ModuleType(name)
+
+    assert wheel.load(importer).__name__ == "mooncake.engine"
+    assert asked == 2
+
+
+def test_a_cuda_runtime_that_is_nowhere_says_what_to_install() -> None:
+    def importer(name: str) -> ModuleType:
+        raise ImportError("libcudart.so.13: cannot open shared object file")
+
+    with pytest.raises(EngineUnavailable, match=r"libcudart\.so\.13, which is not on this host: pip install nvidia"):
+        wheel.load(importer)
 
 
 def test_a_wheel_whose_voice_cannot_be_lowered_is_used_all_the_same() -> None:
