@@ -18,7 +18,7 @@ import os
 import sys
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, MutableMapping
+from collections.abc import AsyncIterator, Callable, Iterable, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from types import ModuleType
@@ -32,6 +32,7 @@ from pdctl.device.base import Device
 from pdctl.engine import handshake, wheel
 from pdctl.engine.asking import SendProbe
 from pdctl.engine.base import Capabilities, Engine
+from pdctl.engine.blame import own_fault
 from pdctl.engine.blocks import Direction, Lane, Transfer
 from pdctl.engine.environment import MooncakeSettings, environment, prepare
 from pdctl.engine.handshake import Descriptor
@@ -40,7 +41,7 @@ from pdctl.engine.mover import Mover
 from pdctl.engine.promises import PromisedEngine, outlast
 from pdctl.engine.tether import Tether
 from pdctl.engine.ways import Introduction, Serial
-from pdctl.errors import Cause, EngineUnavailable, TransferFailed
+from pdctl.errors import BadField, Cause, EngineUnavailable, TransferFailed
 
 __all__ = ["MooncakeSettings", "by_name", "environment", "open_mooncake"]
 
@@ -301,6 +302,13 @@ class _Carrier:
             return Lane(itertools.repeat(session))
         self._tidy()
         deadline_s = self._settings.handshake_timeout_s
+        try:
+            return await self._tied(session, found, engine, deadline_s)
+        except OSError as cause:
+            words = own_fault(cause) or f"no port of our own can be opened: {cause}"
+            raise TransferFailed(Cause.LOCAL, session, words) from cause
+
+    async def _tied(self, session: str, found: Descriptor, engine: int, deadline_s: float) -> Lane:
         tether = await Tether.tie(session, found.host, found.card.data_port, deadline_s=deadline_s)
         try:
             introduction = await Introduction.listening(found.opening, self._settings.loopback, self._serial)
@@ -341,6 +349,16 @@ class _Carrier:
     def nudge(self) -> None:
         for motor in self._running_motors():
             motor.mover.nudge()
+
+    def own_fault(self, spans: Iterable[Region]) -> str | None:
+        try:
+            for span in spans:
+                self._device.where(span)
+        except BadField as cause:
+            return f"the memory of this side that it was to move is not there any more: {cause}"
+        except OSError as cause:
+            return own_fault(cause) or f"this process cannot look at its own memory: {cause}"
+        return None
 
     async def open(self) -> None:
         await self._first.open(self._factory)
