@@ -357,8 +357,9 @@ class DecodeNode:
         how = self._settings
         async with self._registries.asking(registry, how.retry, how.client) as client:
             shape = await client.topology()
-            kind = self.receiver.pools.layout.kind
-            pairing = pair(shape, self.shape, self.seat.tp, self.seat.pp, kind).at(await _dp_rank(client, shape, room))
+            layout = self.receiver.pools.layout
+            found = pair(shape, self.shape, self.seat.tp, self.seat.pp, layout.kind, layout.tokens.size)
+            pairing = found.at(await _dp_rank(client, shape, room))
             at = await asyncio.gather(*map(client.rank, (*pairing.senders, *pairing.dummies)))
         n = pairing.responses
         ranks = tuple(rank_id(seat, shape) for seat in pairing.senders)

@@ -653,9 +653,12 @@ def _registration(
         kv_item_len=kv.item_lens[0] if kv.item_lens else 0,
         kv_item_lens=kv.item_lens,
         kv_layer_ids=pools.layout.layer_ids,
+        dcp_size=pools.layout.tokens.size,
+        dcp_rank=pools.layout.tokens.rank,
         state_pointers=tuple(state.pointers for state in pools.states),
         state_item_lens=tuple(state.item_lens for state in pools.states),
         state_layer_ids=pools.state_layer_ids,
+        state_dims=pools.state_dims,
         wants_sums=wants_sums,
     )
 

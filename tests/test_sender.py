@@ -336,7 +336,7 @@ async def test_a_session_that_never_registered_fails_its_room_alone_and_by_name(
         ),
         ({"kv_item_lens": (64,)}, "3 pointers but 1 item lengths"),
         ({"aux_pointers": (1,)}, "aux: the sender has 2 buffers and the receiver 1"),
-        ({"dcp_size": 2}, "wants a DCP size of 2"),
+        ({"dcp_size": 2}, "is DCP rank 0 of 2 and this prefill rank, of mha, 0 of 1"),
     ],
 )
 async def test_memory_that_does_not_pair_fails_the_room_with_both_values(

@@ -46,7 +46,11 @@ class Prefill:
 
     async def send(self, room: int, dp: int, chunks: list[list[int]], groups: int = 1, row: int = 1) -> dict[str, Any]:
         """Chunk after chunk, each in so many groups of layers, from every rank of the DP group that is heard."""
-        ranks = [(rank, node) for rank, node in self.nodes if rank.seat.dp == dp and rank.seat.cp == 0]
+        ranks = [
+            (rank, node)
+            for rank, node in self.nodes
+            if rank.seat.dp == dp and (rank.seat.cp == 0 or not rank.pages.is_all)
+        ]
         await ranks[0][1].client.announce_room(room, dp)
         await asyncio.gather(*(self._send(rank, node, room, chunks, groups, row) for rank, node in ranks))
         return {}
@@ -110,7 +114,7 @@ class Decode:
             arriving = node.receiver.open(
                 room,
                 paired,
-                pages[prefix:],
+                pages[rank.n_named(prefix) :],
                 row,
                 prefix_len=prefix * self.model.page_size,
                 state_rows=[[row]] if rank.state else (),

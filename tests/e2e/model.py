@@ -7,12 +7,13 @@ transfer, ours or stock, knows it without asking the other.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
-from pdctl.core.layout import Heads, Kind, KvLayout, Pool, RankPools
+from pdctl.core.layout import Heads, Kind, KvLayout, Pool, RankPools, Share, Slices
+from pdctl.core.pairing import pages_of
 from pdctl.core.route import Seat, Shape
 from pdctl.memory import Arena
 
@@ -25,7 +26,9 @@ N_ROWS, AUX_NBYTES = 8, 48
 class Model:
     """What both instances serve. `lens`: bytes of a head of a token, of K and of V; one number for MLA.
 
-    `state`: bytes of a row of state in each layer, 0 for none. `ids`: whether the entries say their layers.
+    `ids`: whether the entries say their layers. `state`: bytes of a unit of state in each layer, 0 for none; an item
+    has `state_rows` rows of `state_units` units, which TP ranks share; 1 is the same on all. `state_ids`: whether it
+    says its layers.
     """
 
     kind: str = "mha"
@@ -34,22 +37,29 @@ class Model:
     lens: tuple[int, ...] = (16, 16)
     page_size: int = 4
     n_pages: int = 24
-    state: int = 0
     ids: bool = False
+    state: int = 0
+    state_units: int = 1
+    state_rows: int = 1
+    state_ids: bool = True
 
 
 @dataclass(frozen=True)
 class Split:
-    """How one instance shares the model out."""
+    """How one instance shares the model out. `dcp`: of decode's TP ranks, so many share the tokens; `sharded`: of
+    prefill's CP or TP ranks, all share the pages."""
 
     tp: int = 1
     pp: int = 1
     dp: int = 1
     cp: int = 1
     follow: bool = True
+    dcp: int = 1
+    sharded: bool = False
 
     def shape(self, model: Model) -> Shape:
-        return Shape(self.tp, self.cp, self.dp, self.pp, model.page_size, "uint8", follow_bootstrap_room=self.follow)
+        plain = Shape(self.tp, self.cp, self.dp, self.pp, model.page_size, "uint8")
+        return replace(plain, follow_bootstrap_room=self.follow, enable_kv_cache_sharding=self.sharded)
 
 
 def _content(
@@ -75,46 +85,83 @@ class Rank:
         self.entries = [(part, seat.pp * n + at) for part in range(len(model.lens)) for at in range(n)]
         heads = Heads(model.heads, split.tp, seat.tp) if model.kind == "mha" else None
         self.heads = range(1) if heads is None else heads.held
+        self.slices = Slices(Heads(model.state_units, split.tp, seat.tp), model.state_rows)
         self.arena = Arena(1 << 20)
         self.kv = [self.arena.array((model.n_pages, self._nbytes(part)), np.uint8) for part, _ in self.entries]
         self.aux = self.arena.array((N_ROWS, AUX_NBYTES), np.uint8)
-        self.state = [self.arena.array((N_ROWS, model.state), np.uint8) for _ in range(n)] if model.state else []
-        ids = tuple(layer for _, layer in self.entries) if model.ids else ()
-        layout = KvLayout(Kind(model.kind), model.page_size, heads, first_layer=seat.pp * n, layer_ids=ids)
+        state_nbytes = model.state * model.state_rows * len(self.slices.heads.held)
+        self.state = [self.arena.array((N_ROWS, state_nbytes), np.uint8) for _ in range(n)] if state_nbytes else []
+        self.pages = pages_of(seat, split.shape(model), Kind(model.kind))
+        self.tokens = Share(split.dcp, seat.tp % split.dcp)
+        layout = KvLayout(
+            Kind(model.kind),
+            model.page_size,
+            heads,
+            first_layer=seat.pp * n,
+            layer_ids=tuple(layer for _, layer in self.entries) if model.ids else (),
+            pages=self.pages,
+            tokens=self.tokens,
+        )
+        ids = (tuple(seat.pp * n + at for at in range(n)),) if self.state and model.state_ids else ()
         states = (_pool(self.state),) if self.state else ()
-        layers = (tuple(seat.pp * n + at for at in range(n)),) if self.state else ()
-        self.pools = RankPools(_pool(self.kv), _pool([self.aux]), layout, states, layers)
+        slices = ((self.slices,) * n,) if self.state else ()
+        self.pools = RankPools(_pool(self.kv), _pool([self.aux]), layout, states, ids, slices)
 
     def fill(self, seed: int) -> None:
+        numbers = np.arange(self.model.n_pages) * self.pages.size + self.pages.rank
         for array, (part, layer) in zip(self.kv, self.entries, strict=True):
-            array[:] = self.content(part, layer, range(self.model.n_pages), seed)
+            array[:] = self.content(part, layer, numbers, seed)
         self.aux[:] = np.arange(N_ROWS)[:, None] + 100
         for at, array in enumerate(self.state):
-            array[:] = np.arange(N_ROWS)[:, None] * 16 + (self.entries[0][1] + at)
+            for row in range(N_ROWS):
+                array[row] = self._state(row, at)
 
     def begin(self, sent: list[int], named: list[int], prefix: int, seed: int) -> None:
-        """Nothing here but the first `prefix` of the pages."""
+        """Nothing here but the first `prefix` of the pages that were sent."""
         for array in (*self.kv, self.aux, *self.state):
             array[:] = 0
+        here = named[: self.n_named(prefix)]
         for array, (part, layer) in zip(self.kv, self.entries, strict=True):
-            array[named[:prefix]] = self.content(part, layer, sent[:prefix], seed)
+            array[here] = self._here(part, layer, sent[:prefix], seed)
+
+    def n_named(self, n: int) -> int:
+        """How many pages here `n` pages of a prefill fill."""
+        return -(-n // self.tokens.size)
 
     def wrong(self, sent: list[int], named: list[int], source_row: int, row: int, seed: int) -> list[str]:
         """What is not as the prefill's `sent` pages and its aux and state of `source_row`, or not 0 elsewhere."""
         others = sorted(set(range(self.model.n_pages)) - set(named))
         found = []
         for array, (part, layer) in zip(self.kv, self.entries, strict=True):
-            if not (array[named] == self.content(part, layer, sent, seed)).all() or array[others].any():
+            if not (array[named] == self._here(part, layer, sent, seed)).all() or array[others].any():
                 found.append(f"part {part} of layer {layer} at {self.seat}")
-        wanted = [source_row + 100, *(source_row * 16 + self.entries[0][1] + at for at in range(len(self.state)))]
-        for number, (array, value) in enumerate(zip((self.aux, *self.state), wanted, strict=True)):
-            if not (array[row] == value).all() or np.delete(array, row, axis=0).any():
-                found.append(f"state {number - 1} at {self.seat}" if number else f"aux at {self.seat}")
+        if not (self.aux[row] == source_row + 100).all() or np.delete(self.aux, row, axis=0).any():
+            found.append(f"aux at {self.seat}")
+        for at, array in enumerate(self.state):
+            if not (array[row] == self._state(source_row, at)).all() or np.delete(array, row, axis=0).any():
+                found.append(f"state {at} at {self.seat}")
         return found
 
     def content(self, part: int, layer: int, pages: npt.ArrayLike, seed: int) -> Bytes:
+        """Of whole pages, shape (pages, bytes)."""
         full = _content(part, layer, pages, self.model.page_size, self.heads, self.model.lens[part], seed)
         return full.reshape(len(full), self._nbytes(part))
+
+    def _here(self, part: int, layer: int, pages: list[int], seed: int) -> Bytes:
+        """Of this rank's tokens of those pages, packed, 0 after the last."""
+        token = self._nbytes(part) // self.model.page_size
+        tokens = self.content(part, layer, pages, seed).reshape(-1, token)
+        mine = tokens[self.tokens.rank :: self.tokens.size]
+        held = np.zeros((self.n_named(len(pages)) * self.model.page_size, token), np.uint8)
+        held[: len(mine)] = mine
+        return held.reshape(-1, self._nbytes(part))
+
+    def _state(self, row: int, at: int) -> Bytes:
+        """An item of this rank's state entry number `at`: shape (bytes,)."""
+        rows, units = np.arange(self.model.state_rows)[:, None, None], np.asarray(self.slices.heads.held)[:, None]
+        start = row * 16 + self.entries[0][1] + at
+        values: Bytes = (start + rows * 3 + units * 7 + np.zeros(self.model.state, np.int64)).astype(np.uint8)
+        return values.ravel()
 
     def _nbytes(self, part: int) -> int:
         return self.model.page_size * len(self.heads) * self.model.lens[part]

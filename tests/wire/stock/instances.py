@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,8 @@ from sglang.srt.disaggregation.base.conn import StateType
 from sglang.srt.disaggregation.common.conn import KVTransferError
 from sglang.srt.disaggregation.mooncake.conn import MooncakeKVReceiver, MooncakeKVSender
 
-from pdctl.core.layout import Pool
+from pdctl.core.layout import Kind, Pool
+from pdctl.core.pairing import pages_of
 from pdctl.core.route import Seat
 from tests.e2e.model import Model, Rank, Split
 from tests.wire.stock import ranks, surroundings
@@ -63,12 +65,15 @@ class Instance:
             self.seated.append(Seated(rank, ranks.manager(role, args, ranks.real_engine(), mla=model.kind == "mla")))
 
     def _parallel(self, seat: Seat, group: Group) -> dict[str, Any]:
-        split = self.split
+        split, pages = self.split, pages_of(seat, self.split.shape(self.model), Kind(self.model.kind))
         return {
             "attn_tp_size": split.tp, "attn_tp_rank": seat.tp,
             "attn_cp_size": split.cp, "attn_cp_rank": seat.cp,
             "attn_dp_size": split.dp, "attn_dp_rank": seat.dp, "num_dp_ranks": split.dp,
+            "attn_dcp_size": split.dcp, "attn_dcp_rank": seat.tp % split.dcp,
             "pp_size": split.pp, "pp_group": group,
+            "enable_kv_cache_sharding": split.sharded,
+            "kv_shard_group": SimpleNamespace(rank_in_group=pages.rank, world_size=pages.size),
             "load_balance_method": "follow_bootstrap_room" if split.follow else "round_robin",
         }  # fmt: skip
 
@@ -84,7 +89,8 @@ class Instance:
             state_types=[StateType(self.state_type)] * len(pools.states),
             **{f"state_{name}": [_each(state)[name] for state in pools.states] for name in _each(pools.kv)},
             state_layer_ids=[list(ids) for ids in pools.state_layer_ids],
-            state_dim_per_tensor=[[] for _ in pools.states],
+            state_dim_per_tensor=[list(dims) if self.state_type == "mamba" else [] for dims in pools.state_dims],
+            swa_kv_cache_layout="nhd",
             page_size=self.model.page_size,
             kv_head_num=len(rank.heads),
             total_kv_head_num=self.model.heads,
@@ -132,7 +138,7 @@ class Instance:
             each.rank.begin(sent, pages, prefix, seed)
         for each, receiver in zip(self.seated, self.open_receivers(room), strict=True):
             state = [[row]] if each.rank.state else None
-            named = np.array(pages[prefix:], np.int32)
+            named = np.array(pages[each.rank.n_named(prefix) :], np.int32)
             receiver.send_metadata(named, row, state, decode_prefix_len=prefix * self.model.page_size)
         return self.outcome(room) | {
             "wrong": [wrong for each in self.seated for wrong in each.rank.wrong(sent, pages, 1, row, seed)]

@@ -145,6 +145,7 @@ def _answers() -> dict[str, dict[str, Any]]:
             "run_with_deadline": _run_with_deadline,
             "ceil_align": lambda number, unit: -(-number // unit) * unit,
         },
+        "torch": {"device": lambda name: types.SimpleNamespace(type=name.partition(":")[0])},
         "triton": {"jit": lambda kernel: kernel},
     }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -43,6 +43,33 @@ SPLITS = [
     pytest.param(MHA, Split(cp=2), Split(), id="CP 2, of which rank 0 sends"),
     pytest.param(Model(state=32), Split(), Split(), id="state beside KV"),
     pytest.param(Model(state=32), Split(pp=2), Split(), id="state beside KV, PP 2 to 1"),
+    pytest.param(MLA, Split(), Split(tp=2, dcp=2), id="MLA, TP 1 to 2 with DCP 2"),
+    pytest.param(MLA, Split(tp=2, pp=2), Split(tp=2, dcp=2), id="MLA, PP 2 to 1 with DCP 2"),
+    pytest.param(MLA, Split(tp=2, sharded=True), Split(tp=2), id="MLA, pages over TP 2"),
+    pytest.param(MHA, Split(cp=2, sharded=True), Split(tp=2), id="pages over CP 2, TP 1 to 2"),
+]
+
+MAMBA = Model(state=12, state_units=4)
+WINDOW = Model(state=12, state_units=2, state_rows=4, state_ids=False)
+STATES = [
+    pytest.param(MAMBA, Split(pp=2), Split(), "mamba", id="PP 2 to 1"),
+    pytest.param(MAMBA, Split(tp=2), Split(), "mamba", id="channels, TP 2 to 1"),
+    pytest.param(MAMBA, Split(), Split(tp=2), "mamba", id="channels, TP 1 to 2"),
+    pytest.param(Model(state=12), Split(tp=2), Split(), "mamba", id="the same on all, TP 2 to 1"),
+    pytest.param(
+        Model(state=12, state_units=2, state_rows=4, state_ids=False),
+        Split(tp=2),
+        Split(),
+        "swa",
+        id="heads, TP 2 to 1",
+    ),
+    pytest.param(
+        Model(state=12, state_units=2, state_rows=4, state_ids=False),
+        Split(),
+        Split(tp=2),
+        "swa",
+        id="heads, TP 1 to 2",
+    ),
 ]
 
 
@@ -65,10 +92,9 @@ class StockInstance:
     async def seated(self, role: str, address: str, model: Model, split: Split, **more: Any) -> AsyncIterator[None]:
         given = {"model": asdict(model), "split": asdict(split)}
         await self("seat", role=role, registry=address, **given, **more)
-        try:
+        async with AsyncExitStack() as stack:
+            stack.push_async_callback(self.child.ask, "unseat")
             yield
-        finally:
-            await self("unseat")
 
 
 @pytest.fixture(scope="module")
@@ -95,17 +121,30 @@ def flat(chunks: list[list[int]]) -> list[int]:
     return [page for chunk in chunks for page in chunk]
 
 
+async def both(one: Coroutine[Any, Any, Any], other: Coroutine[Any, Any, Any]) -> tuple[Any, Any]:
+    """What both come to; the first to fail fails the test."""
+    async with asyncio.TaskGroup() as group:
+        tasks = group.create_task(one), group.create_task(other)
+    return tasks[0].result(), tasks[1].result()
+
+
+def named_by(decode: Decode) -> list[int]:
+    return NAMED[: decode.nodes[0][0].n_named(len(NAMED))]
+
+
 async def into_ours(stock: StockInstance, decode: Decode, room: int, dp: int = 0, prefix: int = 0) -> None:
-    told, found = await asyncio.gather(
+    told, found = await both(
         stock.does("send", room=room, dp=dp, chunks=SENT, row=1),
-        decode.receive(room, NAMED, flat(SENT), prefix=prefix),
+        decode.receive(room, named_by(decode), flat(SENT), prefix=prefix),
     )
     assert (told, found) == ({"reasons": []}, {"wrong": []})
 
 
-async def into_stock(stock: StockInstance, prefill: Prefill, room: int, dp: int = 0, prefix: int = 0) -> None:
-    given = {"pages": NAMED, "sent": flat(SENT), "row": 3, "prefix": prefix, "seed": SEED}
-    told, found = await asyncio.gather(
+async def into_stock(
+    stock: StockInstance, prefill: Prefill, room: int, dp: int = 0, prefix: int = 0, dcp: int = 1
+) -> None:
+    given = {"pages": NAMED[: 6 // dcp], "sent": flat(SENT), "row": 3, "prefix": prefix, "seed": SEED}
+    told, found = await both(
         prefill.send(room, dp, SENT, groups=1 + room % 2),
         stock.does("receive", room=room, **given),
     )
@@ -136,6 +175,29 @@ async def test_what_we_prefill_arrives_in_stock_pages(
         await ours.registered()
         async with stock.seated("decode", address, model, decode):
             for room in range(40, 40 + prefill.dp):
-                await into_stock(stock, ours, room, dp=room % prefill.dp)
-            await into_stock(stock, ours, 44, prefix=2)
+                await into_stock(stock, ours, room, dp=room % prefill.dp, dcp=decode.dcp)
+            await into_stock(stock, ours, 44, prefix=2, dcp=decode.dcp)
             assert await ours.idle() == {"left": []}
+
+
+@pytest.mark.parametrize(("model", "prefill", "decode", "state_type"), STATES)
+async def test_state_is_split_over_tp_as_stock_does(
+    stock: StockInstance, registry_url: str, model: Model, prefill: Split, decode: Split, state_type: str
+) -> None:
+    address = registry_url.removeprefix("http://")
+    async with (
+        stock.seated("prefill", address, model, prefill, seed=SEED, state_type=state_type),
+        opened(Decode(model, SEED), registry_url, decode) as ours,
+    ):
+        await into_ours(stock, ours, 40)
+
+
+@pytest.mark.parametrize(("model", "prefill", "decode", "state_type"), STATES)
+async def test_we_split_state_over_tp_as_stock_does(
+    stock: StockInstance, registry_url: str, model: Model, prefill: Split, decode: Split, state_type: str
+) -> None:
+    address = registry_url.removeprefix("http://")
+    async with opened(Prefill(model, SEED), registry_url, prefill) as ours:
+        await ours.registered()
+        async with stock.seated("decode", address, model, decode, state_type=state_type):
+            await into_stock(stock, ours, 40)
