@@ -22,7 +22,7 @@ from enum import StrEnum
 from http import HTTPStatus
 from random import Random, SystemRandom
 from types import TracebackType
-from typing import Any, Generic, NoReturn, Self, TypeVar
+from typing import Any, NoReturn, Self, TypeVar
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -30,6 +30,7 @@ import structlog
 
 from pdctl.answers import Answer
 from pdctl.core.address import Endpoint, is_loopback
+from pdctl.core.exchange import Exchange
 from pdctl.core.news import News
 from pdctl.core.route import Announcement, Seat, Shape, as_integer, as_object, rank_from_body, shape_from_topology
 from pdctl.credentials import Credentials, client_tls, own_token
@@ -75,19 +76,6 @@ class Exhaustion(StrEnum):
     RAISE = "raise"  # RegistrationGaveUp
     EXIT = "exit"  # the process ends with EX_UNAVAILABLE (69): for ranks under a supervisor that starts them again
     KEEP_TRYING = "keep-trying"  # at the policy's longest wait, with `registered` False
-
-
-@dataclass(frozen=True, slots=True)
-class _Question(Generic[T]):
-    """`what` in words; `read` makes the answer's body into what was wanted; `not_yet` is a 4xx that may pass."""
-
-    what: str
-    method: str
-    path: str
-    read: Callable[[bytes], T]
-    params: Mapping[str, str] | None = None
-    body: object = None
-    not_yet: int | None = None
 
 
 class RegistryClient:
@@ -213,19 +201,12 @@ class RegistryClient:
             raise SystemExit(os.EX_UNAVAILABLE) from gave_up
         raise gave_up
 
-    async def tell(
-        self,
-        what: str,
-        method: str,
-        path: str,
-        read: Callable[[bytes], T],
-        *,
-        body: object = None,
-        params: Mapping[str, str] | None = None,
-        not_yet: int | None = None,
-    ) -> T:
-        """One exchange on a path of the registry's own wire; `what` in words. Raises as any question, and once."""
-        return await self._question(_Question(what, method, path, read, params, body, not_yet))
+    async def tell(self, exchange: Exchange[T]) -> T:
+        """Ask once. Raises RegistryRefused for a final no, PutOff for "not now", and Unreachable."""
+        answer = await self._ask(exchange)
+        if answer.status == HTTPStatus.OK:
+            return self._read(exchange, answer)
+        raise self._no(answer, exchange.what, exchange.not_yet)
 
     async def hold(
         self, announcement: Announcement, every_s: float = 10.0, exhaustion: Exhaustion = Exhaustion.RAISE
@@ -243,7 +224,7 @@ class RegistryClient:
 
     async def topology(self) -> Shape:
         """The instance's shape, asked for once. Raises NotReady with the registry's words while it is incomplete."""
-        return await self._question(_about(_TOPOLOGY, "topology", shape_from_topology))
+        return await self.tell(_about(_TOPOLOGY, "topology", shape_from_topology))
 
     async def await_topology(self, deadline_s: float) -> Shape:
         """The shape, as soon as the instance is complete. After `deadline_s` NotReady or Unreachable, and why."""
@@ -268,14 +249,14 @@ class RegistryClient:
     async def announce_room(self, room: int, dp_rank: int) -> None:
         """Say which DP rank has the room. The last one said wins, so repeating is harmless."""
         body = {"bootstrap_room": room, "dp_rank": dp_rank}
-        await self._patiently(_Question("announcement of a room", "POST", "/register_dp_rank", _nothing, body=body))
+        await self._patiently(Exchange("announcement of a room", "POST", "/register_dp_rank", _nothing, body=body))
 
     async def rooms(self, rooms: Iterable[int]) -> dict[int, int]:
         """The DP rank of each of `rooms` that the registry knows; the others are absent."""
         wanted, found = list(dict.fromkeys(rooms)), dict[int, int]()
         for start in range(0, len(wanted), ROOMS_A_QUESTION):
             body = {"bootstrap_rooms": wanted[start : start + ROOMS_A_QUESTION]}
-            question: _Question[dict[int, int]] = _Question(
+            question: Exchange[dict[int, int]] = Exchange(
                 "question for rooms", "POST", "/query_dp_ranks", _from_json(_dp_ranks), body=body
             )
             answer: dict[int, int] = await self._patiently(question)
@@ -285,7 +266,7 @@ class RegistryClient:
     async def healthy(self) -> bool:
         """Whether the registry answers /health with 200; asked once, whatever is wrong means no."""
         try:
-            return (await self._ask(_Question("health", "GET", "/health", _nothing))).status == HTTPStatus.OK
+            return (await self._ask(Exchange("health", "GET", "/health", _nothing))).status == HTTPStatus.OK
         except Unreachable:
             return False
 
@@ -314,7 +295,7 @@ class RegistryClient:
         return follow(lambda cursor: self._stream(cursor, silent_after_s), insist, since)
 
     async def _announce(self, announcement: Announcement) -> None:
-        await self._question(_Question("registration", "PUT", "/route", _nothing, body=announcement.to_body()))
+        await self.tell(Exchange("registration", "PUT", "/route", _nothing, body=announcement.to_body()))
         if not self.registered:
             log.info("registered", registry=self._url, seat=str(announcement.seat), address=str(announcement.address))
 
@@ -337,14 +318,14 @@ class RegistryClient:
             cause=failure.cause,
         ) from failure.error
 
-    async def _patiently(self, question: _Question[T]) -> T:
-        """`_question`, asked again by the look-up policy."""
+    async def _patiently(self, question: Exchange[T]) -> T:
+        """`tell`, asked again by the look-up policy."""
 
         def say(failure: Failure) -> None:
             said = {"what": question.what, "attempt": failure.attempt, "cause": failure.cause}
             log.info("registry question failed", **said, registry=self._url)
 
-        return await self._retrying(lambda: self._question(question), self._look_up, on_failure=say)
+        return await self._retrying(lambda: self.tell(question), self._look_up, on_failure=say)
 
     async def _retrying(self, attempt: Callable[[], Awaitable[T]], policy: RetryPolicy, **more: Any) -> T:
         return await retrying(
@@ -357,13 +338,6 @@ class RegistryClient:
             random=self._random,
             **more,
         )
-
-    async def _question(self, question: _Question[T]) -> T:
-        """One question's answer, read. Raises RegistryRefused for a final no, PutOff for "not now"."""
-        answer = await self._ask(question)
-        if answer.status == HTTPStatus.OK:
-            return self._read(question, answer)
-        raise self._no(answer, question.what, question.not_yet)
 
     def _no(self, answer: Answer, what: str, not_yet: int | None = None) -> RegistryRefused | PutOff:
         said = f"{what} with {answer.status}: {answer.text}"
@@ -380,13 +354,13 @@ class RegistryClient:
             retry_after_s=answer.retry_after_s,
         )
 
-    def _read(self, question: _Question[T], answer: Answer) -> T:
+    def _read(self, question: Exchange[T], answer: Answer) -> T:
         try:
             return question.read(answer.body)
         except (BadField, ValueError, RecursionError) as error:
             raise Unreachable(f"what answers at {self._url} is no registry: {question.what}: {error}") from None
 
-    async def _ask(self, question: _Question[T]) -> Answer:
+    async def _ask(self, question: Exchange[T]) -> Answer:
         """One HTTP exchange."""
         with self._bridge(f"timed out after {self._attempt_timeout_s:g} s"):
             async with self._request(question.method, question.path, question.params, question.body) as response:
@@ -510,7 +484,7 @@ def _checked(base_url: str) -> str:
     return text.rstrip("/")
 
 
-def _about(seat: Seat, what: str, read: Callable[[object], T], not_yet: int | None = None) -> _Question[T]:
+def _about(seat: Seat, what: str, read: Callable[[object], T], not_yet: int | None = None) -> Exchange[T]:
     """The question for one seat; stock's way to ask for the topology is the seat of which all four parts are -1."""
     params = {
         "prefill_dp_rank": str(seat.dp),
@@ -518,7 +492,7 @@ def _about(seat: Seat, what: str, read: Callable[[object], T], not_yet: int | No
         "target_tp_rank": str(seat.tp),
         "target_pp_rank": str(seat.pp),
     }
-    return _Question(what, "GET", "/route", _from_json(read), params=params, not_yet=not_yet)
+    return Exchange(what, "GET", "/route", _from_json(read), params=params, not_yet=not_yet)
 
 
 def _from_json(read: Callable[[object], T]) -> Callable[[bytes], T]:

@@ -19,6 +19,7 @@ import structlog
 from pdctl.client import RegistryClient
 from pdctl.config import Settings, environment
 from pdctl.core.address import Endpoint
+from pdctl.core.exchange import Exchange
 from pdctl.core.route import as_object, needed
 from pdctl.core.sessions import Depth
 from pdctl.device.open import open_device
@@ -51,7 +52,7 @@ async def standings(settings: Settings, state: str | None) -> Sequence[Row]:
     found: list[Row] = []
     async with _service(settings) as client:
         while True:
-            page = await client.tell("list of sessions", "GET", "/v1/sessions", _page, params=params)
+            page = await client.tell(Exchange("list of sessions", "GET", "/v1/sessions", _page, params))
             found += page.rows
             if page.further is None:
                 return found
@@ -61,13 +62,13 @@ async def standings(settings: Settings, state: str | None) -> Sequence[Row]:
 async def lift(settings: Settings, session: str) -> Row:
     """Let the service trust `session` again, by hand; how it stands then."""
     async with _service(settings) as client:
-        return await client.tell("lifting of a session", "DELETE", _path(session), _row)
+        return await client.tell(Exchange("lifting of a session", "DELETE", _path(session), _row))
 
 
 async def ask_service(settings: Settings, session: str) -> Verdict:
     """Let the service ask now: it has the link, and knows which life is meant."""
     async with _service(settings) as client:
-        row = await client.tell("probe of a session", "POST", f"{_path(session)}/probe", _row)
+        row = await client.tell(Exchange("probe of a session", "POST", f"{_path(session)}/probe", _row))
     works, detail, seconds = (needed(row, name) for name in ("works", "detail", "seconds"))
     return Verdict(session, bool(works), row.get("depth"), str(detail), float(seconds))
 

@@ -2,8 +2,8 @@
 How late this process's event loop comes to what it wants to do.
 
 A loop that was held (a long callback, a lock of the interpreter, a stopped process, a host without CPU) finds every
-deadline of its own gone by when it wakes, and would blame whoever it was waiting for. So lateness can be asked for at
-any moment, also by code that runs before the tick that is late. What is measured says core/listening.py. Decides nothing.
+deadline of its own gone by when it wakes, and would blame whoever it was waiting for. So lateness, as core/listening.py
+has it, can be asked for at any moment, also by code that runs before the tick that is late. Decides nothing.
 """
 
 from __future__ import annotations
