@@ -54,8 +54,8 @@ def first_outside(regions: Iterable[Region], pointers: Ints, nbytes: Ints) -> in
 
 
 def _within_one(regions: tuple[Region, ...], pointers: Ints, nbytes: Ints) -> bool:
-    """Whether one region plainly holds them all, as an arena does. To find each its own takes four times as long, and two
-    of these looks were a third of what a turn costs the loop."""
+    """Whether one region plainly holds them all, as an arena does. To find each its own takes four times as long, and
+    two of these looks were a third of what a turn costs the loop."""
     if not len(pointers):
         return True
     first, last = int(pointers.min()), int(pointers.max()) + int(nbytes.max())  # no int64: it cannot wrap
