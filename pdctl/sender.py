@@ -125,6 +125,8 @@ class Sender:
         limits: SenderLimits | None = None,
     ) -> None:
         self.engine, self.pools, self.gate, self.timeouts = engine, pools, gate, timeouts
+        if timeouts.checksum.is_on:
+            pools.check_summed_here()
         self.layers = frozenset(pools.layout.layer_of(len(pools.kv)).tolist())
         self.clock, self.metrics = clock, metrics.rooms
         self._send, self._rank = send, rank
@@ -486,12 +488,22 @@ class SendingRoom:
 
     def aborted(self, abort: Abort) -> None:
         """A decode rank has given the room up; acknowledged when nothing of the room is in flight."""
+        if self._never_heard_of(abort.reply):
+            if abort.reply is not None and abort.generation is not None:
+                self._of.acknowledge(self.room, abort.reply, abort.generation)  # nothing was ever sent there
+            return
         who = f"decode rank {abort.reply}" if abort.reply else "a decode rank"
         why = f"{who} has given the room up: {abort.reason or 'see its log'}"
         self._fail(Event.PEER_FAILED, why, but_tell_not=abort.reply)
         if abort.reply is not None and abort.generation is not None:
             self._acks[abort.reply] = abort.generation
             self._acknowledge_at_rest()
+
+    def _never_heard_of(self, reply: Endpoint | None) -> bool:
+        """A room that is complete is not given up by a decode rank whose pages came too late for it: two that were
+        given one number by mistake would end each other's room. Before that it may be one that is still awaited."""
+        named = {each.reply for each in self._named.values()}
+        return reply is not None and self.phase is not Phase.BOOTSTRAPPING and reply not in named
 
     def peer_replaced(self, session: str) -> None:
         """Another process, or other memory, has announced itself under this session."""

@@ -546,6 +546,30 @@ async def test_an_abort_of_one_decode_rank_is_told_to_the_others(rig: Rig) -> No
     assert rig.post.is_empty
 
 
+async def test_a_decode_rank_that_came_too_late_for_a_room_does_not_end_it(rig: Rig) -> None:
+    decode, late = rig.decode(7), rig.decode(8)
+    for each in (decode, late):
+        each.register()
+    async with rig.sender.open(5) as room:
+        decode.name(5, [1])
+        await room.peers_ready()
+        late.name(5, [2])
+        late.abort(5, generation=4)
+        assert await rig.told() == (late.reply, AbortAck(5, RANK, 4))
+        await room.send([0])
+        await room.finish(0)
+    assert await rig.told() == (decode.reply, Status(5, Phase.SUCCESS, RANK))
+    assert not late.memory.kv[0][2].any()
+    rig.assert_empty()
+
+
+async def test_a_decode_rank_that_is_awaited_can_give_the_room_up_before_it_names_pages(rig: Rig) -> None:
+    async with rig.sender.open(5) as room:
+        rig.decode().abort(5, generation=4)
+        with pytest.raises(RoomFailed, match="has given the room up"):
+            await room.peers_ready()
+
+
 async def test_an_abort_of_an_unknown_room_is_acknowledged_at_once(rig: Rig) -> None:
     rig.decode().abort(77, generation=2)
     assert (await rig.told())[1] == AbortAck(77, RANK, 2)
