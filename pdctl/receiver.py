@@ -125,6 +125,9 @@ class Receiver:
         self.session, self.reply, self.pools, self.timeouts = session, reply, pools, timeouts
         self.clock, self.metrics = clock, metrics.rooms
         wants_sums = timeouts.checksum.is_on
+        pools.check_aux_written_here()
+        if wants_sums:
+            pools.check_summed_here()
         self._registration = _registration(session, reply, pools, tp_rank, tp_size, wants_sums).to_frames()
         self.checksums = Checksums()
         self._send, self._is_gone = send, is_gone

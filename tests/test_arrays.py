@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,11 +14,18 @@ import numpy.typing as npt
 import pytest
 
 from pdctl.arrays import pool_of, region_of
+from pdctl.core.address import Endpoint
 from pdctl.core.device import HOST, DeviceSpec
 from pdctl.core.layout import Pool, RankPools, Region
+from pdctl.core.sums import Checksum, Spans
+from pdctl.core.transfer import RoomTimeouts
 from pdctl.device.cpu import Cpu
 from pdctl.device.cuda import Cuda
+from pdctl.engine.checksums import sums
 from pdctl.errors import BadField, ConfigError
+from pdctl.metrics import Metrics
+from pdctl.receiver import Receiver
+from pdctl.sender import Sender
 from tests.device.paper import Paper, allocate, build
 
 CUDA = DeviceSpec.parse("cuda:0")
@@ -245,3 +253,31 @@ def test_pools_are_placed_by_who_knows_and_one_pool_is_on_one_device() -> None:
     assert (placed.kv.on, placed.aux.on) == (CUDA, HOST)
     with pytest.raises(BadField, match="kv: has entries on cpu and cuda:0"):
         RankPools(Pool((FAR, 64), (8, 8), 4), pools.aux).placed(Card().where)
+
+
+def test_a_devices_pool_is_never_summed_by_the_host() -> None:
+    """A pool that says nothing of its device would end the process (SIGSEGV); one that says it is refused here too."""
+    spans = Spans(np.zeros(1, np.int64), np.zeros(1, np.int64), np.full(1, 8, np.int64))
+    with pytest.raises(ConfigError, match="a pool on cuda:0 cannot be summed"):
+        sums(Pool((FAR,), (8,), 4, CUDA), np.zeros(1, np.int64), spans)
+
+
+@pytest.mark.parametrize("aux_on", [HOST, CUDA])
+async def test_a_rank_with_checksums_or_aux_rows_on_a_device_is_refused_before_it_serves(aux_on: DeviceSpec) -> None:
+    pools = RankPools(Pool((FAR,), (8,), 4, CUDA), Pool((64,), (8,), 4, aux_on))
+    timeouts = RoomTimeouts(checksum=Checksum.OFFERED)
+    with pytest.raises((ConfigError, BadField), match="is on cuda:0"):
+        receiver(pools, timeouts)
+    with pytest.raises(ConfigError, match=r"room\.checksum is on, and the kv pool is on cuda:0"):
+        Sender(None, None, pools, 0, None, timeouts, time.monotonic, Metrics())  # type: ignore[arg-type]
+    if aux_on.is_host:
+        receiver(pools, RoomTimeouts())
+
+
+def receiver(pools: RankPools, timeouts: RoomTimeouts) -> Receiver:
+    reply = Endpoint("127.0.0.1", 1)
+    return Receiver("127.0.0.1:1", _nowhere, reply, pools, 0, 1, timeouts, time.monotonic, Metrics())
+
+
+async def _nowhere(to: Endpoint, frames: object) -> None:
+    raise AssertionError

@@ -118,6 +118,8 @@ def environment(settings: MooncakeSettings) -> dict[str, str]:
         # Lanes that we introduce need none, a new life gets a new name; RDMA has no other cure for stale descriptors.
         "MC_TE_METADATA_REFRESH_INTERVAL_SECONDS": "0" if settings.forces_tcp else "1",
         **({"MC_USE_IPV6": "1"} if settings.is_ipv6 else {}),
+        # The CUDA wheels choose by this, and not by the protocol that they are given.
+        **({"MC_INTRANODE_NVLINK": "1"} if settings.protocol == "nvlink_intra" else {}),
     }
 
 

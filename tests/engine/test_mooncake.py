@@ -92,6 +92,13 @@ def test_an_ipv6_host_makes_the_engine_speak_ipv6() -> None:
         prepare(MooncakeSettings(), {"MC_USE_IPV6": "1"}, loaded=False)
 
 
+def test_intra_node_nvlink_is_asked_for_as_the_wheel_reads_it() -> None:
+    block = environment(MooncakeSettings(protocol="nvlink_intra"))
+    assert block["MC_INTRANODE_NVLINK"] == "1"
+    assert "MC_FORCE_TCP" not in block
+    assert "MC_INTRANODE_NVLINK" not in environment(MooncakeSettings())
+
+
 def test_an_operators_own_value_wins_where_no_promise_hangs_on_it() -> None:
     environ = {"MC_LOG_LEVEL": "INFO", "MC_TCP_PROGRESS_TIMEOUT_SEC": "300", "MC_MIN_RPC_PORT": "20000"}
     prepare(MooncakeSettings(), environ, loaded=False)
