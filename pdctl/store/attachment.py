@@ -1,11 +1,13 @@
 """
 A store that may go away without anybody above noticing more than misses.
 
-    ATTACHED --the master is gone, hangs, or an owner of bytes does--> AWAY --asked, and a fresh key comes back--> ATTACHED
+    ATTACHED --the master, or an owner of bytes, is gone or hangs--> AWAY
+    AWAY --the master answers, and a fresh key comes back--> ATTACHED
 
 While it is away nothing is asked of it: a call to a master that was killed takes 4.4 s, and one to a master that hangs
-1 s (measured; none holds the interpreter). Reads are misses, writes are dropped, both are counted; going and coming back
-are logged once each. Only a mistake of the caller (memory that is not registered) is raised, unless `strict` is asked.
+1 s (measured; none holds the interpreter). Reads are misses, writes are dropped, both are counted; that it left and
+that it is back are logged once each. Raised is only a mistake of the caller (memory that is not registered), unless
+`strict` is asked for.
 
 Pages go in calls of a bounded number of pieces: the wheel gives a call up after 60 s while the engine goes on with what
 it still has queued. Of 64 reads of 1 MiB from an owner that hung, 24 landed in the caller's memory after the call had
@@ -153,7 +155,11 @@ class Attachment:
         return await self._pages(StoreCall.WRITE, self._store.put_pages, keys, pointers, nbytes, strict)
 
     async def aclose(self) -> None:
+        """Before the store is closed: nothing of ours asks it any more."""
         await self._errands.aclose(0.0)
+        if self._asking is not None:
+            self._asking.cancel()
+            await asyncio.wait([self._asking])
 
     async def _pages(
         self,
@@ -223,7 +229,7 @@ class Attachment:
         self._heard = self._clock()
         return None
 
-    def _forget_question(self, asked: asyncio.Task[StoreFailed | None]) -> None:
+    def _forget_question(self, _: asyncio.Task[StoreFailed | None]) -> None:
         self._asking = None
 
     def _judge(self, what: StoreCall, each: Each) -> None:

@@ -47,6 +47,10 @@ class Master:
         return f"127.0.0.1:{self.rpc}"
 
     @property
+    def is_running(self) -> bool:
+        return self._process is not None
+
+    @property
     def pid(self) -> int:
         assert self._process
         return self._process.pid
