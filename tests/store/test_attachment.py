@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -42,6 +42,7 @@ class Watched(MemoryStore):
 
     async def exists(self, keys: Sequence[str]) -> list[bool]:
         self.calls.append(("exists", len(keys)))
+        await asyncio.sleep(0)  # others come meanwhile
         return await super().exists(keys)
 
     async def get_pages(self, keys: Sequence[str], pointers: Ints, nbytes: Ints) -> Each:
@@ -66,12 +67,12 @@ class Rig:
 
 
 @asynccontextmanager
-async def rig(**policy: float) -> AsyncIterator[Rig]:
+async def rig(clock: Callable[[], float] = time.monotonic, **policy: float) -> AsyncIterator[Rig]:
     store, registry = Watched(Shelf()), CollectorRegistry()
     chosen = AttachPolicy(until_back=SOON, **policy)  # type: ignore[arg-type]
     async with (
         bench(store) as stand,
-        attached(store, store.ask, policy=chosen, metrics=StoreTrafficMetrics(registry)) as attachment,
+        attached(store, store.ask, policy=chosen, metrics=StoreTrafficMetrics(registry), clock=clock) as attachment,
     ):
         yield Rig(stand, store, attachment, registry)
 
@@ -145,11 +146,24 @@ async def test_a_call_is_not_made_when_the_master_does_not_answer_us() -> None:
         assert ("exists", 8) not in r.store.calls
 
 
-async def test_while_calls_go_well_the_master_is_not_asked() -> None:
-    async with rig(fresh_s=60.0) as r:
+async def test_while_calls_go_well_the_master_is_not_asked_and_after_a_silence_it_is() -> None:
+    now = [0.0]
+    async with rig(lambda: now[0], fresh_s=1.0) as r:
         for _ in range(5):
+            now[0] += 0.9
             await r.attachment.exists(KEYS)
         assert ("ask", 0) not in r.store.calls
+        now[0] += 1.1
+        await asyncio.gather(*(r.attachment.exists(KEYS) for _ in range(3)))
+        assert r.store.calls.count(("ask", 0)) == 1
+
+
+async def test_calls_that_were_under_way_together_leave_it_once() -> None:
+    async with rig(fresh_s=60.0) as r:
+        r.store.shelf.away = True
+        await asyncio.gather(*(r.attachment.exists(["a"]) for _ in range(3)))
+        assert r.count("pdctl_store_keys_total", call="look_up", end="failed") == 3
+        assert r.count("pdctl_store_left_total") == 1
 
 
 async def test_a_page_that_fails_alone_does_not_end_the_others() -> None:
