@@ -234,7 +234,7 @@ def _is_anothers(name: str) -> bool:
 
 
 def _instead(key: str, known: Mapping[str, str] | tuple[str, ...]) -> str:
-    near = difflib.get_close_matches(key, known, n=1)
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.7)
     return f"is {near[0]} meant?" if near else f"remove it; there are {', '.join(known)}"
 
 
