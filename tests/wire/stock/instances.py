@@ -7,6 +7,7 @@ the last, when to look again) is decided here, in the order of stock's prefill.p
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -106,18 +107,19 @@ class Instance:
 
     def send(self, room: int, dp: int, chunks: list[list[int]], row: int) -> dict[str, Any]:
         """Chunk after chunk from every rank of a DP group; what the room came to."""
-        senders = self.open_senders(room, dp)
-        for sender, _ in senders:
-            settle(sender, (WAITING, FAILED))
-        for sender, rank in senders:
-            self._send(sender, rank, chunks, row)
+        self.expect(room, dp)
+        for sender, rank in zip(self.rooms[room], self._group(dp), strict=True):
+            self._send(sender, rank.rank, chunks, row)
         return self.outcome(room)
 
-    def open_senders(self, room: int, dp: int) -> list[tuple[Any, Rank]]:
-        of = [each for each in self.seated if each.rank.seat.dp == dp]
-        senders = [(MooncakeKVSender(each.manager, self.address, room), each.rank) for each in of]
-        self.rooms[room] = [sender for sender, _ in senders]
-        return senders
+    def expect(self, room: int, dp: int = 0) -> None:
+        """Open it; decode has named its pages when this returns, or has given up."""
+        self.rooms[room] = [MooncakeKVSender(each.manager, self.address, room) for each in self._group(dp)]
+        for sender in self.rooms[room]:
+            settle(sender, (WAITING, FAILED))
+
+    def _group(self, dp: int) -> list[Seated]:
+        return [each for each in self.seated if each.rank.seat.dp == dp]
 
     def _send(self, sender: Any, rank: Rank, chunks: list[list[int]], row: int) -> None:
         skipped = sender.pop_decode_prefix_len() // self.model.page_size
@@ -136,15 +138,21 @@ class Instance:
         """As tests/e2e/instance.py: `pages` into which `sent` go, of which the first `prefix` are here."""
         for each in self.seated:
             each.rank.begin(sent, pages, prefix, seed)
-        for each, receiver in zip(self.seated, self.open_receivers(room), strict=True):
-            state = [[row]] if each.rank.state else None
-            named = np.array(pages[each.rank.n_named(prefix) :], np.int32)
-            receiver.send_metadata(named, row, state, decode_prefix_len=prefix * self.model.page_size)
+        self.find(room)
+        self.name(room, pages, row, prefix)
         return self.outcome(room) | {
             "wrong": [wrong for each in self.seated for wrong in each.rank.wrong(sent, pages, 1, row, seed)]
         }
 
-    def open_receivers(self, room: int) -> list[Any]:
+    def name(self, room: int, pages: list[int], row: int, prefix: int = 0) -> None:
+        """Tell the prefill of the pages."""
+        for each, receiver in zip(self.seated, self.rooms[room], strict=True):
+            state = [[row]] if each.rank.state else None
+            named = np.array(pages[each.rank.n_named(prefix) :], np.int32)
+            receiver.send_metadata(named, row, state, decode_prefix_len=prefix * self.model.page_size)
+
+    def find(self, room: int) -> None:
+        """Open it, find the prefill ranks and tell them of the memory."""
         for each in self.seated:
             wait_for(partial(each.manager.try_ensure_parallel_info, self.address), "the instance is not complete")
         receivers = [MooncakeKVReceiver(each.manager, self.address, room) for each in self.seated]
@@ -152,7 +160,6 @@ class Instance:
         for receiver in receivers:
             receiver.init(prefill_dp_rank=dp)
         self.rooms[room] = receivers
-        return receivers
 
     def _dp_rank(self, room: int) -> int:
         info = self.seated[0].manager.prefill_info_table[self.address]
@@ -178,6 +185,31 @@ class Instance:
     def abort(self, room: int) -> None:
         for one in self.rooms[room]:
             one.abort()
+
+    def released(self, room: int, acks: int) -> bool:
+        """Whether so many prefill ranks confirmed the abort to each decode rank."""
+        for each in self.seated:
+            wait_for(partial(each.manager.is_abort_release_safe, room, acks), f"room {room}: no {acks} acks came")
+        return True
+
+    def speak(self, frames: list[str], to: str) -> None:
+        """Say this to a rank of the other side, by stock's own socket."""
+        host, _, port = to.rpartition(":")
+        sock, lock = MooncakeKVReceiver._connect_to_bootstrap_server({"rank_ip": host, "rank_port": int(port)})
+        with lock:
+            sock.send_multipart([frame.encode() for frame in frames])
+
+    def register_as(self, n_frames: int, more: Sequence[str] = ()) -> None:
+        """Registrations from now on: the first frames alone, or more than there are."""
+        for each in self.seated:
+            build = type(each.manager).build_receiver_registration_message
+            each.manager.build_receiver_registration_message = lambda manager=each.manager, build=build: [
+                *build(manager)[:n_frames],
+                *(frame.encode() for frame in more),
+            ]
+
+    def aux_by_link(self, on: bool) -> None:
+        os.environ["SGLANG_MOONCAKE_SEND_AUX_TCP"] = str(on).lower()
 
     def close(self) -> None:
         with ThreadPoolExecutor() as pool:  # each waits for its threads, which look up twice a second

@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Coroutine, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any, TypeVar
-
 import pytest
 
-from tests.e2e.instance import Decode, Prefill, settings_at
+from tests.e2e.instance import Decode, Prefill
 from tests.e2e.model import Model, Split
-from tests.engine.processes import Child
-from tests.wire.stock.conftest import environment
+from tests.wire.stock.across import SEED, StockInstance, into_ours, into_stock, opened
 
 MHA = Model()
 MLA = Model("mla", layers=4, heads=1, lens=(24,))
-SENT, NAMED = [[5, 6, 7], [20], [12, 11]], [9, 10, 11, 3, 23, 0]
-SEED = 5
-
-One = TypeVar("One", Prefill, Decode)
-
 SPLITS = [
     pytest.param(Model(page_size=1, lens=(8, 24)), Split(), Split(), id="pages of one token, V longer than K"),
     pytest.param(Model(page_size=16), Split(tp=2), Split(tp=2), id="TP 2 to 2"),
@@ -73,131 +60,53 @@ STATES = [
 ]
 
 
-class StockInstance:
-    """The instance of the stock child; what stock code raised is raised here."""
-
-    def __init__(self, child: Child) -> None:
-        self.child = child
-
-    async def __call__(self, do: str, **given: Any) -> Any:
-        answer = await self.child.ask(do, **given)
-        if "error" in answer:
-            raise RuntimeError(answer["error"])
-        return answer["result"]
-
-    async def does(self, do: str, **given: Any) -> Any:
-        return await self("instance_does", what=do, **given)
-
-    @asynccontextmanager
-    async def seated(self, role: str, address: str, model: Model, split: Split, **more: Any) -> AsyncIterator[None]:
-        given = {"model": asdict(model), "split": asdict(split)}
-        await self("seat", role=role, registry=address, **given, **more)
-        async with AsyncExitStack() as stack:
-            stack.push_async_callback(self.child.ask, "unseat")
-            yield
-
-
-@pytest.fixture(scope="module")
-def child(stock_folder: Path) -> Iterator[Child]:
-    """One process for all: starting one takes longer than most splits."""
-    with Child("tests.wire.stock.child", environ=environment(stock_folder)) as one:
-        yield one
-
-
-@pytest.fixture
-def stock(child: Child) -> StockInstance:
-    return StockInstance(child)
-
-
-@asynccontextmanager
-async def opened(one: One, registry: str, split: Split) -> AsyncIterator[One]:
-    """Ours, in this process."""
-    async with AsyncExitStack() as stack:
-        await one.open(stack, settings_at(registry), split)
-        yield one
-
-
-def flat(chunks: list[list[int]]) -> list[int]:
-    return [page for chunk in chunks for page in chunk]
-
-
-async def both(one: Coroutine[Any, Any, Any], other: Coroutine[Any, Any, Any]) -> tuple[Any, Any]:
-    """What both come to; the first to fail fails the test."""
-    async with asyncio.TaskGroup() as group:
-        tasks = group.create_task(one), group.create_task(other)
-    return tasks[0].result(), tasks[1].result()
-
-
-def named_by(decode: Decode) -> list[int]:
-    return NAMED[: decode.nodes[0][0].n_named(len(NAMED))]
-
-
-async def into_ours(stock: StockInstance, decode: Decode, room: int, dp: int = 0, prefix: int = 0) -> None:
-    told, found = await both(
-        stock.does("send", room=room, dp=dp, chunks=SENT, row=1),
-        decode.receive(room, named_by(decode), flat(SENT), prefix=prefix),
-    )
-    assert (told, found) == ({"reasons": []}, {"wrong": []})
-
-
-async def into_stock(
-    stock: StockInstance, prefill: Prefill, room: int, dp: int = 0, prefix: int = 0, dcp: int = 1
-) -> None:
-    given = {"pages": NAMED[: 6 // dcp], "sent": flat(SENT), "row": 3, "prefix": prefix, "seed": SEED}
-    told, found = await both(
-        prefill.send(room, dp, SENT, groups=1 + room % 2),
-        stock.does("receive", room=room, **given),
-    )
-    assert (told, found) == ({}, {"reasons": [], "wrong": []})
-
-
 @pytest.mark.parametrize(("model", "prefill", "decode"), SPLITS)
 async def test_what_stock_prefills_arrives_in_our_pages(
-    stock: StockInstance, registry_url: str, model: Model, prefill: Split, decode: Split
+    stock_instance: StockInstance, registry_url: str, model: Model, prefill: Split, decode: Split
 ) -> None:
     address = registry_url.removeprefix("http://")
     async with (
-        stock.seated("prefill", address, model, prefill, seed=SEED),
+        stock_instance.seated("prefill", address, model, prefill, seed=SEED),
         opened(Decode(model, SEED), registry_url, decode) as ours,
     ):
         for room in range(40, 40 + prefill.dp):
-            await into_ours(stock, ours, room, dp=room % prefill.dp)
-        await into_ours(stock, ours, 44, prefix=2)
+            await into_ours(stock_instance, ours, room, dp=room % prefill.dp)
+        await into_ours(stock_instance, ours, 44, prefix=2)
         assert await ours.idle() == {"left": []}
 
 
 @pytest.mark.parametrize(("model", "prefill", "decode"), SPLITS)
 async def test_what_we_prefill_arrives_in_stock_pages(
-    stock: StockInstance, registry_url: str, model: Model, prefill: Split, decode: Split
+    stock_instance: StockInstance, registry_url: str, model: Model, prefill: Split, decode: Split
 ) -> None:
     address = registry_url.removeprefix("http://")
     async with opened(Prefill(model, SEED), registry_url, prefill) as ours:
         await ours.registered()
-        async with stock.seated("decode", address, model, decode):
+        async with stock_instance.seated("decode", address, model, decode):
             for room in range(40, 40 + prefill.dp):
-                await into_stock(stock, ours, room, dp=room % prefill.dp, dcp=decode.dcp)
-            await into_stock(stock, ours, 44, prefix=2, dcp=decode.dcp)
+                await into_stock(stock_instance, ours, room, dp=room % prefill.dp, dcp=decode.dcp)
+            await into_stock(stock_instance, ours, 44, prefix=2, dcp=decode.dcp)
             assert await ours.idle() == {"left": []}
 
 
 @pytest.mark.parametrize(("model", "prefill", "decode", "state_type"), STATES)
 async def test_state_is_split_over_tp_as_stock_does(
-    stock: StockInstance, registry_url: str, model: Model, prefill: Split, decode: Split, state_type: str
+    stock_instance: StockInstance, registry_url: str, model: Model, prefill: Split, decode: Split, state_type: str
 ) -> None:
     address = registry_url.removeprefix("http://")
     async with (
-        stock.seated("prefill", address, model, prefill, seed=SEED, state_type=state_type),
+        stock_instance.seated("prefill", address, model, prefill, seed=SEED, state_type=state_type),
         opened(Decode(model, SEED), registry_url, decode) as ours,
     ):
-        await into_ours(stock, ours, 40)
+        await into_ours(stock_instance, ours, 40)
 
 
 @pytest.mark.parametrize(("model", "prefill", "decode", "state_type"), STATES)
 async def test_we_split_state_over_tp_as_stock_does(
-    stock: StockInstance, registry_url: str, model: Model, prefill: Split, decode: Split, state_type: str
+    stock_instance: StockInstance, registry_url: str, model: Model, prefill: Split, decode: Split, state_type: str
 ) -> None:
     address = registry_url.removeprefix("http://")
     async with opened(Prefill(model, SEED), registry_url, prefill) as ours:
         await ours.registered()
-        async with stock.seated("decode", address, model, decode, state_type=state_type):
-            await into_stock(stock, ours, 40)
+        async with stock_instance.seated("decode", address, model, decode, state_type=state_type):
+            await into_stock(stock_instance, ours, 40)
