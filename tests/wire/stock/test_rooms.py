@@ -121,6 +121,7 @@ async def test_one_rank_of_ours_fails_and_all_sides_know_why(stock_instance: Sto
             (reason,) = (await stock_instance.does("outcome", room=ROOM))["reasons"]
             assert "the model fell over" in reason
             await stock_instance.does("abort", room=ROOM)  # as stock's scheduler does with what has failed
+            assert await stock_instance.does("released", room=ROOM, acks=2)
             with pytest.raises(RoomFailed, match="given the room up"):
                 await room.finish(1)
         await until_empty(ours)
