@@ -58,6 +58,10 @@ class Cable:
             writer.transport.abort()
         self._flowing.set()
 
+    @property
+    def is_cut(self) -> bool:
+        return self._server is None
+
     async def mend(self) -> None:
         self._server = await asyncio.start_server(self._carry, "127.0.0.1", self.data_port)
         self.data_port = self._server.sockets[0].getsockname()[1]

@@ -77,6 +77,17 @@ async def test_memory_of_ours_that_is_gone_is_our_own_fault(peers: Peers, when: 
         await stage.engine.unregister(region)
 
 
+async def test_memory_that_the_peer_took_back_speaks_of_the_request_and_not_of_the_peer(peers: Peers) -> None:
+    async with staged(peers) as stage:
+        far = await stage.far()
+        await stage.engine.write(far.session, stage.plan(far), deadline_s=5)
+        gone = far.pointer
+        await far.unregister(gone)
+        for _ in range(2):
+            failed = await failure(stage.engine.write(far.session, stage.plan(far), deadline_s=5))
+            assert (failed.cause, failed.settled) == (Cause.REJECTED_ADDRESS, True), failed
+
+
 async def test_a_peer_that_is_killed_is_no_fault_of_ours(peers: Peers) -> None:
     async with staged(peers) as stage:
         far = await stage.far()
