@@ -83,6 +83,7 @@ def mooncake_means(
     """The installed wheel. Raises EngineUnavailable naming what to install."""
     device.check_protocol(config.protocol)
     make, version = wheels(config.protocol), wheel.version()
+    spares: list[object] = []
 
     async def rehearse(plan: SetUp) -> None:
         if patience.rehearsal_s and device.spec.kind is not DeviceKind.NPU:  # a scout has set no NPU
@@ -92,7 +93,9 @@ def mooncake_means(
         ability=lambda: ability_of(make, version),
         ask=lambda wanted: master.ask(wanted, deadline_s=patience.ask_s),
         rehearse=rehearse,
-        open=lambda plan: open_mooncake_store(plan, make, version=version, keep=keep, bind_device=device.bind),
+        open=lambda plan: open_mooncake_store(
+            plan, make, version=version, keep=keep, bind_device=device.bind, spares=spares
+        ),
     )
 
 

@@ -79,16 +79,18 @@ async def open_mooncake_store(
     version: str = "unknown",
     keep: Callable[[Any], None],
     bind_device: Callable[[], None] = lambda: None,
+    spares: list[Any] | None = None,
 ) -> AsyncIterator[MooncakeStore]:
     """A store that is set up, with this rank's segment mounted. Raises StoreFailed, and what the wheel itself raises.
 
     make         the wheel's class; `keep` gives an object to the process, so that it is never destroyed before its end
     bind_device  runs first on each of our threads
+    spares       objects whose set-up has failed, for the next attempt: they take it, and none is ever destroyed
     Set-up holds the interpreter while it asks the master: ask that first (kvstore.py does).
     """
     ability = ability_of(make, version)
     executor = ThreadPoolExecutor(_THREADS, "pdctl-store", initializer=bind_device)
-    store = MooncakeStore(_Calls(make, keep), ability, executor)
+    store = MooncakeStore(_Calls(make, keep, [] if spares is None else spares), ability, executor)
     try:
         await store.set_up(plan)
         yield store
@@ -100,26 +102,38 @@ async def open_mooncake_store(
 class _Calls:
     """The only calls that are ever made on a store object."""
 
-    def __init__(self, make: Callable[[], Any], keep: Callable[[Any], None]) -> None:
+    def __init__(self, make: Callable[[], Any], keep: Callable[[Any], None], spares: list[Any]) -> None:
         self._make = make
         self._keep = keep
+        self._spares = spares
         self._store: Any = None
         self._segments: list[str] = []
         self.splits = all(hasattr(make, name) for name in _MOUNTS)
         self.forces = "force" in parameters(make.remove)  # type: ignore[attr-defined]
 
     def set_up(self, plan: SetUp) -> int:
-        """The code. A second call after one that failed goes to the same object, which takes it."""
-        if self._store is None:
-            self._store = self._make()
-            self._keep(self._store)
+        """The code."""
+        store = self._spares.pop() if self._spares else self._made()
         nbytes = 0 if self.splits else plan.segment_nbytes
-        code = self._store.setup(
-            *(plan.local_hostname, plan.metadata_server, nbytes, plan.buffer_nbytes),
-            *(plan.protocol, plan.device, plan.master),
-            **plan.options,
-        )
+        try:
+            code = store.setup(
+                *(plan.local_hostname, plan.metadata_server, nbytes, plan.buffer_nbytes),
+                *(plan.protocol, plan.device, plan.master),
+                **plan.options,
+            )
+        except BaseException:
+            self._spares.append(store)
+            raise
+        if code == 0:
+            self._store = store
+        else:
+            self._spares.append(store)
         return int(code)
+
+    def _made(self) -> Any:
+        store = self._make()
+        self._keep(store)
+        return store
 
     def mount(self, plan: SetUp) -> int:
         """Apart from set-up, because that would hold the interpreter while it allocates and pins the segment."""
