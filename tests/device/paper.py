@@ -91,7 +91,7 @@ def read(driver: Driver, region: Region) -> bytes:
 class Exporter:
     """A process that has memory on device 0 and names it."""
 
-    def __init__(self, library: Path) -> None:
+    def __init__(self, library: Path | str) -> None:
         command = [sys.executable, "-m", "tests.device.paper", str(library)]
         self.child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
