@@ -187,6 +187,10 @@ def _add_agent(commands: Commands) -> None:
     )  # fmt: skip
     command.add_argument("--registry", dest="node.registry", help="the registry's URL (http://127.0.0.1:8998)")
     command.add_argument("--host", dest="node.host", help="our address, at which peers reach the ranks (127.0.0.1)")
+    command.add_argument(
+        "--accelerator", dest="node.accelerator", metavar="DEVICE",
+        help="cpu, cuda:N, cuda:GPU-<uuid> or npu:N: the only device whose pools are taken (whichever is handed over)",
+    )  # fmt: skip
     command.add_argument("--instance", dest="node.instance", help="of prefills whose engine names none (default)")
     command.add_argument("--ttl", dest="node.ttl_s", help="seconds of the lease, renewed every third of it (15)")
     _add_credentials(command)
