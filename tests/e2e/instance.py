@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import sys
 from contextlib import AsyncExitStack
 from dataclasses import asdict
@@ -17,17 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from pdctl import logs
 from pdctl.config import NodeSettings, ServeSettings, Settings
 from pdctl.core.pairing import Paired
 from pdctl.core.sums import Checksum
 from pdctl.core.transfer import RoomTimeouts
 from pdctl.engine.environment import MooncakeSettings
 from pdctl.errors import NotReady
-from pdctl.logs import LogSettings
 from pdctl.node import DecodeNode, PrefillNode, decode_node, prefill_node
 from tests.e2e.model import Model, Rank, Split
-from tests.engine.processes import die_with_parent
+from tests.engine.processes import live, obey
 
 
 class Prefill:
@@ -150,26 +147,13 @@ def settings_at(registry: str, checksum: Checksum = Checksum.OFFERED) -> Setting
 
 
 async def main(given: dict[str, Any]) -> None:
-    reader = asyncio.StreamReader()
-    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
     model, split = Model(**given["model"] | {"lens": tuple(given["model"]["lens"])}), Split(**given["split"])
     settings = settings_at(given["registry"], Checksum(given["checksum"]))
     instance = (Prefill if given["role"] == "prefill" else Decode)(model, given["seed"])
     async with AsyncExitStack() as stack:
         await instance.open(stack, settings, split)
-        print(json.dumps({"ranks": len(instance.nodes)}), flush=True)
-        while line := await reader.readline():
-            asked = json.loads(line)
-            try:
-                done = await getattr(instance, asked.pop("do"))(**asked)
-            except Exception as error:  # told to the test, which fails by it
-                done = {"error": repr(error)}
-            print(json.dumps(done), flush=True)
+        await obey(instance, {"ranks": len(instance.nodes)})
 
 
 if __name__ == "__main__":
-    die_with_parent()
-    logs.configure(LogSettings())
-    asyncio.run(main(json.loads(sys.argv[1])))
-    sys.stdout.flush()
-    os._exit(0)
+    live(main(json.loads(sys.argv[1])))

@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import hashlib
 import json
-import os
 import sys
 import time
 from collections import defaultdict
@@ -19,7 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from pdctl import logs
 from pdctl.core.address import Endpoint
 from pdctl.core.layout import Pool, RankPools
 from pdctl.core.sums import Checksum
@@ -28,14 +26,13 @@ from pdctl.device.cpu import Cpu
 from pdctl.engine.base import Engine
 from pdctl.engine.mooncake import MooncakeSettings, open_mooncake
 from pdctl.errors import PdctlError
-from pdctl.logs import LogSettings
 from pdctl.memory import Arena
 from pdctl.metrics import Metrics
 from pdctl.peer import LinkSettings, PeerLink, open_link
 from pdctl.receiver import Receiver
 from pdctl.sender import Sender
 from tests.e2e.kv import Kv, content
-from tests.engine.processes import die_with_parent
+from tests.engine.processes import live, obey
 from tests.room_rig import RigGate
 
 AUX = (64, 256)
@@ -195,8 +192,6 @@ def _pool(arrays: list[np.ndarray]) -> Pool:
 
 
 async def main(role: str, kv: Kv, timeouts: RoomTimeouts, host: str) -> None:
-    reader = asyncio.StreamReader()
-    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
     kind = PrefillRank if role == "prefill" else DecodeRank
     async with (
         open_link(host, metrics=Metrics(), settings=LinkSettings(send_deadline_s=0.5)) as link,
@@ -206,20 +201,12 @@ async def main(role: str, kv: Kv, timeouts: RoomTimeouts, host: str) -> None:
         await engine.register(rank.arena.region)
         async with rank.shell:
             serving = asyncio.create_task(link.serve(rank.shell.handle))
-            print(json.dumps({"session": engine.session, "link": str(link.endpoint)}), flush=True)
-            while line := await reader.readline():
-                asked = json.loads(line)
-                done = await getattr(rank, asked.pop("do"))(**asked)
-                print(json.dumps(done), flush=True)
+            await obey(rank, {"session": engine.session, "link": str(link.endpoint)})
             serving.cancel()
 
 
 if __name__ == "__main__":
-    die_with_parent()
-    logs.configure(LogSettings())
     given = json.loads(sys.argv[1])
     timeouts = given.get("timeouts", {})
     how = RoomTimeouts(**timeouts | {"checksum": Checksum(timeouts.get("checksum", Checksum.OFF))})
-    asyncio.run(main(given["role"], Kv(**given["kv"]), how, given.get("host", "127.0.0.1")))
-    sys.stdout.flush()
-    os._exit(0)
+    live(main(given["role"], Kv(**given["kv"]), how, given.get("host", "127.0.0.1")))
