@@ -15,7 +15,7 @@ from enum import StrEnum
 from typing import Any, NamedTuple
 
 from pdctl.core.device import is_uuid
-from pdctl.core.layout import Heads, Kind, KvLayout, Pool, RankPools, Region
+from pdctl.core.layout import Heads, Kind, KvLayout, Pool, RankPools, Region, Share, Slices
 from pdctl.core.route import Seat, Shape, shape_from_topology, topology_body
 from pdctl.errors import BadField, LayoutMismatch
 
@@ -127,6 +127,7 @@ class Offer:
     states: tuple[Entries, ...]
     layout: KvLayout
     state_layer_ids: tuple[tuple[int, ...], ...]
+    state_slices: tuple[tuple[Slices, ...], ...]
     seat: Seat
     shape: Shape
     registry: str | None = None
@@ -140,7 +141,8 @@ class Offer:
     def pools(self, regions: Sequence[Region]) -> RankPools:
         """The same with pointers: `regions` says where each memory lies here."""
         states = tuple(state.at(regions) for state in self.states)
-        return RankPools(self.kv.at(regions), self.aux.at(regions), self.layout, states, self.state_layer_ids)
+        kv, aux = self.kv.at(regions), self.aux.at(regions)
+        return RankPools(kv, aux, self.layout, states, self.state_layer_ids, self.state_slices)
 
     def to_body(self) -> dict[str, Any]:
         return {
@@ -150,6 +152,8 @@ class Offer:
             "aux": self.aux.to_body(),
             "states": [state.to_body() for state in self.states],
             "state_layer_ids": [list(ids) for ids in self.state_layer_ids],
+            "state_units": [[each.heads.total for each in slices] for slices in self.state_slices],
+            "state_rows": [[each.rows for each in slices] for slices in self.state_slices],
             "layout": _layout_body(self.layout),
             "seat": self.seat._asdict(),
             "shape": topology_body(self.shape, None),
@@ -177,6 +181,7 @@ class Offer:
             tuple(Entries.of(state, memory, f"states.{n}") for n, state in enumerate(pools.states)),
             pools.layout,
             pools.state_layer_ids,
+            pools.state_slices,
             seat,
             shape,
             registry,
@@ -195,6 +200,9 @@ class Offer:
             raise BadField(
                 "layout.layer_ids", f"has {len(layout.layer_ids)} for {len(kv.places)} entries of kv: give each one"
             )
+        seat, shape = _seat(row.row("seat", optional=True)), _shape(row)
+        if seat not in shape:
+            raise BadField("seat", f"{seat} is outside the shape: ranks count from 0 to size - 1")
         it = cls(
             role=Role(row.choice("role", tuple(Role))),
             memory=memory,
@@ -203,14 +211,13 @@ class Offer:
             states=states,
             layout=layout,
             state_layer_ids=row.lists("state_layer_ids"),
-            seat=_seat(row.row("seat", optional=True)),
-            shape=_shape(row),
+            state_slices=_slices(row, seat, shape),
+            seat=seat,
+            shape=shape,
             registry=row.text("registry", None),
             instance=row.text("instance", None),
         )
         row.end()
-        if it.seat not in it.shape:
-            raise BadField("seat", f"{it.seat} is outside the shape: ranks count from 0 to size - 1")
         return it
 
 
@@ -348,8 +355,31 @@ def _layout(row: Row) -> KvLayout:
     page_size, first_layer = row.integer("page_size", 1, 1), row.integer("first_layer", 0, 0)
     ids = tuple(row.integers("layer_ids"))
     heads = None if row.get("heads") is None else _heads(row.row("heads"))
+    pages, tokens = (_share(row.row(name, optional=True)) for name in ("pages", "tokens"))
     row.end()
-    return KvLayout(kind, page_size, heads, first_layer, ids)
+    return KvLayout(kind, page_size, heads, first_layer, ids, pages, tokens)
+
+
+def _share(row: Row) -> Share:
+    size = row.integer("size", 1, 1, most=2**31 - 1)
+    it = Share(size, row.integer("rank", 0, 0, most=size - 1))
+    row.end()
+    return it
+
+
+def _slices(row: Row, seat: Seat, shape: Shape) -> tuple[tuple[Slices, ...], ...]:
+    """`state_units`: how many each entry has over all TP ranks; `state_rows`: of so many units each, by default 1."""
+    units, rows = row.lists("state_units"), row.lists("state_rows")
+    rows = rows or tuple((1,) * len(each) for each in units)
+    if [*map(len, units)] != [*map(len, rows)]:
+        raise row.wrong("state_rows", "is not as long as state_units, list by list: give each entry one of both")
+    try:
+        return tuple(
+            tuple(Slices(Heads(n, shape.attn_tp_size, seat.tp), m) for n, m in zip(*lists, strict=True))
+            for lists in zip(units, rows, strict=True)
+        )
+    except LayoutMismatch as error:
+        raise row.wrong("state_units", str(error)) from None
 
 
 def _heads(row: Row) -> Heads:
@@ -386,6 +416,8 @@ def _layout_body(layout: KvLayout) -> dict[str, Any]:
         "first_layer": layout.first_layer,
         "layer_ids": list(layout.layer_ids),
         "heads": heads and {"total": heads.total, "tp_size": heads.tp_size, "tp_rank": heads.tp_rank},
+        "pages": {"size": layout.pages.size, "rank": layout.pages.rank},
+        "tokens": {"size": layout.tokens.size, "rank": layout.tokens.rank},
     }
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import base64
 import copy
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from pdctl.core.handover import Handed, Memory, Offer, Role, Store
-from pdctl.core.layout import Heads, Kind, KvLayout, Pool, RankPools, Region
+from pdctl.core.layout import Heads, Kind, KvLayout, Pool, RankPools, Region, Share, Slices
 from pdctl.core.route import Seat, Shape
 from pdctl.errors import BadField, LayoutMismatch
 
@@ -25,6 +26,7 @@ POOLS = RankPools(
     layout=KvLayout(Kind.MHA, 16, Heads(4, 2, 1), layer_ids=(0, 0)),
     states=(Pool((0x10400,), (32,), 4),),
     state_layer_ids=((0,),),
+    state_slices=((Slices(Heads(8, 2, 1), rows=2),),),
 )
 OFFER = Offer.of(Role.PREFILL, POOLS, [HOST, DEVICE], Seat(0, 0, 1, 0), SHAPE, "http://r:8998", "a")
 
@@ -55,6 +57,13 @@ def test_pools_move_with_the_memory_they_lie_in() -> None:
     assert moved.aux == Pool((0x70000,), (48,), 8)
     assert moved.states == (Pool((0x70400,), (32,), 4),)
     assert (moved.layout, moved.state_layer_ids) == (POOLS.layout, POOLS.state_layer_ids)
+    assert moved.state_slices == POOLS.state_slices
+
+
+def test_what_is_shared_in_turn_is_handed_over_too() -> None:
+    layout = KvLayout(Kind.MLA, 16, pages=Share(2, 1), tokens=Share(4, 3))
+    offer = Offer.of(Role.DECODE, replace(POOLS, layout=layout), [HOST, DEVICE], Seat(0, 0, 1, 0), SHAPE)
+    assert Offer.from_body(json.loads(json.dumps(offer.to_body()))).layout == layout
 
 
 def test_what_is_left_out_is_what_most_engines_have() -> None:
@@ -96,6 +105,9 @@ WRONG = [
     ("layer ids", {"layout__layer_ids": [1]}, "layout.layer_ids: has 1 for 2 entries of kv"),
     ("layer ids that are none", {"layout__layer_ids": ["a", 1]}, "layout.layer_ids: is no list of integers"),
     ("kind of layout", {"layout__kind": "mqa2"}, "layout.kind: is the text 'mqa2'"),
+    ("shares", {"layout__pages": {"size": 2, "rank": 2}}, "layout.pages.rank: is 2: give 0 to 1"),
+    ("slices", {"state_units": [[7]]}, "state_units: 7 KV heads do not divide over 2 TP ranks"),
+    ("rows", {"state_rows": [[1, 1]]}, "state_rows: is not as long as state_units"),
     ("heads", {"layout__heads__tp_size": 3}, "layout.heads.total: 4 KV heads do not divide over 3 TP ranks"),
     ("a seat outside", {"seat__tp": 2}, "seat: dp0/cp0/tp2/pp0 is outside the shape"),
     ("shape", {"shape__attn_tp_size": ...}, "shape.attn_tp_size: is missing"),
