@@ -61,8 +61,9 @@ def pair(prefill: Shape, decode: Shape, tp_rank: int, pp_rank: int, kind: Kind, 
     """Raises LayoutMismatch, with both values, for instances that cannot be paired."""
     check_shapes(prefill, decode, kind, dcp_size)
     stages = range(prefill.pp_size) if decode.pp_size == 1 else (pp_rank,)
-    # of CP ranks, the first has and sends all, unless each has some of the pages
-    cps = range(prefill.attn_cp_size if prefill.enable_kv_cache_sharding else 1)
+    # of CP ranks, the first has and sends all, unless each has some of the pages or some of the layers
+    shared = prefill.enable_kv_cache_sharding or prefill.enable_dsa_cache_layer_split
+    cps = range(prefill.attn_cp_size if shared else 1)
     if _is_sharded_over_tp(prefill, kind):
         tps, silent, required = range(prefill.attn_tp_size), range(0), decode.attn_tp_size
     else:
@@ -120,9 +121,6 @@ def _obstacles(prefill: Shape, decode: Shape, kind: Kind, dcp_size: int) -> Iter
     if _is_sharded_over_tp(prefill, kind) and prefill.attn_tp_size != decode.attn_tp_size:
         fix = "KV that is sharded over the TP ranks of MLA needs the same at both sides"
         yield "attn_tp_size", prefill.attn_tp_size, decode.attn_tp_size, fix
-    name = "enable_dsa_cache_layer_split"
-    if getattr(prefill, name) and (kind is Kind.MLA or prefill.attn_cp_size > 1):
-        yield name, True, getattr(decode, name), "start prefill without it: every rank must have all its layers"
     if dcp_size > 1 and prefill.attn_cp_size > 1:
         yield "attn_cp_size", prefill.attn_cp_size, 1, f"start prefill with 1: decode has a DCP size of {dcp_size}"
     if dcp_size > 1 and prefill.enable_kv_cache_sharding:

@@ -293,7 +293,6 @@ def test_another_dp_group_has_the_same_ranks_of_its_own() -> None:
         (shape(), shape(cp=2), "attn_cp_size is 1 at the prefill and 2 at this decode"),
         (shape(pp=4), shape(pp=2), "pp_size is 4 at the prefill and 2 at this decode"),
         (shape(2, enable_kv_cache_sharding=True), shape(), "attn_tp_size is 2 at the prefill and 1 at this decode: KV"),
-        (shape(cp=2, enable_dsa_cache_layer_split=True), shape(), "enable_dsa_cache_layer_split is True"),
     ],
 )
 def test_impossible_pairs_are_refused_with_both_values(prefill: Shape, decode: Shape, said: str) -> None:
@@ -321,6 +320,11 @@ def test_of_shared_pages_every_rank_sends_its_own_and_hears_every_decode_rank() 
     assert found.senders == (Seat(0, 0, 0, 0), Seat(0, 1, 0, 0))
     assert found.dummies == (Seat(0, 0, 1, 0), Seat(0, 1, 1, 0))
     assert [pages_of(seat, over_cp, Kind.MLA) for seat in found.senders] == [Share(2, 0), Share(2, 1)]
+
+
+def test_of_cp_ranks_that_share_the_layers_each_sends_its_own() -> None:
+    found = pair(shape(cp=2, enable_dsa_cache_layer_split=True), shape(), 0, 0, Kind.MLA)
+    assert found == Pairing((Seat(0, 0, 0, 0), Seat(0, 1, 0, 0)), (), 1)
 
 
 def test_a_flag_that_says_nothing_to_mha_keeps_nobody_apart() -> None:

@@ -33,6 +33,7 @@ class Prefill:
         self.nodes: list[tuple[Rank, PrefillNode]] = []
 
     async def open(self, stack: AsyncExitStack, settings: Settings, split: Split) -> None:
+        self.shares = split.sharded or split.layered
         for seat in sorted(split.shape(self.model).seats()):
             rank = Rank(self.model, split, seat)
             rank.fill(self.seed)
@@ -43,11 +44,7 @@ class Prefill:
 
     async def send(self, room: int, dp: int, chunks: list[list[int]], groups: int = 1, row: int = 1) -> dict[str, Any]:
         """Chunk after chunk, each in so many groups of layers, from every rank of the DP group that is heard."""
-        ranks = [
-            (rank, node)
-            for rank, node in self.nodes
-            if rank.seat.dp == dp and (rank.seat.cp == 0 or not rank.pages.is_all)
-        ]
+        ranks = [(rank, node) for rank, node in self.nodes if rank.seat.dp == dp and (rank.seat.cp == 0 or self.shares)]
         await ranks[0][1].client.announce_room(room, dp)
         await asyncio.gather(*(self._send(rank, node, room, chunks, groups, row) for rank, node in ranks))
         return {}

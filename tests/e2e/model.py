@@ -47,7 +47,7 @@ class Model:
 @dataclass(frozen=True)
 class Split:
     """How one instance shares the model out. `dcp`: of decode's TP ranks, so many share the tokens; `sharded`: of
-    prefill's CP or TP ranks, all share the pages."""
+    prefill's CP or TP ranks, all share the pages; `layered`: of its CP ranks, all share the layers."""
 
     tp: int = 1
     pp: int = 1
@@ -56,10 +56,24 @@ class Split:
     follow: bool = True
     dcp: int = 1
     sharded: bool = False
+    layered: bool = False
+
+    @property
+    def n_stages(self) -> int:
+        """By which the layers are divided."""
+        return self.pp * self.cp if self.layered else self.pp
+
+    def stage(self, seat: Seat) -> int:
+        return seat.pp * self.cp + seat.cp if self.layered else seat.pp
 
     def shape(self, model: Model) -> Shape:
         plain = Shape(self.tp, self.cp, self.dp, self.pp, model.page_size, "uint8")
-        return replace(plain, follow_bootstrap_room=self.follow, enable_kv_cache_sharding=self.sharded)
+        return replace(
+            plain,
+            follow_bootstrap_room=self.follow,
+            enable_kv_cache_sharding=self.sharded,
+            enable_dsa_cache_layer_split=self.layered,
+        )
 
 
 def _content(
@@ -81,8 +95,9 @@ class Rank:
 
     def __init__(self, model: Model, split: Split, seat: Seat) -> None:
         self.model, self.seat = model, seat
-        n = model.layers // split.pp
-        self.entries = [(part, seat.pp * n + at) for part in range(len(model.lens)) for at in range(n)]
+        n = model.layers // split.n_stages
+        first = split.stage(seat) * n
+        self.entries = [(part, first + at) for part in range(len(model.lens)) for at in range(n)]
         heads = Heads(model.heads, split.tp, seat.tp) if model.kind == "mha" else None
         self.heads = range(1) if heads is None else heads.held
         self.slices = Slices(Heads(model.state_units, split.tp, seat.tp), model.state_rows)
@@ -97,12 +112,12 @@ class Rank:
             Kind(model.kind),
             model.page_size,
             heads,
-            first_layer=seat.pp * n,
+            first_layer=first,
             layer_ids=tuple(layer for _, layer in self.entries) if model.ids else (),
             pages=self.pages,
             tokens=self.tokens,
         )
-        ids = (tuple(seat.pp * n + at for at in range(n)),) if self.state and model.state_ids else ()
+        ids = (tuple(first + at for at in range(n)),) if self.state and model.state_ids else ()
         states = (_pool(self.state),) if self.state else ()
         slices = ((self.slices,) * n,) if self.state else ()
         self.pools = RankPools(_pool(self.kv), _pool([self.aux]), layout, states, ids, slices)

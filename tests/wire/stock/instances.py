@@ -73,7 +73,7 @@ class Instance:
             "attn_dp_size": split.dp, "attn_dp_rank": seat.dp, "num_dp_ranks": split.dp,
             "attn_dcp_size": split.dcp, "attn_dcp_rank": seat.tp % split.dcp,
             "pp_size": split.pp, "pp_group": group,
-            "enable_kv_cache_sharding": split.sharded,
+            "enable_kv_cache_sharding": split.sharded, "enable_dsa_cache_layer_split": split.layered,
             "kv_shard_group": SimpleNamespace(rank_in_group=pages.rank, world_size=pages.size),
             "load_balance_method": "follow_bootstrap_room" if split.follow else "round_robin",
         }  # fmt: skip

@@ -34,6 +34,7 @@ SPLITS = [
     pytest.param(MLA, Split(tp=2, pp=2), Split(tp=2, dcp=2), id="MLA, PP 2 to 1 with DCP 2"),
     pytest.param(MLA, Split(tp=2, sharded=True), Split(tp=2), id="MLA, pages over TP 2"),
     pytest.param(MHA, Split(cp=2, sharded=True), Split(tp=2), id="pages over CP 2, TP 1 to 2"),
+    pytest.param(MLA, Split(cp=2, layered=True), Split(), id="MLA, layers over CP 2"),
 ]
 
 MAMBA = Model(state=12, state_units=4)
