@@ -219,6 +219,21 @@ async def test_messages_of_stock_that_we_have_no_use_for_harm_nothing(
         await into_stock(stock_instance, ours, ROOM)
 
 
+async def test_messages_of_a_stock_prefill_that_we_have_no_use_for_harm_nothing(
+    stock_instance: StockInstance, registry_url: str
+) -> None:
+    ours = Decode(MHA, SEED)
+    async with stock_prefills(stock_instance, registry_url, MHA, Split(), ours):
+        at = str(ours.nodes[0][1].receiver.reply)
+        for frames in (
+            ["STAGING_REQ", "40", "0", "4", "127.0.0.1:1"],
+            ["CHUNK_READY", "40", "0", "0", "4", "x:1", "0"],
+        ):
+            await stock_instance.does("speak", frames=frames, to=at)
+        await stock_instance.does("speak", frames=[str(ROOM), "2", "0"], to=at)  # computed, with prefill_complete
+        await into_ours(stock_instance, ours, ROOM)
+
+
 async def test_a_registration_with_frames_of_a_later_release_is_taken(
     stock_instance: StockInstance, registry_url: str
 ) -> None:
