@@ -67,6 +67,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuDeviceGetUuid_v2": (POINTER(_Uuid), c_int),
     "cuDevicePrimaryCtxRetain": (POINTER(c_void_p), c_int),
     "cuDevicePrimaryCtxRelease_v2": (c_int,),
+    "cuCtxGetCurrent": (POINTER(c_void_p),),
     "cuCtxSetCurrent": (c_void_p,),
     "cuCtxPushCurrent_v2": (c_void_p,),
     "cuCtxPopCurrent_v2": (POINTER(c_void_p),),
@@ -141,6 +142,7 @@ class Cuda:
     name: str
     driver: Driver
     _context: c_void_p
+    _before: c_void_p  # this thread's context when the device was opened: another library's, or none
     _ordinal: int
     _shared: set[str] = field(default_factory=set)
     _opened: dict[str, Region] = field(default_factory=dict)
@@ -155,12 +157,13 @@ class Cuda:
             ordinal = driver.number("cuDeviceGet", index)
             name = ctypes.create_string_buffer(_NAME_NBYTES)
             driver("cuDeviceGetName", name, _NAME_NBYTES, ordinal)
-            context = c_void_p()
+            context, before = c_void_p(), c_void_p()
+            driver("cuCtxGetCurrent", ctypes.byref(before))
             driver("cuDevicePrimaryCtxRetain", ctypes.byref(context), ordinal)
         except DriverSaid as said:
             raise _unavailable(wanted, said) from said
         spec = DeviceSpec(DeviceKind.CUDA, index)
-        device = cls(spec, _uuid(driver, ordinal), name.value.decode(), driver, context, ordinal)
+        device = cls(spec, _uuid(driver, ordinal), name.value.decode(), driver, context, before, ordinal)
         device.bind()
         log.info("device opened", device=str(spec), name=device.name, uuid=device.uuid)
         return device
@@ -172,7 +175,7 @@ class Cuda:
             raise _unavailable(self.spec, said) from said
 
     def where(self, region: Region) -> DeviceSpec:
-        first, last = self._owner(region, region.pointer), self._owner(region, region.end - 1)
+        first, last = self._owner(region.pointer), self._owner(region.end - 1)
         if first != last:
             raise BadField("pointer", f"{region} begins on {first} and ends on {last}: give each its own region")
         return first
@@ -221,15 +224,19 @@ class Cuda:
         return Mapped(Region(whole.pointer + memory.offset, memory.nbytes), self)
 
     def close(self) -> None:
-        """Whoever still uses the device in this process, such as torch, keeps it: the context is counted."""
+        """On the thread that opened it, which has its own context back then. Whoever still uses the device in this
+        process, such as torch, keeps it: the primary context is counted."""
         for region in self._opened.values():
-            self._quietly("cuIpcCloseMemHandle", region.pointer)
+            with self._complaining(), self._current():
+                self.driver("cuIpcCloseMemHandle", region.pointer)
         self._opened.clear()
-        self._quietly("cuDevicePrimaryCtxRelease_v2", self._ordinal)
+        with self._complaining():
+            self.driver("cuCtxSetCurrent", self._before)
+            self.driver("cuDevicePrimaryCtxRelease_v2", self._ordinal)
 
     # ---
 
-    def _owner(self, region: Region, pointer: int) -> DeviceSpec:
+    def _owner(self, pointer: int) -> DeviceSpec:
         try:
             kind = self.driver.attribute(_MEMORY_TYPE, pointer)
             if kind != _DEVICE_MEMORY or self.driver.attribute(_IS_MANAGED, pointer):
@@ -253,7 +260,8 @@ class Cuda:
                 _, size = self._allocation(pointer.value)
         except DriverSaid as said:
             if pointer.value:
-                self._quietly("cuIpcCloseMemHandle", pointer.value)
+                with self._complaining(), self._current():
+                    self.driver("cuIpcCloseMemHandle", pointer.value)
             raise BadField(f"{field}.handle", _why_not_opened(said)) from said
         return Region(pointer.value, size)
 
@@ -265,10 +273,11 @@ class Cuda:
         finally:
             self.driver("cuCtxPopCurrent_v2", ctypes.byref(c_void_p()))
 
-    def _quietly(self, name: str, *args: Any) -> None:
+    @contextmanager
+    def _complaining(self) -> Iterator[None]:
+        """Closing goes on, whatever the driver says of one step."""
         try:
-            with self._current():
-                self.driver(name, *args)
+            yield
         except DriverSaid as said:
             log.warning("device did not close cleanly", device=str(self.spec), said=str(said))
 

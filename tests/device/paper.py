@@ -44,11 +44,14 @@ class Paper:
         """`call thread`, in order."""
         return str(self.library.fake_seen().decode()).splitlines()
 
-    def has_context(self) -> bool:
-        """Whether the calling thread has one."""
+    def context(self) -> int | None:
+        """The calling thread's."""
         context = ctypes.c_void_p()
         assert self.library.cuCtxGetCurrent(ctypes.byref(context)) == 0
-        return context.value is not None
+        return context.value
+
+    def has_context(self) -> bool:
+        return self.context() is not None
 
 
 def build(folder: Path) -> Path:

@@ -66,6 +66,18 @@ async def test_opening_initialises_the_driver_and_sets_the_device_on_this_thread
     assert driver.library.fake_retained(1) == 0
 
 
+async def test_closing_gives_the_thread_back_what_it_had(driver: Paper) -> None:
+    """Another library's device on this thread stays its device; where there was none, none dangles."""
+    before = driver.context()
+    async with open_device("cuda:1", load=driver.load) as torch:
+        hers = driver.context()
+        async with open_device("cuda:0", load=driver.load):
+            assert driver.context() not in (before, hers)
+        assert driver.context() == hers
+        torch.bind()
+    assert driver.context() == before
+
+
 async def test_a_device_is_found_by_its_uuid_whatever_its_number(driver: Paper) -> None:
     async with open_device(f"cuda:{UUIDS[1]}", load=driver.load) as device:
         assert str(device.spec) == "cuda:1"
