@@ -12,8 +12,9 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TypeVar
 from uuid import uuid4
 
@@ -27,11 +28,13 @@ from pdctl.device.base import Device
 from pdctl.engine import wheel
 from pdctl.engine.store_wheel import store_class
 from pdctl.errors import ConfigError, StoreCause, StoreFailed, StoreNotReady, StoreUnusable
-from pdctl.metrics import StoreMetrics
+from pdctl.metrics import StoreMetrics, StoreTrafficMetrics
 from pdctl.retry import Failure, RetryPolicy, retrying
 from pdctl.store import master, rehearsal
+from pdctl.store.attachment import Attachment, AttachPolicy, attached
 from pdctl.store.base import Store, StoreAbility
 from pdctl.store.mooncake import ability_of, open_mooncake_store
+from pdctl.store.offloading import Claim, OffloadPatience
 
 log = structlog.get_logger(__name__)
 
@@ -39,6 +42,8 @@ _T = TypeVar("_T")
 
 UNTIL_READY = RetryPolicy(first_wait_s=0.5, multiplier=1.5, max_wait_s=2.0, give_up_after_s=60.0)
 WARM_UP = RetryPolicy(first_wait_s=1.0, multiplier=1.0, max_wait_s=1.0, even=True, max_attempts=10)
+ATTACHED = AttachPolicy()
+OFFLOAD = OffloadPatience()
 SCOUT = (sys.executable, "-m", "pdctl.scout")
 
 
@@ -57,6 +62,7 @@ class StorePatience:
     rehearsal_s: float = 30.0
     until_ready: RetryPolicy = UNTIL_READY
     warm_up: RetryPolicy = WARM_UP
+    offload: OffloadPatience = OFFLOAD
 
     def __post_init__(self) -> None:
         check_seconds(self, "store", or_zero=("rehearsal_s",))
@@ -64,12 +70,18 @@ class StorePatience:
 
 @dataclass(frozen=True, slots=True)
 class StoreMeans:
-    """By what a store is asked for, tried and opened: the wheel's, unless a test has others."""
+    """By what a store is asked for, tried and opened: the wheel's, unless a test has others.
+
+    claim           this rank's directory on the SSD, where the plan has one
+    pieces_at_once  in one call, as this process's engine settings make safe
+    """
 
     ability: Callable[[], StoreAbility]
     ask: Callable[[KVStoreConfig], Awaitable[None]]
     rehearse: Callable[[SetUp], Awaitable[None]]
     open: Callable[[SetUp], AbstractAsyncContextManager[Store]]
+    claim: Callable[[SetUp, StoreRank], AbstractAsyncContextManager[Claim]] = lambda plan, _: nullcontext(Claim(plan))
+    pieces_at_once: int = ATTACHED.pieces_at_once
 
 
 def mooncake_means(
@@ -89,6 +101,9 @@ def mooncake_means(
         if patience.rehearsal_s and device.spec.kind is not DeviceKind.NPU:  # a scout has set no NPU
             await rehearsal.rehearse(plan, SCOUT, deadline_s=patience.rehearsal_s)
 
+    async def segments() -> frozenset[str] | None:
+        return await master.segments(config, deadline_s=patience.ask_s)
+
     return StoreMeans(
         ability=lambda: ability_of(make, version),
         ask=lambda wanted: master.ask(wanted, deadline_s=patience.ask_s),
@@ -101,12 +116,17 @@ def mooncake_means(
 
 @dataclass(frozen=True, slots=True)
 class KVStore:
-    """A store that has shown that it works; `report` says how long that took."""
+    """A store that has shown that it works; `report` says how long that took.
+
+    store       which raises StoreFailed whenever it cannot
+    attachment  the same as hits and misses: nothing is raised while it is away, and it comes back by itself
+    """
 
     config: KVStoreConfig
     rank: StoreRank
     store: Store
     report: Report
+    attachment: Attachment
 
 
 @asynccontextmanager
@@ -117,6 +137,7 @@ async def open_store(
     *,
     patience: StorePatience | None = None,
     metrics: StoreMetrics | None = None,
+    traffic: StoreTrafficMetrics | None = None,
     means: StoreMeans | None = None,
 ) -> AsyncIterator[KVStore]:
     """A store that works, closed at the end of the block.
@@ -126,8 +147,9 @@ async def open_store(
     ConfigError, EngineUnavailable. What the wheel itself raises, a TypeError above all, comes through as it is.
     """
     patience = patience or StorePatience()
+    means = means or mooncake_means(config, device, patience)
     async with AsyncExitStack() as stack:
-        chain = _Chain(config, rank, device, patience, means or mooncake_means(config, device, patience))
+        chain = _Chain(config, rank, device, patience, means)
         try:
             store, report = await chain.climb(stack)
         except StoreFailed as failure:
@@ -137,7 +159,9 @@ async def open_store(
             if metrics is not None and chain.last is not None:
                 metrics.opened(chain.last)
         chain.log.info("store ready", attempts=report.attempts, waited_s=round(report.waited_s, 3), store=store.name)
-        yield KVStore(config, rank, store, report)
+        ask, policy = partial(means.ask, config), replace(ATTACHED, pieces_at_once=means.pieces_at_once)
+        async with attached(store, ask, policy=policy, metrics=traffic) as attachment:
+            yield KVStore(config, rank, store, report, attachment)
 
 
 async def check_store(
@@ -172,6 +196,7 @@ class _Chain:
     patience: StorePatience
     means: StoreMeans
     last: Report | None = None
+    claim: Claim | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     attempts: int = 0
     started: float = field(default_factory=time.monotonic)
@@ -228,7 +253,12 @@ class _Chain:
 
     async def _open(self, plan: SetUp, stack: AsyncExitStack) -> Store:
         await self._try(plan)
-        return await self._timed(Step.SET_UP, stack.enter_async_context(self.means.open(plan)))
+        if self.claim is None:
+            self.claim = await self._timed("claim", stack.enter_async_context(self.means.claim(plan, self.rank)))
+            await self._timed(Step.MASTER, self.means.ask(self.config))  # that may have taken 12 s
+        store = await self._timed(Step.SET_UP, stack.enter_async_context(self.means.open(self.claim.plan)))
+        self.claim.keep(store.name)
+        return store
 
     async def _warm_up(self, store: Store) -> bool:
         nonce = uuid4().hex

@@ -59,6 +59,7 @@ FLOORS = {
     ),
     "pdctl.arrays": 3,
     "pdctl.answers": 2,
+    "pdctl.persistence.lock": 2,
     "pdctl.credentials": 2,
     "pdctl.lag": 2,
     "pdctl.lanes": 2,

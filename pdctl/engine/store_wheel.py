@@ -32,3 +32,8 @@ def store_class(
         raise EngineUnavailable(wheel.remedy(str(cause))) from cause
     wheel.silence(module)
     return module.MooncakeDistributedStore  # type: ignore[no-any-return]
+
+
+def environment() -> MutableMapping[str, str]:
+    """What the wheel reads at every set-up."""
+    return os.environ

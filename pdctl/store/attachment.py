@@ -54,7 +54,9 @@ class AttachPolicy:
     owner_rest_s     how long to leave it alone when the owner of a segment does not answer: until then each call to
                      that owner costs 1 to 5 s, and after 10 s (client_ttl) the master has forgotten it
     pieces_at_once   in one call; an object is never cut. What a process's lanes and stall make safe is
-                     `store_wheel.pieces_at_once`; more gain nothing (tests/bench/store_pages.py)
+                     `environment.pieces_at_once`; more gain nothing (tests/bench/store_pages.py)
+    nbytes_at_once   in one call: with SSD offload all that a call reads from the disk has to fit the offload buffer
+                     (64 MiB for all calls together), or none of it comes
     calls_at_once    as many as the store has threads: one more would wait where it cannot be taken back
     until_back       how often a store that is away is tried
     """
@@ -62,13 +64,22 @@ class AttachPolicy:
     fresh_s: float = 0.25
     owner_rest_s: float = 10.0
     pieces_at_once: int = 16
+    nbytes_at_once: int = 16 << 20
     calls_at_once: int = 4
     until_back: RetryPolicy = UNTIL_BACK
 
     def __post_init__(self) -> None:
         check_seconds(self, "attachment", or_zero=("fresh_s", "owner_rest_s"))
-        if min(self.pieces_at_once, self.calls_at_once) < 1:
-            raise ConfigError("attachment pieces_at_once or calls_at_once is below 1: give at least 1")
+        if min(self.pieces_at_once, self.nbytes_at_once, self.calls_at_once) < 1:
+            raise ConfigError("attachment pieces, bytes or calls at once are below 1: give at least 1")
+
+    def keys_at_once(self, nbytes: Ints) -> int:
+        """Of objects whose pieces have these lengths."""
+        if not nbytes.size:
+            return 1
+        largest = int(nbytes.sum(axis=1).max())
+        fit = min(self.pieces_at_once // int(nbytes.shape[1]), self.nbytes_at_once // max(1, largest))
+        return max(1, fit)
 
 
 @asynccontextmanager
@@ -170,7 +181,7 @@ class Attachment:
         nbytes: Ints,
         strict: bool,
     ) -> list[bool]:
-        step = max(1, self._policy.pieces_at_once // max(1, pointers.shape[-1]))
+        step = self._policy.keys_at_once(nbytes)
         well: list[bool] = []
         for at in range(0, len(keys), step):
             part = slice(at, at + step)

@@ -87,3 +87,20 @@ def _words(cause: BaseException) -> str:
     inner = getattr(cause, "os_error", None) or cause
     number = getattr(inner, "errno", None)
     return os.strerror(number).lower() if isinstance(number, int) and number > 0 else str(inner)
+
+
+async def segments(config: KVStoreConfig, *, deadline_s: float) -> frozenset[str] | None:
+    """Under which names the master knows segments, as its HTTP tells; None where it does not tell."""
+    master = config.master
+    if master is None or not config.master_metrics_port:
+        return None
+    try:
+        async with (
+            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=deadline_s)) as http,
+            http.get(f"http://{Endpoint(master.host, config.master_metrics_port)}/get_all_segments") as answer,
+        ):
+            told = await answer.text()
+    except (TimeoutError, aiohttp.ClientError, OSError) as cause:
+        log.debug("the store's master tells no segments", cause=_words(cause) if isinstance(cause, OSError) else "")
+        return None
+    return frozenset(told.split()) if answer.status == 200 else None

@@ -181,6 +181,14 @@ async def test_no_call_has_more_pieces_than_end_before_the_wheel_gives_up() -> N
         assert [n for name, n in r.store.calls if name == "get pages"] == [3, 3, 2, 1]
 
 
+async def test_no_call_has_more_bytes_than_the_offload_buffer_takes() -> None:
+    async with rig(nbytes_at_once=3 * 4096) as r:
+        await r.attachment.get_pages(KEYS, *r.stand.at(*[(n,) for n in range(8)]))
+        await r.attachment.get_pages(["wide"], *r.stand.at(tuple(range(4))))
+        assert [n for name, n in r.store.calls if name == "get pages"] == [3, 3, 2, 1]
+        assert await r.attachment.get_pages([], *r.stand.at()) == []
+
+
 async def test_who_asks_to_sees_the_failure_itself() -> None:
     async with rig() as r:
         r.store.shelf.away = True
