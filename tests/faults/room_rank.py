@@ -14,7 +14,6 @@ import asyncio
 import ctypes
 import json
 import mmap
-import os
 import sys
 import time
 from collections import defaultdict
@@ -28,7 +27,6 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 
-from pdctl import logs
 from pdctl.client import RegistryClient
 from pdctl.config import NodeSettings, Settings
 from pdctl.core.address import Endpoint
@@ -44,7 +42,6 @@ from pdctl.engine.mooncake import MooncakeSettings, open_mooncake
 from pdctl.engine.promises import PromisedEngine
 from pdctl.errors import PdctlError
 from pdctl.links import Links
-from pdctl.logs import LogSettings
 from pdctl.memory import Arena
 from pdctl.metrics import Metrics
 from pdctl.node import DecodeNode
@@ -52,7 +49,7 @@ from pdctl.peer import LinkSettings, PeerLink, open_link
 from pdctl.receiver import ArrivingRoom, Receiver
 from pdctl.retry import RetryPolicy
 from pdctl.sender import Sender, SendingRoom
-from tests.engine.processes import die_with_parent
+from tests.engine.processes import live, obey
 
 Bytes = npt.NDArray[np.uint8]
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -199,7 +196,6 @@ class Ranks:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.drives: dict[str, Drive] = {}
-        self.noise: set[asyncio.Task[Any]] = set()
 
     def start(self, key: str, drive: Drive, work: Coroutine[Any, Any, None]) -> dict[str, Any]:
         self.drives[key] = drive
@@ -234,21 +230,28 @@ class Ranks:
 
     async def left(self, within_s: float) -> dict[str, Any]:
         """What rooms have left behind, as soon as it is nothing, or when the time is over."""
-        await _until(lambda: not self.leftovers(), within_s, every_s=0.1)  # a look takes milliseconds
+        await _until(lambda: not self.leftovers(), within_s, every_s=0.2)  # a look takes milliseconds
         return {"left": self.leftovers()}
 
     def leftovers(self) -> list[str]:
-        return [f"{what}: {table}" for what, table in self.tables() if table]
+        return [f"{what}: {table}" for what, table in self.tables() if table] or self.half_closed()
+
+    def half_closed(self) -> list[str]:
+        """What a peer has closed and we have not: an engine's idle connections to one that is gone count too. Looked at
+        last, as it costs the most."""
+        here = psutil.Process().net_connections("tcp")
+        left = [f"{c.laddr.port}-{c.raddr.port}" for c in here if c.status == psutil.CONN_CLOSE_WAIT]
+        return [f"half closed: {left}"] if left else []
 
     def tables(self) -> Iterator[tuple[str, object]]:
         yield "engines of rooms", [key for key, drive in self.drives.items() if drive.task and not drive.task.done()]
-        yield "tasks", sorted(task.get_name() for task in asyncio.all_tasks() - self.noise if _of_a_room(task))
-        # What a peer has closed and we have not: an engine's idle connections to one that is gone count too.
-        here = psutil.Process().net_connections("tcp")
-        yield "half closed", [f"{c.laddr.port}-{c.raddr.port}" for c in here if c.status == psutil.CONN_CLOSE_WAIT]
+        yield "tasks", sorted(task.get_name() for task in asyncio.all_tasks() if _of_a_room(task))
 
-    async def fds(self) -> dict[str, Any]:
-        return {"fds": psutil.Process().num_fds(), "threads": psutil.Process().num_threads()}
+    async def holds(self) -> dict[str, Any]:
+        """Descriptors, threads, and CPU seconds so far."""
+        here = psutil.Process()
+        cpu = here.cpu_times()
+        return {"fds": here.num_fds(), "threads": here.num_threads(), "cpu_s": cpu.user + cpu.system}
 
 
 def of_engine(engine: Any) -> Iterator[tuple[str, object]]:
@@ -569,24 +572,11 @@ async def _until(true: Callable[[], bool], within_s: float, every_s: float = 0.0
 
 
 async def main(given: dict[str, Any]) -> None:
-    reader = asyncio.StreamReader()
-    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
     settings = SETTINGS.model_copy(update={"node": NodeSettings(registry=given["registry"])})
     async with AsyncExitStack() as stack:
         ranks: Prefill | Decode = (Prefill if given["role"] == "prefill" else Decode)(settings)
-        print(json.dumps(await ranks.open(stack, len(Moment))), flush=True)
-        while line := await reader.readline():
-            asked = json.loads(line)
-            try:
-                done = await getattr(ranks, asked.pop("do"))(**asked)
-            except Exception as error:  # told to the test, which fails by it
-                done = {"error": repr(error)}
-            print(json.dumps(done), flush=True)
+        await obey(ranks, await ranks.open(stack, len(Moment)))
 
 
 if __name__ == "__main__":
-    die_with_parent()
-    logs.configure(LogSettings())
-    asyncio.run(main(json.loads(sys.argv[1])))
-    sys.stdout.flush()
-    os._exit(0)
+    live(main(json.loads(sys.argv[1])))
