@@ -58,6 +58,10 @@ LOOK_UP = RetryPolicy(first_wait_s=0.1, max_wait_s=2.0, give_up_after_s=10.0)
 POLL = RetryPolicy(first_wait_s=0.2, multiplier=1.5, max_wait_s=1.0)
 """For an instance that is coming up: not a failure but a state, so it is asked about as often as stock does (1 s)."""
 
+LOST_CONNECTION = RetryPolicy(first_wait_s=0.02, max_wait_s=0.2, max_attempts=5)
+"""For one question that may meet a kept connection that has been lost meanwhile, or several; not for a registry that is
+down: whoever asks then hears so within half a second."""
+
 _CONNECTIONS = 8  # of a decode rank to one registry, for the questions of its rooms
 
 MAX_ANSWER_BYTES = 1 << 20
@@ -222,9 +226,14 @@ class RegistryClient:
             await self._sleep(every_s * self._random.uniform(0.8, 1.0))
             await self.register(announcement, exhaustion, self._policy.returning(every_s))
 
-    async def topology(self) -> Shape:
-        """The instance's shape, asked for once. Raises NotReady with the registry's words while it is incomplete."""
-        return await self.tell(_about(_TOPOLOGY, "topology", shape_from_topology))
+    async def topology(self, policy: RetryPolicy | None = None) -> Shape:
+        """The instance's shape, asked for once; where nobody answers, again by `policy`. Raises NotReady with the
+        registry's words while it is incomplete."""
+        question = _about(_TOPOLOGY, "topology", shape_from_topology)
+        if policy is None:
+            return await self.tell(question)
+        answered = lambda error: not isinstance(error, Unreachable)  # noqa: E731
+        return await self._retrying(lambda: self.tell(question), policy, is_permanent=answered)
 
     async def await_topology(self, deadline_s: float) -> Shape:
         """The shape, as soon as the instance is complete. After `deadline_s` NotReady or Unreachable, and why."""
@@ -328,16 +337,14 @@ class RegistryClient:
         return await self._retrying(lambda: self.tell(question), self._look_up, on_failure=say)
 
     async def _retrying(self, attempt: Callable[[], Awaitable[T]], policy: RetryPolicy, **more: Any) -> T:
-        return await retrying(
-            policy,
-            attempt,
-            is_permanent=lambda error: not isinstance(error, NotNow),
-            wait_hint=lambda error: error.retry_after_s if isinstance(error, PutOff) else None,
-            sleep=self._sleep,
-            clock=self._clock,
-            random=self._random,
-            **more,
-        )
+        usual: dict[str, Any] = {
+            "is_permanent": lambda error: not isinstance(error, NotNow),
+            "wait_hint": lambda error: error.retry_after_s if isinstance(error, PutOff) else None,
+            "sleep": self._sleep,
+            "clock": self._clock,
+            "random": self._random,
+        }
+        return await retrying(policy, attempt, **usual | more)
 
     def _no(self, answer: Answer, what: str, not_yet: int | None = None) -> RegistryRefused | PutOff:
         said = f"{what} with {answer.status}: {answer.text}"

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import structlog
 
-from pdctl.client import MAX_ANSWER_BYTES, ROOMS_A_QUESTION, Exhaustion, Registries, RegistryClient
+from pdctl.client import LOST_CONNECTION, MAX_ANSWER_BYTES, ROOMS_A_QUESTION, Exhaustion, Registries, RegistryClient
 from pdctl.core.address import Endpoint
 from pdctl.core.route import Announcement, Seat, Shape, topology_body
 from pdctl.credentials import Credentials
@@ -109,6 +109,18 @@ async def test_a_registry_that_is_asked_again_is_asked_by_the_same_client(regist
                 pass
             assert await third.topology() == SHAPE, "one that is in use is not closed to make room"
         assert len(registries._kept) == 1
+
+
+async def test_a_kept_connection_that_was_lost_does_not_cost_a_topology() -> None:
+    shape = answers_json(topology_body(SHAPE, None))
+    async with scripted(shape, closes(), resets(), otherwise=shape) as registry, client(registry.url) as rank:
+        assert await rank.topology() == SHAPE
+        assert await rank.topology(LOST_CONNECTION) == SHAPE
+        assert len(registry.asked) == 4
+    async with scripted(otherwise=answers(503)) as registry, client(registry.url) as rank:
+        with pytest.raises(NotReady):
+            await rank.topology(LOST_CONNECTION)
+        assert len(registry.asked) == 1, "an answer is an answer"
 
 
 async def test_what_is_put_is_what_a_stock_rank_puts() -> None:
