@@ -265,7 +265,7 @@ class StoreSettings:
     device          whose memory it is to carry: cpu, cuda:N, npu:N
     tp, pp, dp, cp  this rank; with tp_size and pp_size the segment is divided
     wait_s          for how long a master that is not ready is waited for
-    attempts, every_s  of the warm-up
+    attempts, every_s  of the warm-up: how often, and how far apart at first; the wait grows to four times that
     """
 
     extra: str = ""
@@ -295,7 +295,9 @@ class StoreSettings:
         """Raises ConfigError."""
         return StorePatience(
             until_ready=replace(UNTIL_READY, give_up_after_s=self.wait_s),
-            warm_up=replace(WARM_UP, first_wait_s=self.every_s, max_wait_s=self.every_s, max_attempts=self.attempts),
+            warm_up=replace(
+                WARM_UP, first_wait_s=self.every_s, max_wait_s=4 * self.every_s, max_attempts=self.attempts
+            ),
         )
 
 

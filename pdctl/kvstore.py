@@ -41,7 +41,7 @@ log = structlog.get_logger(__name__)
 _T = TypeVar("_T")
 
 UNTIL_READY = RetryPolicy(first_wait_s=0.5, multiplier=1.5, max_wait_s=2.0, give_up_after_s=60.0)
-WARM_UP = RetryPolicy(first_wait_s=1.0, multiplier=1.0, max_wait_s=1.0, even=True, max_attempts=10)
+WARM_UP = RetryPolicy(first_wait_s=1.0, multiplier=1.25, max_wait_s=4.0, even=True, max_attempts=10)
 ATTACHED = AttachPolicy()
 OFFLOAD = OffloadPatience()
 SCOUT = (sys.executable, "-m", "pdctl.scout")
@@ -55,7 +55,8 @@ class StorePatience:
     rehearsal_s  for a set-up in a process of its own: 0.5 s where all is well, 5 s where a busy host starts eight;
                  0: none is made
     until_ready  how often master and set-up are tried; 60 s: a pod of a master that is scheduled anew needs that
-    warm_up      how often a key is put and read back: 10 times, 1 s apart, as engines of the field do
+    warm_up      how often a key is put and read back: 10 times, 1 s apart at first and up to 4 s later, 23 s in all.
+                 Engines of the field stop after 9 s, which a segment that mounts late on a busy host has missed
     """
 
     ask_s: float = 1.0

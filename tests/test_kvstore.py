@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from random import Random
 from typing import Any
 
 import pytest
@@ -206,10 +207,11 @@ async def test_the_key_is_removed_although_it_was_just_read() -> None:
         assert shelf.values == {}
 
 
-async def test_by_default_it_is_tried_ten_times_a_second_apart() -> None:
+def test_by_default_it_is_tried_ten_times_a_second_apart_and_then_less_often() -> None:
     assert StorePatience().warm_up == WARM_UP
-    assert [WARM_UP.wait_s(attempt, random=None) for attempt in range(1, 10)] == [1.0] * 9  # type: ignore[arg-type]
-    assert WARM_UP.max_attempts == 10
+    waits = [WARM_UP.wait_s(attempt, Random(1)) for attempt in range(1, 10)]
+    assert (waits[0], waits[-1], WARM_UP.max_attempts) == (1.0, 4.0, 10)
+    assert 20 < sum(waits) < 25
 
 
 # --- what is said while it lasts
