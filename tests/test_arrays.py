@@ -272,6 +272,9 @@ async def test_a_rank_with_checksums_or_aux_rows_on_a_device_is_refused_before_i
         Sender(None, None, pools, 0, None, timeouts, time.monotonic, Metrics())  # type: ignore[arg-type]
     if aux_on.is_host:
         receiver(pools, RoomTimeouts())
+        return
+    with pytest.raises(BadField, match="aux: is on cuda:0"):
+        receiver(pools, RoomTimeouts())
 
 
 def receiver(pools: RankPools, timeouts: RoomTimeouts) -> Receiver:
