@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pdctl.agent_client import AgentClient
+    from pdctl.arrays import pool_of, region_of
     from pdctl.client import Exhaustion, RegistryClient
-    from pdctl.config import Settings, load
+    from pdctl.config import Settings, load, store_config
     from pdctl.core.address import Endpoint
+    from pdctl.core.kvstore import KVStoreConfig, StoreRank
     from pdctl.core.layout import Heads, Kind, KvLayout, Pool, RankPools, Region
     from pdctl.core.news import Changed, Listed, Picture
     from pdctl.core.plan import CopyPlan
@@ -22,9 +24,12 @@ if TYPE_CHECKING:
     from pdctl.core.sessions import ProbePolicy
     from pdctl.core.transfer import RoomTimeouts
     from pdctl.credentials import Credentials
+    from pdctl.device.base import Device
+    from pdctl.device.open import open_device
     from pdctl.engine.base import Engine
     from pdctl.engine.mooncake import MooncakeSettings, open_mooncake
-    from pdctl.errors import Cause, PdctlError, RoomFailed, SessionBlocked, TransferFailed
+    from pdctl.errors import Cause, PdctlError, RoomFailed, SessionBlocked, StoreNotReady, StoreUnusable, TransferFailed
+    from pdctl.kvstore import StorePatience, open_store
     from pdctl.memory import Arena
     from pdctl.node import DecodeNode, PrefillNode, Sidecar, decode_node, prefill_node, sidecar
     from pdctl.prober import Prober
@@ -41,10 +46,12 @@ __all__ = [
     "CopyPlan",
     "Credentials",
     "DecodeNode",
+    "Device",
     "Endpoint",
     "Engine",
     "Exhaustion",
     "Heads",
+    "KVStoreConfig",
     "Kind",
     "KvLayout",
     "Listed",
@@ -68,19 +75,30 @@ __all__ = [
     "Settings",
     "Shape",
     "Sidecar",
+    "StoreNotReady",
+    "StorePatience",
+    "StoreRank",
+    "StoreUnusable",
     "TransferFailed",
     "decode_node",
     "load",
+    "open_device",
     "open_mooncake",
+    "open_store",
+    "pool_of",
     "prefill_node",
+    "region_of",
     "sidecar",
+    "store_config",
 ]
 
 _ROOMS = {
     "agent_client": ("AgentClient",),
+    "arrays": ("pool_of", "region_of"),
     "client": ("Exhaustion", "RegistryClient"),
-    "config": ("Settings", "load"),
+    "config": ("Settings", "load", "store_config"),
     "core.address": ("Endpoint",),
+    "core.kvstore": ("KVStoreConfig", "StoreRank"),
     "core.layout": ("Heads", "Kind", "KvLayout", "Pool", "RankPools", "Region"),
     "core.news": ("Changed", "Listed", "Picture"),
     "core.plan": ("CopyPlan",),
@@ -88,9 +106,20 @@ _ROOMS = {
     "core.sessions": ("ProbePolicy",),
     "core.transfer": ("RoomTimeouts",),
     "credentials": ("Credentials",),
+    "device.base": ("Device",),
+    "device.open": ("open_device",),
     "engine.base": ("Engine",),
     "engine.mooncake": ("MooncakeSettings", "open_mooncake"),
-    "errors": ("Cause", "PdctlError", "RoomFailed", "SessionBlocked", "TransferFailed"),
+    "errors": (
+        "Cause",
+        "PdctlError",
+        "RoomFailed",
+        "SessionBlocked",
+        "StoreNotReady",
+        "StoreUnusable",
+        "TransferFailed",
+    ),
+    "kvstore": ("StorePatience", "open_store"),
     "memory": ("Arena",),
     "node": ("DecodeNode", "PrefillNode", "Sidecar", "decode_node", "prefill_node", "sidecar"),
     "prober": ("Prober",),

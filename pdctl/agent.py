@@ -24,7 +24,7 @@ import numpy.typing as npt
 import structlog
 from aiohttp import web
 
-from pdctl.core.handover import Offer, Row
+from pdctl.core.handover import Mapped, Offer, Row
 from pdctl.core.layout import Pool, RankPools, Region
 from pdctl.core.plan import Ints
 from pdctl.core.transfer import Quarantined
@@ -38,7 +38,6 @@ from pdctl.errors import (
     TooLarge,
     TooSlow,
 )
-from pdctl.memory import Mapped
 
 log = structlog.get_logger(__name__)
 
@@ -133,7 +132,7 @@ class Rank(Protocol):
 
 
 OpenRank = Callable[[Offer, RankPools, Sequence[Region]], AbstractAsyncContextManager[Rank]]
-Map = Callable[[Offer, int | None], list[Mapped]]
+Map = Callable[[Offer, int | None], Awaitable[list[Mapped]]]
 
 
 @dataclass(slots=True)
@@ -273,15 +272,10 @@ class Agent:
     # --- the handover
 
     async def _handover(self, request: web.Request) -> web.StreamResponse:
-        offer = Offer.from_body(await _json(request))
-        if self._life is not None:
-            raise Occupied(
-                f"process {self._life.peer.pid} has handed over its pool here: give each rank a socket of its own",
-                holder=str(self._life.peer.pid),
-                claimant=str(Peer.of(request).pid),
-            )
-        peer = Peer.of(request)
-        mapped = self._map(offer, None if peer.uid in (0, os.geteuid()) else peer.uid)
+        offer, peer = Offer.from_body(await _json(request)), Peer.of(request)
+        self._check_free(peer)
+        mapped = await self._map(offer, None if peer.uid in (0, os.geteuid()) else peer.uid)
+        self._check_free(peer)  # another may have come while a device was opened
         pools = offer.pools([each.region for each in mapped])
         opened: asyncio.Future[Rank] = asyncio.get_running_loop().create_future()
         life = self._life = _Life(offer, pools, mapped, peer, opened)
@@ -291,6 +285,14 @@ class Agent:
         finally:
             life.left.set()
             self._hurry()
+
+    def _check_free(self, claimant: Peer) -> None:
+        if self._life is not None:
+            raise Occupied(
+                f"process {self._life.peer.pid} has handed over its pool here: give each rank a socket of its own",
+                holder=str(self._life.peer.pid),
+                claimant=str(claimant.pid),
+            )
 
     async def _stream(self, request: web.Request, life: _Life) -> web.StreamResponse:
         """Returns only what has been refused: an open answer ends with the process."""

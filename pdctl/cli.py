@@ -20,6 +20,7 @@ import signal
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn, TypeAlias
@@ -29,12 +30,16 @@ import uvloop
 
 from pdctl import config, handed, inquiry, logs, node, succession
 from pdctl.config import Settings
+from pdctl.core.kvstore import Resolved
 from pdctl.core.sessions import Depth, State
+from pdctl.device.open import open_device
 from pdctl.errors import CallerError, ConfigError, NotReady, OperatorError, PdctlError, Superseded, Unreachable
+from pdctl.kvstore import check_store, open_store
 
 log = structlog.get_logger(__name__)
 
 USAGE, UNAVAILABLE = 2, 69
+_TRIAL_NBYTES = 64 << 20  # `store warmup` is gone in a second, and what others put there meanwhile with it
 _CLOSING_S = 0.9  # from the end of an engine to the end of the process that moved for it
 
 Run = Callable[[Settings, argparse.Namespace], Awaitable[int]]
@@ -97,7 +102,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"pdctl {version('pdctl')}")
     commands = top.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_add_serve, _add_register, _add_agent, _add_sessions, _add_probe, _add_journal, _add_demo):
+    for add in (_add_serve, _add_register, _add_agent, _add_sessions, _add_probe, _add_store, _add_journal, _add_demo):
         add(commands)
     return top
 
@@ -184,6 +189,10 @@ def _add_agent(commands: Commands) -> None:
     )  # fmt: skip
     command.add_argument("--registry", dest="node.registry", help="the registry's URL (http://127.0.0.1:8998)")
     command.add_argument("--host", dest="node.host", help="our address, at which peers reach the ranks (127.0.0.1)")
+    command.add_argument(
+        "--accelerator", dest="node.accelerator", metavar="DEVICE",
+        help="cpu, cuda:N, cuda:GPU-<uuid> or npu:N: the only device whose pools are taken (whichever is handed over)",
+    )  # fmt: skip
     command.add_argument("--instance", dest="node.instance", help="of prefills whose engine names none (default)")
     command.add_argument("--ttl", dest="node.ttl_s", help="seconds of the lease, renewed every third of it (15)")
     _add_credentials(command)
@@ -223,6 +232,33 @@ def _add_journal(commands: Commands) -> None:
     command = _command(actions, "copy", _copy_journal, _never, what)
     command.add_argument("source", metavar="FROM", help="sqlite:PATH or etcd://HOST:PORT[,HOST:PORT...][?prefix=NAME]")
     command.add_argument("target", metavar="TO", help="the same; it has to be empty")
+
+
+def _add_store(commands: Commands) -> None:
+    """`pdctl store config|check|warmup`: Mooncake's shared store (docs/store.md)."""
+    what = "Mooncake's shared store: what is configured, whether it can be had, whether it works"
+    top = commands.add_parser("store", help=what, description=what)
+    inner = top.add_subparsers(metavar="COMMAND", required=True)
+    for name, run, about in (
+        ("config", _store_config, "print the store's settings, and where each came from"),
+        ("check", _store_check, "ask the master and try a set-up that gives no memory; exit 0 when both answer"),
+        ("warmup", _store_warmup, "set up, put a key, read it back, remove it; exit 0 when the store works"),
+    ):
+        command = _command(inner, name, run, _never, about)
+        command.add_argument("--extra-config", dest="store.extra", metavar="JSON", help="SGLang's; or @FILE with it")
+        command.add_argument(
+            "--store-config", dest="store.file", metavar="FILE", help="JSON ($SGLANG_HICACHE_MOONCAKE_CONFIG_PATH)"
+        )
+        command.add_argument("--local-hostname", dest="store.local_hostname", help="this host, for the other ranks")
+        command.add_argument("--device", dest="store.device", help="cpu (default), cuda:N or npu:N")
+        for axis in ("tp", "pp"):
+            command.add_argument(f"--{axis}-size", dest=f"store.{axis}_size", help=f"{axis} ranks that share it (1)")
+        for axis in ("tp", "pp", "dp", "cp"):
+            command.add_argument(f"--{axis}-rank", dest=f"store.{axis}", help="this rank among them (0)")
+        command.add_argument("--wait", dest="store.wait_s", metavar="SECONDS", help="for a master that is late (60)")
+        command.add_argument("--attempts", dest="store.attempts", help="of the warm-up (10)")
+        command.add_argument("--json", action="store_true", help="one JSON document")
+        command.set_defaults(json=False)
 
 
 def _add_service(command: argparse.ArgumentParser, what: str) -> None:
@@ -352,6 +388,55 @@ async def _copy_journal(settings: Settings, args: argparse.Namespace) -> int:
         f"{copied.lives} lives, {copied.rooms} rooms and {copied.notes} notes copied; "
         f"epochs go on after {copied.last_epoch}"
     )
+    return 0
+
+
+def _resolved(settings: Settings) -> Resolved:
+    given = settings.store
+    found = config.store_config(given.extra, file=given.file, local_hostname=given.local_hostname or None)
+    for warning in found.warnings:
+        log.warning("store config", warning=warning)
+    return found
+
+
+async def _store_config(settings: Settings, args: argparse.Namespace) -> int:
+    found = _resolved(settings)
+    values = asdict(found.config)
+    if args.json:
+        print(json.dumps({key: {"value": value, "source": found.sources[key]} for key, value in values.items()}))
+        return 0
+    for key, value in values.items():
+        print(f"{key:<24} {value!s:<24} {found.sources[key]}")
+    rank = settings.store.rank()
+    print(f"{'of which this rank':<24} {found.config.segment_of(rank)} bytes for {rank}")
+    return 0
+
+
+async def _store_check(settings: Settings, args: argparse.Namespace) -> int:
+    found, store = _resolved(settings), settings.store
+    async with open_device(store.device, environ=config.environment()) as device:
+        plan, ability = await check_store(found.config, store.rank(), device, patience=store.patience())
+    told = {"ready": True, "master": plan.master, "wheel": ability.version, "setup_takes": sorted(ability.setup)}
+    print(json.dumps(told) if args.json else f"{plan.master} answers, and a set-up works (wheel {ability.version})")
+    return 0
+
+
+async def _store_warmup(settings: Settings, args: argparse.Namespace) -> int:
+    found, store = _resolved(settings), settings.store
+    rank = store.rank()
+    most = _TRIAL_NBYTES * rank.tp_size * rank.pp_size
+    trial = replace(
+        found.config,
+        global_segment_size=min(found.config.global_segment_size, most),
+        enable_ssd_offload=False,
+        ssd_offload_path=None,
+    )
+    async with (
+        open_device(store.device, environ=config.environment()) as device,
+        open_store(trial, rank, device, patience=store.patience()) as opened,
+    ):
+        report = opened.report
+    print(json.dumps(asdict(report) | {"ready": report.ready}) if args.json else report)
     return 0
 
 

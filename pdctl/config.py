@@ -10,11 +10,12 @@ The only file that reads the environment.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -27,8 +28,10 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from pdctl.client import Exhaustion
 from pdctl.core.address import Endpoint
 from pdctl.core.admission import AdmissionPolicy
+from pdctl.core.device import DeviceSpec
 from pdctl.core.draining import DrainPolicy
 from pdctl.core.fleet import FleetPolicy
+from pdctl.core.kvstore import CONFIG_PATH, Resolved, StoreFile, StoreRank, resolve
 from pdctl.core.lives import LONGEST_TTL_S, SHORTEST_TTL_S
 from pdctl.core.metadata import KeyLimits
 from pdctl.core.naming import DEFAULT, Hosts, Listener
@@ -42,8 +45,9 @@ from pdctl.core.witness import WitnessPolicy
 from pdctl.credentials import AccessSettings, Credentials
 from pdctl.dialects.watch import WatchLimits
 from pdctl.engine.mooncake import MooncakeSettings
-from pdctl.errors import ConfigError
+from pdctl.errors import BadField, ConfigError
 from pdctl.keyring import KeyWitness
+from pdctl.kvstore import UNTIL_READY, WARM_UP, StorePatience
 from pdctl.logs import LogSettings
 from pdctl.persistence.etcd_place import EtcdSettings
 from pdctl.persistence.open import check
@@ -159,6 +163,8 @@ class NodeSettings:
                       15 s: an engine that stands still for 10 (a graph is captured, weights are loaded) is not lost,
                       and a decode's own pings need about as long (5 s, two in a row)
     host              the address that this rank announces and listens at; peers must be able to reach it
+    accelerator       the device that this rank's pools are on: cpu (memory of the host), cuda:N, cuda:GPU-<uuid> or
+                      npu:N, as this process numbers them; no network adapter, those are engine.device
     http_port         where this rank's own /metrics, /livez and /readyz answer; 0 = any free port
     announce_every_s  how often a registration is repeated at a registry without leases, so that it learns it again
     exhaustion        what the end of all registration attempts means: raise, exit or keep-trying
@@ -169,6 +175,7 @@ class NodeSettings:
     decode_instance: str = "decode"
     ttl_s: float = 15.0
     host: str = "127.0.0.1"
+    accelerator: str = "cpu"
     http_port: int = 0
     announce_every_s: float = 10.0
     exhaustion: Exhaustion = Exhaustion.RAISE
@@ -176,6 +183,12 @@ class NodeSettings:
     def __post_init__(self) -> None:
         if any(urlsplit(url).scheme not in ("http", "https") for url in self.registry.split(",")):
             raise ValueError(f"registry is {self.registry!r}: give http://host:port")
+        try:
+            DeviceSpec.parse(self.accelerator)
+        except BadField:
+            raise ValueError(
+                f"accelerator is {self.accelerator!r}: give cpu, cuda:N, cuda:GPU-<uuid> or npu:N"
+            ) from None
         for name in ("instance", "decode_instance"):
             if not re.fullmatch(NAME, getattr(self, name), re.ASCII):
                 raise ValueError(f"{name} is {getattr(self, name)!r}: give letters, digits and . _ -, at most 128")
@@ -243,6 +256,53 @@ class RankSettings:
         return Announcement(seat, shape, Endpoint(self.host, self.port), self.prefill_http_port)
 
 
+@dataclass(frozen=True, slots=True)
+class StoreSettings:
+    """`pdctl store`: which store, for which rank, and how long it may take.
+
+    extra           Mooncake's part of SGLang's extra config, as JSON, or `@FILE` with it (JSON or TOML)
+    file            a JSON file; unless said, what SGLANG_HICACHE_MOONCAKE_CONFIG_PATH names. Precedence as SGLang's:
+                    extra where it names a master, then the file, then MOONCAKE_* in the environment
+    local_hostname  this host's address for the other ranks, above MOONCAKE_LOCAL_HOSTNAME
+    device          whose memory it is to carry: cpu, cuda:N, npu:N
+    tp, pp, dp, cp  this rank; with tp_size and pp_size the segment is divided
+    wait_s          for how long a master that is not ready is waited for
+    attempts, every_s  of the warm-up: how often, and how far apart at first; the wait grows to four times that
+    """
+
+    extra: str = ""
+    file: str = ""
+    local_hostname: str = ""
+    device: str = "cpu"
+    tp: int = 0
+    pp: int = 0
+    dp: int = 0
+    cp: int = 0
+    tp_size: int = 1
+    pp_size: int = 1
+    wait_s: float = 60.0
+    attempts: int = 10
+    every_s: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_seconds(self, "store")
+        self.rank()
+        self.patience()
+
+    def rank(self) -> StoreRank:
+        """Raises ConfigError."""
+        return StoreRank(self.tp, self.pp, self.dp, self.cp, self.tp_size, self.pp_size)
+
+    def patience(self) -> StorePatience:
+        """Raises ConfigError."""
+        return StorePatience(
+            until_ready=replace(UNTIL_READY, give_up_after_s=self.wait_s),
+            warm_up=replace(
+                WARM_UP, first_wait_s=self.every_s, max_wait_s=4 * self.every_s, max_attempts=self.attempts
+            ),
+        )
+
+
 class Settings(BaseSettings):
     """All sections; frozen. `load` makes one from everything that an operator may have said."""
 
@@ -263,6 +323,7 @@ class Settings(BaseSettings):
     node: NodeSettings = NodeSettings()
     rank: RankSettings = RankSettings()
     agent: AgentSettings = AgentSettings()
+    store: StoreSettings = StoreSettings()
     probe: ProbePolicy = ProbePolicy()
     retry: RetryPolicy = RetryPolicy()
     room: RoomTimeouts = RoomTimeouts()
@@ -315,6 +376,50 @@ def load(flags: Mapping[str, object] | None = None, *, file: Path | None = None)
 def environment() -> Mapping[str, str]:
     """The process environment, for those below who take it as an argument."""
     return os.environ
+
+
+def store_config(
+    extra: Mapping[str, Any] | str | None = None,
+    *,
+    file: str = "",
+    local_hostname: str | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> Resolved:
+    """What the store's three sources say together (docs/store.md), this process's environment among them.
+
+    extra, file  as in StoreSettings; extra may be the object itself
+    Raises ConfigError that names the key, its source and the fix.
+    """
+    variables = os.environ if environ is None else environ
+    path = file or variables.get(CONFIG_PATH, "")
+    if isinstance(extra, str) and extra.startswith("@"):
+        extra = _extra_in(Path(extra[1:]))
+    chosen = StoreFile(path, _text_of(Path(path), CONFIG_PATH)) if path and not _names_a_store(extra) else None
+    return resolve(extra, chosen, variables, local_hostname=local_hostname)
+
+
+def _names_a_store(extra: Mapping[str, Any] | str | None) -> bool:
+    """Whether the file is not read at all, as in SGLang: it may belong to another."""
+    try:
+        found = json.loads(extra) if isinstance(extra, str) and extra.strip() else extra
+    except ValueError:
+        return True  # `resolve` says what is wrong with it
+    return isinstance(found, Mapping) and bool(found.get("master_server_address") or found.get("client_server_address"))
+
+
+def _extra_in(path: Path) -> Mapping[str, Any] | str:
+    text = _text_of(path, "extra config")
+    try:
+        return tomllib.loads(text) if path.suffix.lower() == ".toml" else text
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"extra config {path} is no TOML ({error}): mend it there") from error
+
+
+def _text_of(path: Path, what: str) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{what} {path} cannot be read ({error}): give a readable file") from error
 
 
 def state_dir(environ: Mapping[str, str]) -> Path:

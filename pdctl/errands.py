@@ -26,14 +26,16 @@ class Errands:
     def __len__(self) -> int:
         return len(self._tasks)
 
-    def spawn(self, name: str, work: Coroutine[Any, Any, None]) -> None:
+    def spawn(self, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None] | None:
+        """None where it was dropped."""
         if self._limit is not None and len(self._tasks) >= self._limit:
             work.close()
             log.error("errand dropped", errand=name, running=len(self._tasks))
-            return
+            return None
         task = asyncio.create_task(work, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
+        return task
 
     async def aclose(self, flush_s: float) -> None:
         """Give what runs `flush_s` to end by itself, then cancel it and wait for it."""

@@ -5,9 +5,11 @@ Every exception that pdctl raises, as one tree, split by who must act.
     ├── OperatorError          someone has to change a setting, a package or a host
     │   ├── ConfigError
     │   ├── EngineUnavailable      no Mooncake wheel, or a system library is missing
+    │   ├── DeviceUnavailable      the device is not there, or its driver or runtime is not
     │   ├── AddressTaken           the port to listen on has another holder
     │   ├── JournalUnusable        the journal's file is another's, a newer version's, or cannot be made
-    │   └── RegistrationGaveUp     every attempt that the policy allows has failed
+    │   ├── RegistrationGaveUp     every attempt that the policy allows has failed
+    │   └── ChecksumsMissing       a peer sums nothing, and this side requires it
     ├── CallerError            the request itself is wrong; sending it again changes nothing
     │   ├── BadField               names the field
     │   ├── Refused                contradicts what is registered; carries both values
@@ -21,13 +23,15 @@ Every exception that pdctl raises, as one tree, split by who must act.
     │   └── IllegalEvent           a phase that knows no such event
     └── NotNow                 nobody: wait, or look at the cause
         ├── NotReady               the instance is not complete, or not known, yet
-        │   └── PutOff                 the registry has answered "not now"; carries its status and words
+        │   ├── PutOff                 the registry has answered "not now"; carries its status and words
+        │   └── StoreNotReady          the shared store did not come up in time; carries the report
         ├── LimitReached           a bounded table is full; the text names the limit
         ├── JournalUnavailable     the journal does not take rows now; nothing was changed
         ├── TooSlow                a request's body did not arrive in time
         ├── Unreachable            the registry or a peer does not answer
         ├── SessionBlocked         this transfer session has failed and has not been proven well
         ├── TransferFailed         the engine's verdict, with its Cause
+        ├── StoreFailed            the shared store's verdict, with its StoreCause
         └── RoomFailed             a room ended in FAILED; carries the first cause
 
 Message style: what happened: what to do. The values stand beside the text as attributes.
@@ -57,6 +61,23 @@ class Cause(StrEnum):
         return self not in (Cause.REJECTED_ADDRESS, Cause.LAYOUT, Cause.LOCAL)
 
 
+class StoreCause(StrEnum):
+    """Why the shared store did not do what was asked, decided once, at the store's adapter."""
+
+    MISSING = "missing"  # no such key
+    LEASED = "leased"  # it was read a moment ago: removing it has to wait
+    NO_SPACE = "no_space"  # no segment has room, or none is mounted (yet)
+    BAD_ARGUMENT = "bad_argument"  # an empty value, one larger than a segment or the local buffer, memory unknown
+    OWNER_UNREACHABLE = "owner_unreachable"  # the process that holds, or shall hold, the bytes does not take them
+    MASTER_UNREACHABLE = "master_unreachable"  # no connection to the master, or it broke
+    TIMED_OUT = "timed_out"  # the master did not answer in time
+    NO_OFFLOAD = "no_offload"  # SSD offload is asked for, and the master was started without it
+    SET_UP_REFUSED = "set_up_refused"  # the wheel took no such arguments
+    WRONG_DATA = "wrong_data"  # what came back is not what was put
+    CLOSED = "closed"  # this store was closed
+    OTHER = "other"  # a code that nobody here knows; it stands in the text
+
+
 class PdctlError(Exception):
     """Root of the tree."""
 
@@ -71,6 +92,10 @@ class ConfigError(OperatorError):
 
 class EngineUnavailable(OperatorError):
     """The transfer engine cannot be loaded; the text names the extra or the apt package."""
+
+
+class DeviceUnavailable(OperatorError):
+    """The device cannot be set; the text names what is missing, or the runtime's own code."""
 
 
 class AddressTaken(OperatorError):
@@ -91,6 +116,18 @@ class RegistrationGaveUp(OperatorError):
         super().__init__(message)
         self.attempts = attempts
         self.cause = cause
+
+
+class ChecksumsMissing(OperatorError):
+    """A peer does not sum what it sends or is sent, and this side requires it; the text names the peer."""
+
+
+class StoreUnusable(OperatorError):
+    """The shared store cannot come up as it is configured. `report`: core.warmup's Report of how far it came."""
+
+    def __init__(self, report: object) -> None:
+        super().__init__(str(report))
+        self.report = report
 
 
 class CallerError(PdctlError):
@@ -170,6 +207,14 @@ class NotReady(NotNow):
     """Not complete, or not known, yet."""
 
 
+class StoreNotReady(NotReady):
+    """The shared store did not come up in the time that it was given. `report`: core.warmup's Report."""
+
+    def __init__(self, report: object) -> None:
+        super().__init__(str(report))
+        self.report = report
+
+
 class LimitReached(NotNow):
     """A bounded table is full; the text names the limit."""
 
@@ -229,6 +274,23 @@ class TransferFailed(NotNow):
         self.session = session
         self.detail = detail
         self.settled = settled
+
+
+class StoreFailed(NotNow):
+    """The shared store did not do what was asked: `step` of `key`, with the store's own `code` where it gave one.
+
+    `cause` is what the code means.
+    """
+
+    def __init__(self, cause: StoreCause, step: str, detail: str, *, key: str = "", code: int | None = None) -> None:
+        of = f" of {key}" if key else ""
+        said = "" if code is None else f", code {code}"
+        super().__init__(f"store {step}{of} failed ({cause}{said}): {detail}")
+        self.cause = cause
+        self.step = step
+        self.detail = detail
+        self.key = key
+        self.code = code
 
 
 class RoomFailed(NotNow):

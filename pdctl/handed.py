@@ -10,19 +10,23 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
 from aiohttp import web
 
 from pdctl.agent import Agent, Arrival, Arriving, Rank, Release, Sending
-from pdctl.config import Settings
-from pdctl.core.handover import Offer, Role
+from pdctl.config import Settings, environment
+from pdctl.core.device import DeviceKind
+from pdctl.core.handover import Mapped, Offer, Role
 from pdctl.core.layout import RankPools, Region
 from pdctl.core.transfer import Quarantined
+from pdctl.device.base import Device
+from pdctl.device.cpu import Cpu
+from pdctl.device.open import open_device
 from pdctl.errors import CallerError
-from pdctl.memory import Mapped, map_shared
+from pdctl.memory import map_shared
 from pdctl.node import DecodeNode, PrefillNode, decode_node, prefill_node
 
 
@@ -30,27 +34,53 @@ async def serve(
     settings: Settings, sock: socket.socket, *, hurry: Callable[[], object], ready: Callable[[], None]
 ) -> None:
     """Serve one rank from its handover to its end; `ready` is called when the socket answers."""
-    agent = Agent(partial(_open, settings), _map, frozenset({os.geteuid(), *settings.agent.users}), hurry)
-    runner = web.AppRunner(agent.app(), handler_cancellation=True, access_log=None)
-    await runner.setup()
-    await web.SockSite(runner, sock).start()
-    ready()
-    await agent.live()
+    async with AsyncExitStack() as stack:
+        at = _Place(settings, stack)
+        agent = Agent(partial(_open, settings, at), at.map, frozenset({os.geteuid(), *settings.agent.users}), hurry)
+        runner = web.AppRunner(agent.app(), handler_cancellation=True, access_log=None)
+        await runner.setup()
+        await web.SockSite(runner, sock).start()
+        ready()
+        await agent.live()
 
 
-def _map(offer: Offer, owner: int | None) -> list[Mapped]:
-    return [map_shared(memory, f"memory.{number}", owner) for number, memory in enumerate(offer.memory)]
+class _Place:
+    """Where the memory that is handed over is opened: on its own device, which is this process's from then on."""
+
+    def __init__(self, settings: Settings, stack: AsyncExitStack) -> None:
+        self._settings, self._stack = settings, stack
+        self.device: Device = Cpu()
+
+    async def map(self, offer: Offer, owner: int | None) -> list[Mapped]:
+        """What has been opened for an offer that is refused is closed again."""
+        async with AsyncExitStack() as trial:
+            device = await trial.enter_async_context(open_device(self._spec(offer), environ=environment()))
+            mapped = [
+                map_shared(memory, f"memory.{number}", owner, device.open_shared)
+                for number, memory in enumerate(offer.memory)
+            ]
+            self.device = device
+            self._stack.push_async_callback(trial.pop_all().aclose)
+        return mapped
+
+    def _spec(self, offer: Offer) -> str:
+        """The settings' own if they name one; its UUID is then held against the offer's."""
+        own = self._settings.node.accelerator
+        return f"{DeviceKind.CUDA}:{offer.device}" if offer.device and own == DeviceKind.CPU else own
 
 
 @asynccontextmanager
-async def _open(settings: Settings, offer: Offer, pools: RankPools, regions: Sequence[Region]) -> AsyncIterator[Rank]:
-    how = settings.node
+async def _open(
+    settings: Settings, at: _Place, offer: Offer, pools: RankPools, regions: Sequence[Region]
+) -> AsyncIterator[Rank]:
+    how, device = settings.node, at.device
     registry = offer.registry or how.registry
     if offer.role is Role.PREFILL:
         own = settings.model_copy(
             update={"node": replace(how, registry=registry, instance=offer.instance or how.instance)}
         )
-        async with prefill_node(own, pools=pools, arena=regions, seat=offer.seat, shape=offer.shape) as prefill:
+        prefill_rank = prefill_node(own, pools=pools, arena=regions, seat=offer.seat, shape=offer.shape, device=device)
+        async with prefill_rank as prefill:
             yield _Prefill(prefill, offer.seat.dp)
         return
     own = settings.model_copy(update={"node": replace(how, decode_instance=offer.instance or how.decode_instance)})
@@ -62,6 +92,7 @@ async def _open(settings: Settings, offer: Offer, pools: RankPools, regions: Seq
         tp_rank=offer.seat.tp,
         pp_rank=offer.seat.pp,
         registry=registry if offer.instance else None,
+        device=device,
     ) as decode:
         yield _Decode(decode, registry)
 

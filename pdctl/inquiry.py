@@ -17,10 +17,12 @@ from urllib.parse import quote
 import structlog
 
 from pdctl.client import RegistryClient
-from pdctl.config import Settings
+from pdctl.config import Settings, environment
 from pdctl.core.address import Endpoint
+from pdctl.core.exchange import Exchange
 from pdctl.core.route import as_object, needed
 from pdctl.core.sessions import Depth
+from pdctl.device.open import open_device
 from pdctl.engine.asking import Asking
 from pdctl.engine.base import Proof
 from pdctl.engine.mooncake import open_mooncake
@@ -50,7 +52,7 @@ async def standings(settings: Settings, state: str | None) -> Sequence[Row]:
     found: list[Row] = []
     async with _service(settings) as client:
         while True:
-            page = await client.tell("list of sessions", "GET", "/v1/sessions", _page, params=params)
+            page = await client.tell(Exchange("list of sessions", "GET", "/v1/sessions", _page, params))
             found += page.rows
             if page.further is None:
                 return found
@@ -60,13 +62,13 @@ async def standings(settings: Settings, state: str | None) -> Sequence[Row]:
 async def lift(settings: Settings, session: str) -> Row:
     """Let the service trust `session` again, by hand; how it stands then."""
     async with _service(settings) as client:
-        return await client.tell("lifting of a session", "DELETE", _path(session), _row)
+        return await client.tell(Exchange("lifting of a session", "DELETE", _path(session), _row))
 
 
 async def ask_service(settings: Settings, session: str) -> Verdict:
     """Let the service ask now: it has the link, and knows which life is meant."""
     async with _service(settings) as client:
-        row = await client.tell("probe of a session", "POST", f"{_path(session)}/probe", _row)
+        row = await client.tell(Exchange("probe of a session", "POST", f"{_path(session)}/probe", _row))
     works, detail, seconds = (needed(row, name) for name in ("works", "detail", "seconds"))
     return Verdict(session, bool(works), row.get("depth"), str(detail), float(seconds))
 
@@ -77,7 +79,10 @@ async def ask(settings: Settings, session: str, deadline_s: float, wanted: Depth
     if wanted is Depth.HANDSHAKE:
         return await _judged(Asking(), session, deadline_s, wanted)
     try:
-        async with open_mooncake(replace(settings.engine, host=settings.node.host)) as engine:
+        async with (
+            open_device(settings.node.accelerator, environ=environment()) as device,
+            open_mooncake(replace(settings.engine, host=settings.node.host), device) as engine,
+        ):
             return await _judged(Asking(engine), session, deadline_s, wanted)
     except EngineUnavailable as error:
         log.warning("no engine to ask with, only the handshake is asked", why=str(error))

@@ -2,8 +2,8 @@
 How late this process's event loop comes to what it wants to do.
 
 A loop that was held (a long callback, a lock of the interpreter, a stopped process, a host without CPU) finds every
-deadline of its own gone by when it wakes, and would blame whoever it was waiting for. So lateness can be asked for at
-any moment, also by code that runs before the tick that is late. Decides nothing.
+deadline of its own gone by when it wakes, and would blame whoever it was waiting for. So lateness, as core/listening.py
+has it, can be asked for at any moment, also by code that runs before the tick that is late. Decides nothing.
 """
 
 from __future__ import annotations
@@ -12,8 +12,12 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
+from pdctl.core.listening import Attention
+
 EVERY_S = 0.05
 """A stall is measured to within this much, and 20 ticks a second cost 0.05 % of a core."""
+LATE_S, HEAR_S = 0.25, 0.25
+"""What an alarm calls late, and how long it listens then: messages that lie there take milliseconds."""
 
 
 class LoopLag:
@@ -22,22 +26,47 @@ class LoopLag:
     def __init__(self, clock: Callable[[], float], every_s: float = EVERY_S) -> None:
         self._clock = clock
         self._every_s = every_s
-        self._due: float | None = None
+        self._attention = Attention()
 
     @property
     def late_s(self) -> float:
         """By how much the next tick is overdue."""
-        return 0.0 if self._due is None else max(0.0, self._clock() - self._due)
+        return self._attention.missed_s(self._clock())
 
     async def run(self, tell: Callable[[float], None]) -> None:
         """Tick until cancelled; `tell` hears how late each tick came."""
         try:
             while True:
-                self._due = self._clock() + self._every_s
+                self._attention.rests(self._clock(), self._every_s)
                 await asyncio.sleep(self._every_s)
                 tell(self.late_s)
         finally:
-            self._due = None
+            self._attention.ends()
+
+
+class Alarm:
+    """Rings once, `wait_s` from now, unless it is cancelled.
+
+    Where the loop comes late to it, this process may have stood still. What others said meanwhile lies in its sockets,
+    and is heard before anybody is blamed for silence: a decode rank that was stopped for longer than it waits for a
+    status called a room late whose success had come (tests/faults/rooms.py).
+    """
+
+    def __init__(self, wait_s: float, ring: Callable[[], None]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._ring = ring
+        self._attention = Attention()
+        self._attention.rests(self._loop.time(), wait_s)
+        self._handle = self._loop.call_later(wait_s, self._wake)
+
+    def cancel(self) -> None:
+        self._handle.cancel()
+
+    def _wake(self) -> None:
+        if self._attention.missed_s(self._loop.time()) < LATE_S:
+            self._ring()
+        else:
+            self._handle = self._loop.call_later(HEAR_S, self._ring)
 
 
 @asynccontextmanager

@@ -22,6 +22,7 @@ from typing import Any, NoReturn, Protocol, TypeVar
 
 import structlog
 
+from pdctl.core.exchange import Exchange
 from pdctl.core.lives import LONGEST_TTL_S
 from pdctl.core.native import Grant, Registration, Renewal, rank_path
 from pdctl.core.route import Announcement
@@ -44,23 +45,9 @@ class NoLeases(Exception):
 
 
 class Tell(Protocol):
-    """One exchange with the registry: `RegistryClient.tell`."""
+    """`RegistryClient.tell`."""
 
-    async def __call__(
-        self,
-        what: str,
-        method: str,
-        path: str,
-        read: Callable[[bytes], T],
-        *,
-        body: object = None,
-        params: Mapping[str, str] | None = None,
-        not_yet: int | None = None,
-    ) -> T:
-        """What `read` makes of a 200's body.
-
-        Raises RegistryRefused for a final no, PutOff for "not now", for which `not_yet` passes too, and Unreachable.
-        """
+    async def __call__(self, exchange: Exchange[T]) -> T: ...
 
 
 Insist = Callable[[Callable[[], Awaitable[None]], RetryPolicy], Awaitable[None]]
@@ -177,14 +164,14 @@ class Lease:
         try:
             async with asyncio.timeout(GOODBYE_WITHIN_S):
                 epoch = {"epoch": str(granted.epoch)}
-                await self._exchange("goodbye", "DELETE", self._terms.path, _unread, params=epoch)
+                await self._exchange(Exchange("goodbye", "DELETE", self._terms.path, _unread, params=epoch))
         except (PdctlError, TimeoutError) as error:
             log.info("goodbye came to nothing, the lease ends by itself", **self._named(), cause=str(error))
 
     async def _tell(self, what: str, method: str, below: str, *, body: object, not_yet: int | None = None) -> Grant:
         try:
             path = self._terms.path + below
-            return await self._exchange(what, method, path, _grant, body=body, not_yet=not_yet)
+            return await self._exchange(Exchange(what, method, path, _grant, body=body, not_yet=not_yet))
         except RegistryRefused as refused:
             if method == "PUT" and refused.status in _NO_SUCH_WIRE:
                 raise NoLeases(refused.text) from refused

@@ -15,7 +15,6 @@ import mmap
 import os
 import stat
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,7 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pdctl.core.handover import Handed, Memory, Store
+from pdctl.core.handover import Handed, Mapped, Memory, Store
 from pdctl.core.layout import Region
 from pdctl.errors import BadField
 
@@ -31,16 +30,8 @@ _ALIGNMENT = 64  # a cache line: no two arrays of an arena share one
 _SHM = Path("/dev/shm")  # noqa: S108  where Linux keeps what shm_open names (shm_overview(7))
 
 
-@dataclass(frozen=True, slots=True)
-class Mapped:
-    """Another process's memory, at `region` here for as long as somebody has `holder`."""
-
-    region: Region
-    holder: object
-
-
-OpenDevice = Callable[[Memory], Mapped]
-"""Opens a device's memory by its IPC handle. Raises BadField and OperatorError."""
+OpenShared = Callable[[Memory, str], Mapped]
+"""Opens a device's memory by its IPC handle (Device.open_shared). Raises BadField below the field that it is given."""
 
 
 class Arena:
@@ -148,7 +139,7 @@ class _File:
             os.close(fd)
 
 
-def map_shared(memory: Memory, field: str, owner: int | None, open_device: OpenDevice | None = None) -> Mapped:
+def map_shared(memory: Memory, field: str, owner: int | None, open_shared: OpenShared | None = None) -> Mapped:
     """Map another process's memory here; what either writes, both see. Bytes on their way from peers come whether an
     engine is open or not (MOONCAKE_FACTS H12): whoever has registered it keeps it until the process ends.
 
@@ -156,9 +147,9 @@ def map_shared(memory: Memory, field: str, owner: int | None, open_device: OpenD
     of what is wrong below `field`.
     """
     if memory.store is Store.CUDA_IPC:
-        if open_device is None:
-            raise BadField(f"{field}.kind", "is cuda_ipc, which this agent cannot open: hand over memory of the host")
-        return open_device(memory)
+        if open_shared is None:
+            raise BadField(f"{field}.kind", "is cuda_ipc, and no device is open here: hand over memory of the host")
+        return open_shared(memory, field)
     named = f"{field}.{'name' if memory.store is Store.SHM else 'path'}"
     path = _path(memory.store, memory.name, named)
     try:

@@ -26,8 +26,9 @@ from pdctl.core.lives import ChangeKind as SeatChangeKind
 from pdctl.core.sessions import Change, ChangeKind, Depth, State
 from pdctl.core.sums import Checked
 from pdctl.core.transfer import Phase, Side
+from pdctl.core.warmup import Report
 from pdctl.core.witness import Means, Sign
-from pdctl.errors import Cause
+from pdctl.errors import Cause, StoreCause
 
 # A handshake takes 0.3 ms on a local network and at most its deadline (1 s by default, tens of seconds by setting).
 PROBE_BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -54,6 +55,8 @@ class Metrics:
         self.registry = RegistryMetrics(self._registry)
         self.rooms = RoomMetrics(self._registry)
         self.sessions = SessionMetrics(self._registry)
+        self.store = StoreMetrics(self._registry)
+        self.store_traffic = StoreTrafficMetrics(self._registry)
         self.witness = WitnessMetrics(self._registry)
         self.watch = WatchMetrics(self._registry)
 
@@ -508,6 +511,82 @@ class SessionMetrics:
         self._panic.set_function(panicking)
         self._doubt.set_function(doubting)
         self._threads.set_function(threads_held)
+
+
+class StoreMetrics:
+    """How the shared store came up, by rank: there are as many label values as ranks that open one in this process."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._attempts = Counter(
+            "pdctl_store_warmup_attempts_total",
+            "Attempts at putting a fresh key into the shared store and reading it back.",
+            ["rank"],
+            registry=registry,
+        )
+        self._openings = Counter(
+            "pdctl_store_openings_total",
+            "How openings of the shared store ended.",
+            ["rank", "result"],
+            registry=registry,
+        )
+        self._seconds = Gauge(
+            "pdctl_store_opening_seconds",
+            "Seconds from the first question to the store's master to the end of the last opening.",
+            ["rank"],
+            registry=registry,
+        )
+
+    def opened(self, report: Report) -> None:
+        rank = str(report.rank)
+        self._attempts.labels(rank).inc(report.attempts)
+        self._openings.labels(rank, report.result.value).inc()
+        self._seconds.labels(rank).set(report.waited_s)
+
+
+class StoreCall(StrEnum):
+    """What the shared store was asked for."""
+
+    LOOK_UP = "look_up"
+    READ = "read"
+    WRITE = "write"
+
+
+class StoreEnd(StrEnum):
+    """What became of a key."""
+
+    DONE = "done"
+    MISSING = "missing"  # a miss, as any cache has them
+    FAILED = "failed"  # the store could not: a miss, or a write that was dropped
+    LEFT_OUT = "left_out"  # not tried, because the store was away: the same
+
+
+class StoreTrafficMetrics:
+    """What is asked of the shared store once it is up, and whether it is there."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        keys = Counter(
+            "pdctl_store_keys_total", "Keys of the shared store, by call and end.", ["call", "end"], registry=registry
+        )
+        failures = Counter(
+            "pdctl_store_failures_total", "Keys that the shared store failed, by cause.", ["cause"], registry=registry
+        )
+        self._attached = Gauge("pdctl_store_attached", "1 while the shared store is asked at all.", registry=registry)
+        self._left = Counter("pdctl_store_left_total", "Times that the shared store was left alone.", registry=registry)
+        self._keys = {(call, end): keys.labels(call, end) for call in StoreCall for end in StoreEnd}
+        self._failures = {cause: failures.labels(cause) for cause in StoreCause}
+
+    def ended(self, call: StoreCall, end: StoreEnd, times: int) -> None:
+        self._keys[call, end].inc(times)
+
+    def failed(self, cause: StoreCause) -> None:
+        self._failures[cause].inc()
+
+    def left(self) -> None:
+        self._left.inc()
+
+    def follow(self, is_attached: Callable[[], bool]) -> None:
+        """Read at every scrape."""
+        self._attached.set_function(lambda: float(is_attached()))
 
 
 class WitnessMetrics:

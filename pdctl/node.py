@@ -22,9 +22,10 @@ from fastapi import APIRouter
 
 from pdctl import config, drainer, logs, server
 from pdctl.admission import Turnstile
-from pdctl.client import RegistryClient
+from pdctl.client import Registries, RegistryClient
 from pdctl.config import ServeSettings, Settings
 from pdctl.core.admission import Admission
+from pdctl.core.device import HOST
 from pdctl.core.draining import DrainPolicy
 from pdctl.core.layout import RankPools, Region
 from pdctl.core.lives import ERA, Life
@@ -35,12 +36,14 @@ from pdctl.core.rooms import EXTENSIONS, RoomBook
 from pdctl.core.route import Announcement, Seat, Shape
 from pdctl.core.witness import Verdict, WitnessPolicy, WitnessTable
 from pdctl.dated import Dated
+from pdctl.device.base import Device
+from pdctl.device.open import open_device
 from pdctl.dialects import native, sglang
 from pdctl.door import Door, open_door
 from pdctl.engine.asking import Asking
 from pdctl.engine.base import Engine
 from pdctl.engine.mooncake import by_name, open_mooncake
-from pdctl.errors import ConfigError, NotReady, PdctlError
+from pdctl.errors import BadField, ConfigError, NotReady, PdctlError
 from pdctl.lease import Lease, LeaseTerms, NoLeases
 from pdctl.links import Links
 from pdctl.metrics import Metrics
@@ -296,16 +299,25 @@ class PrefillNode:
 
 @asynccontextmanager
 async def prefill_node(
-    settings: Settings, *, pools: RankPools, arena: Region | Sequence[Region], seat: Seat, shape: Shape
+    settings: Settings,
+    *,
+    pools: RankPools,
+    arena: Region | Sequence[Region],
+    seat: Seat,
+    shape: Shape,
+    device: Device | None = None,
 ) -> AsyncIterator[PrefillNode]:
     """A prefill rank in `seat`: `arena`, one or several, holds all its pools, and is all that peers may reach.
+
+    `device`: an open one that they are on; without it `node.accelerator` is opened.
 
     It takes a lease when its memory is registered and its link listens, renews it while it lives, gives it back before
     the link stops, and is `registered` only while the registry says so. Raises EngineUnavailable, AddressTaken,
     RegistrationGaveUp, Superseded, ...
     """
-    async with _rank(settings, arena, str(seat), "prefill") as rank:
-        asking = Asking(rank.engine, by_name(replace(settings.engine, host=settings.node.host)))
+    async with _rank(settings, device, arena, str(seat), "prefill") as rank:
+        pools = pools.placed(rank.device.where)
+        asking = Asking(rank.engine, by_name(replace(settings.engine, host=settings.node.host), rank.device))
         links = Links.open(settings, asking, rank.metrics, _refused, rank.engine.card)
         sender = Sender(
             rank.engine,
@@ -350,6 +362,7 @@ class DecodeNode:
     seat: Seat
     _settings: Settings
     _listed: _Listed | None = None
+    _registries: Registries = field(default_factory=Registries)
 
     @property
     def registered(self) -> bool:
@@ -362,13 +375,15 @@ class DecodeNode:
         Asked anew for every room (requests of a millisecond): a prefill that was replaced is found by the next one,
         and no stale address can be kept. Raises NotReady, Unreachable, and LayoutMismatch with both values.
         """
-        async with RegistryClient(registry, policy=self._settings.retry, credentials=self._settings.client) as client:
+        how = self._settings
+        async with self._registries.asking(registry, how.retry, how.client) as client:
             shape = await client.topology()
-            kind = self.receiver.pools.layout.kind
-            pairing = pair(shape, self.shape, self.seat.tp, self.seat.pp, kind).at(await _dp_rank(client, shape, room))
+            layout = self.receiver.pools.layout
+            found = pair(shape, self.shape, self.seat.tp, self.seat.pp, layout.kind, layout.tokens.size)
+            pairing = found.at(await _dp_rank(client, shape, room))
             at = await asyncio.gather(*map(client.rank, (*pairing.senders, *pairing.dummies)))
         n = pairing.responses
-        ranks = frozenset(rank_id(seat, shape) for seat in pairing.senders)
+        ranks = tuple(rank_id(seat, shape) for seat in pairing.senders)
         return Paired(tuple(at[:n]), tuple(at[n:]), pairing.required, n, ranks)
 
 
@@ -382,15 +397,18 @@ async def decode_node(
     tp_rank: int = 0,
     pp_rank: int = 0,
     registry: str | None = None,
+    device: Device | None = None,
 ) -> AsyncIterator[DecodeNode]:
-    """A decode rank; `shape` is its own, with which a prefill's must agree. `arena` holds all its pools.
+    """A decode rank; `shape` is its own, with which a prefill's must agree. `arena` holds all its pools, `device` is an
+    open one that they are on; without it `node.accelerator` is opened.
 
     With the URL of a `registry` it holds a lease there, as role decode of `node.decode_instance`, so that it is seen,
     watched and drained as prefills are; its engine's session stands in the metadata. Without one it only asks. Raises
     as `prefill_node`.
     """
     seat = Seat(0, 0, tp_rank, pp_rank)
-    async with _rank(settings, arena, str(seat), "decode") as rank:
+    async with _rank(settings, device, arena, str(seat), "decode") as rank:
+        pools = pools.placed(rank.device.where)
         receiver = Receiver(
             rank.engine.session,
             rank.link.send,
@@ -405,6 +423,7 @@ async def decode_node(
         )
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(receiver)
+            registries = await stack.enter_async_context(Registries())
             listed = None
             if registry is not None:
                 client = RegistryClient(registry, policy=settings.retry, credentials=settings.client)
@@ -421,7 +440,7 @@ async def decode_node(
                     metadata={SESSION_KEY: rank.engine.session},
                 )
                 await stack.enter_async_context(beside(registration=listed.hold(terms)))
-            yield DecodeNode(receiver, rank.engine, rank.metrics_url, shape, seat, settings, listed)
+            yield DecodeNode(receiver, rank.engine, rank.metrics_url, shape, seat, settings, listed, registries)
 
 
 def _refused(error: PdctlError, path: str, peer: str) -> PdctlError:
@@ -443,6 +462,7 @@ async def _dp_rank(client: RegistryClient, shape: Shape, room: int) -> int:
 class _Rank:
     """What a prefill and a decode rank have in common."""
 
+    device: Device
     engine: Engine
     link: PeerLink
     metrics: Metrics
@@ -460,15 +480,30 @@ class _Rank:
 
 
 @asynccontextmanager
-async def _rank(settings: Settings, arena: Region | Sequence[Region], name: str, role: str) -> AsyncIterator[_Rank]:
+async def _device(settings: Settings, given: Device | None) -> AsyncIterator[Device]:
+    """The one that the caller keeps open, or the one that the settings name."""
+    if given is not None:
+        yield given
+        return
+    async with open_device(settings.node.accelerator, environ=config.environment()) as device:
+        yield device
+
+
+@asynccontextmanager
+async def _rank(
+    settings: Settings, given: Device | None, arena: Region | Sequence[Region], name: str, role: str
+) -> AsyncIterator[_Rank]:
     host, metrics = settings.node.host, Metrics()
     door = open_door(settings.access, metrics)
     sock = server.bind(host, settings.node.http_port)
     with closing(sock), logs.rank_bound(name, role=role):
         async with (
-            open_mooncake(replace(settings.engine, host=host)) as engine,
+            _device(settings, given) as device,
+            open_mooncake(replace(settings.engine, host=host), device) as engine,
             open_link(host, metrics=metrics) as link,
         ):
             for region in (arena,) if isinstance(arena, Region) else arena:
+                if (on := device.where(region)) not in (HOST, device.spec):
+                    raise BadField("arena", f"{region} is on {on}, and this rank's device is {device.spec}: open {on}")
                 await engine.register(region)
-            yield _Rank(engine, link, metrics, sock, door, settings.serve.grace_s)
+            yield _Rank(device, engine, link, metrics, sock, door, settings.serve.grace_s)

@@ -27,7 +27,7 @@ from pdctl.metrics import LinkDrop, Metrics
 
 log = structlog.get_logger(__name__)
 
-_BREATHE_EVERY = 64  # messages; a receive that is ready at once never lets the event loop run
+_BREATHE_AFTER_S = 1e-3  # of messages; a receive that is ready at once never lets the event loop run
 _LOG_EVERY_S = 1.0
 
 
@@ -105,13 +105,14 @@ class PeerLink:
 
     async def serve(self, handle: Callable[[list[bytes]], None]) -> None:
         """Give each message to `handle`, for ever. What is wrong with one message never reaches the next."""
-        n = 0
+        loop = asyncio.get_running_loop()
+        breathed = loop.time()
         while True:
             frames = await self._pull.recv_multipart()
             self._deliver(handle, frames)
-            n += 1
-            if n % _BREATHE_EVERY == 0:
+            if loop.time() - breathed > _BREATHE_AFTER_S:
                 await asyncio.sleep(0)
+                breathed = loop.time()
 
     async def is_gone(self, peer: Endpoint) -> bool:
         """Whether the peer's own host says that nobody listens there: the process that did has ended.

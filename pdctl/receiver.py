@@ -43,13 +43,15 @@ from pdctl.core.address import Endpoint
 from pdctl.core.layout import RankPools
 from pdctl.core.pairing import Paired
 from pdctl.core.plan import Ints
-from pdctl.core.sums import AUX, KV, STATE, Checked, Sums, missing
+from pdctl.core.sums import AUX, KV, STATE, Checked, Checksum, Sums, spoken
 from pdctl.core.transfer import OVERDUE, RECEIVER, Event, Phase, Quarantined, RoomTimeouts, Side, step
 from pdctl.core.wire import (
+    FIRST_QUESTION,
     NOT_REGISTERED,
     Abort,
     AbortAck,
     AuxData,
+    Matched,
     Metadata,
     RegisterBuffers,
     Status,
@@ -58,7 +60,8 @@ from pdctl.core.wire import (
 )
 from pdctl.engine.checksums import Checksums
 from pdctl.errands import Errands
-from pdctl.errors import BadFrames, CallerError, RoomFailed, Unreachable
+from pdctl.errors import BadFrames, CallerError, ChecksumsMissing, RoomFailed, Unreachable
+from pdctl.lag import Alarm
 from pdctl.metrics import Metrics
 
 log = structlog.get_logger(__name__)
@@ -78,9 +81,11 @@ async def never_gone(_: Endpoint) -> bool:
 
 @dataclass(slots=True)
 class _Prefill:
-    """Whether a prefill rank has been told of our memory; the lock makes rooms of the same moment tell it once."""
+    """Whether a prefill rank has been told of our memory, and has said that it sums; the lock makes rooms of the same
+    moment tell it, and ask it, once."""
 
     told: bool = False
+    sums: bool = False
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
@@ -119,13 +124,18 @@ class Receiver:
     ) -> None:
         self.session, self.reply, self.pools, self.timeouts = session, reply, pools, timeouts
         self.clock, self.metrics = clock, metrics.rooms
-        self._registration = _registration(session, reply, pools, tp_rank, tp_size, timeouts.checksum).to_frames()
+        wants_sums = timeouts.checksum.is_on
+        pools.check_aux_written_here()
+        if wants_sums:
+            pools.check_summed_here()
+        self._registration = _registration(session, reply, pools, tp_rank, tp_size, wants_sums).to_frames()
         self.checksums = Checksums()
         self._send, self._is_gone = send, is_gone
         self._prefills: OrderedDict[Endpoint, _Prefill] = OrderedDict()
         self._rooms: dict[int, ArrivingRoom] = {}
         self._held: list[_Held] = []
         self._generations = itertools.count(1)
+        self._questions: dict[int, asyncio.Future[bool]] = {}
         self.errands = Errands()
 
     async def __aenter__(self) -> Self:
@@ -172,7 +182,7 @@ class Receiver:
         `prefix_len` tokens: one rank that does it all, or several by `core.pairing`."""
         paired = Paired((prefill,)) if isinstance(prefill, Endpoint) else prefill
         given, rows = np.asarray(pages, dtype=np.int64).ravel(), tuple(tuple(group) for group in state_rows)
-        self._check_own(given, aux_row, rows, paired.senders)
+        self._check_own(given, aux_row, rows, paired.senders, paired.ranks)
         who, required = (room, self.reply, self.session), paired.required
         named = Metadata(*who, given.astype(np.int32), aux_row, required, prefix_len, rows)
         dummy = Metadata(*who, np.empty(0, np.int32), None, required, prefix_len)
@@ -213,6 +223,10 @@ class Receiver:
 
     def _acknowledged(self, ack: AbortAck) -> None:
         """Generations are ours and never used twice, so each names one prefill rank's share of one room."""
+        if (question := self._questions.get(ack.room)) is not None:
+            if not question.done():
+                question.set_result(ack.sums)
+            return
         for held in self._held:
             if held.room == ack.room and ack.generation in held.asked:
                 self._confirm(held, ack.generation)
@@ -239,6 +253,12 @@ class Receiver:
     def enter(self, room: ArrivingRoom) -> None:
         if room.room in self._rooms:
             raise CallerError(f"room {room.room} is open already: give each request a room of its own")
+        silent = [str(at) for held in self._held if held.room == room.room for at in held.asked.values()]
+        if silent:  # what they say yet of the room's last use would be taken for this one: a status has no generation
+            raise CallerError(
+                f"room {room.room} is not over at prefill {', '.join(silent)}, which has not confirmed yet that it was "
+                "given up here: give each request a room of its own"
+            )
         self._rooms[room.room] = room
         self.metrics.opened(Side.RECEIVER)
 
@@ -247,15 +267,52 @@ class Receiver:
         self.metrics.ended(Side.RECEIVER, room.phase, self.clock() - room.opened_at)
 
     async def tell_memory(self, prefill: Endpoint) -> None:
-        """Register our buffers there, unless that has been done. Raises Unreachable."""
+        """Register our buffers there, unless that has been done. Raises Unreachable, and ChecksumsMissing."""
         known = self._prefills.setdefault(prefill, _Prefill())
         self._prefills.move_to_end(prefill)
         while len(self._prefills) > _MAX_PREFILLS:
             self._prefills.popitem(last=False)
         async with known.lock:
+            if self.timeouts.checksum is Checksum.REQUIRED and not known.sums:
+                await self._require_sums(prefill)
+                known.sums = True
             if not known.told:
                 await self._send(prefill, self._registration)
                 known.told = True
+
+    async def _require_sums(self, prefill: Endpoint) -> None:
+        """Stock knows no such question; it is put so that it answers, and at once (`FIRST_QUESTION`)."""
+        generation = next(self._generations)
+        room = FIRST_QUESTION + generation % (2**64 - FIRST_QUESTION)
+        answer = self._questions[room] = asyncio.get_running_loop().create_future()
+        limit_s = self.timeouts.transfer_s
+        try:
+            async with asyncio.timeout(limit_s):
+                await self._send(prefill, Abort(room, self.reply, generation).to_frames())
+                sums = await answer
+        except TimeoutError:
+            raise Unreachable(
+                f"prefill rank at {prefill} has not said within {limit_s:g} s whether it gives checksums, which "
+                "room.checksum requires here: see whether it is stopped, and whether it can reach this control port"
+            ) from None
+        finally:
+            del self._questions[room]
+        if not sums:
+            raise ChecksumsMissing(
+                f"prefill rank at {prefill} gives no checksums, and room.checksum is required here: start that prefill "
+                "with room.checksum offered or required (a stock one cannot), or this decode with offered"
+            )
+
+    def matched(self, prefill: Endpoint, room: int) -> None:
+        """Tell a prefill rank that what has arrived is what its sums say."""
+
+        async def tell() -> None:
+            try:
+                await self._send(prefill, Matched(room, self.session).to_frames())
+            except Unreachable as error:
+                log.warning("prefill rank not told of a match", room=room, to=str(prefill), why=str(error))
+
+        self.errands.spawn(f"match to {prefill}", tell())
 
     async def tell_pages(self, prefill: Endpoint, named: Metadata) -> None:
         """Raises Unreachable, and then `prefill` does not know of the pages."""
@@ -288,7 +345,7 @@ class Receiver:
 
     async def _ask_one(self, held: _Held, generation: int, at: Endpoint) -> None:
         try:
-            await self._send(at, Abort(held.room, self.reply, generation).to_frames())
+            await self._send(at, Abort(held.room, self.reply, generation, held.reason or None).to_frames())
             return
         except Unreachable as error:
             log.warning("prefill rank not told of an abort", room=held.room, to=str(at), why=str(error))
@@ -314,11 +371,18 @@ class Receiver:
             held.release(held.pages)
 
     def _check_own(
-        self, pages: Ints, aux_row: int, state_rows: Sequence[Sequence[int]], prefills: Sequence[Endpoint]
+        self,
+        pages: Ints,
+        aux_row: int,
+        state_rows: Sequence[Sequence[int]],
+        prefills: Sequence[Endpoint],
+        ranks: Sequence[int] | None,
     ) -> None:
         """Our own mistakes are found here, before a stranger is asked to write somewhere."""
         if not prefills:
             raise CallerError("no prefill rank given: a room needs at least one")
+        if ranks is None and len(prefills) > 1 and self.timeouts.checksum.is_on:
+            raise CallerError("several prefill ranks are given without their ids: give Paired.ranks, to check by sums")
         if len(state_rows) > len(self.pools.states):
             raise CallerError(
                 f"rows of {len(state_rows)} groups of state are named, this rank has {len(self.pools.states)}: "
@@ -347,7 +411,7 @@ class ArrivingRoom:
         named: Metadata,
         telling: Sequence[tuple[Endpoint, Metadata]],
         responses: int,
-        ranks: frozenset[int] | None,
+        ranks: tuple[int, ...] | None,
         release: Release | None,
     ) -> None:
         self.room = named.room
@@ -364,8 +428,9 @@ class ArrivingRoom:
         self._told: list[Endpoint] = []
         self._answers: set[int] = set()
         self._checks: dict[int, asyncio.Task[None]] = {}
+        self._spoken = np.zeros(len(named.pages), bool)
         self._ended = asyncio.Event()
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: Alarm | None = None
 
     async def __aenter__(self) -> Self:
         self._of.enter(self)
@@ -416,26 +481,47 @@ class ArrivingRoom:
 
     def _prefill_done(self, status: Status) -> None:
         """Believe it, or, where it was asked for sums and gives them, see first whether that is what has arrived."""
-        if not self._of.timeouts.checksum or self.phase.is_final:
+        if not self._of.timeouts.checksum.is_on or self.phase.is_final:
             self._answered(status.rank)
         elif status.sums is None:
-            log.debug("room is not checked: its prefill sends no checksums", room=self.room, rank=status.rank)
-            self._of.metrics.checked(Checked.ABSENT)
-            self._answered(status.rank)
+            self._came_without_sums(status.rank)
         else:
             check = asyncio.create_task(self._check_arrival(status.rank, status.sums), name=f"check of {self.room}")
             self._checks[status.rank] = check
             check.add_done_callback(self._check_ended)
 
+    def _came_without_sums(self, rank: int) -> None:
+        self._of.metrics.checked(Checked.ABSENT)
+        if self._of.timeouts.checksum is Checksum.REQUIRED:
+            self._forget_all()  # it has said once that it would
+            self._fail(
+                Event.PEER_FAILED,
+                f"prefill rank {rank} gives no checksums, and room.checksum is required here: see whether it was "
+                "started anew without",
+            )
+            return
+        log.debug("room is not checked: its prefill sends no checksums", room=self.room, rank=rank)
+        self._answered(rank)
+
     def _answered(self, rank: int) -> None:
         self._answers.add(rank)
         complete = len(self._answers) >= self._responses
+        if complete and self._of.timeouts.checksum is Checksum.REQUIRED and not self._spoken.all():
+            self._fail(
+                Event.TRANSFER_FAILED,
+                f"no prefill rank gives a checksum of pages {self.pages[~self._spoken].tolist()[:16]}, and "
+                "room.checksum is required here: look at the logs of both sides for this room",
+            )
+            return
         self._step(Event.ALL_ANSWERED if complete else Event.PREFILL_ANSWERED)
 
     async def _check_arrival(self, rank: int, sums: Sequence[Sums]) -> None:
         """Stands beside the room: what comes of it is an answer, or the end."""
-        unspoken = missing(sums, len(self.pages))  # none where it speaks of no page: then it has written no heads here
-        wrong = [f"pages {self.pages[unspoken].tolist()[:16]}, of which it gives no checksum"] if len(unspoken) else []
+        of = spoken(sums, len(self.pages))
+        self._spoken |= of
+        wrong = []
+        if of.any() and not of.all():  # where it speaks of no page it has written no heads here
+            wrong = [f"pages {self.pages[~of].tolist()[:16]}, of which it gives no checksum"]
         for each in sums:
             wrong += await self._differ(rank, each)
         self._of.metrics.checked(Checked.DIFFERED if wrong else Checked.MATCHED)
@@ -448,6 +534,12 @@ class ArrivingRoom:
             )
         else:
             self._answered(rank)
+            if self.phase is not Phase.FAILED:
+                self._of.matched(self._at(rank), self.room)
+
+    def _at(self, rank: int) -> Endpoint:
+        """Where that prefill rank is told; the senders come first in `_telling`, as their ids do."""
+        return self._telling[0 if self._ranks is None else self._ranks.index(rank)][0]
 
     async def _differ(self, rank: int, sums: Sums) -> list[str]:
         pool, items = sums.pool_of(self._of.pools), self._items_of(sums.pool)
@@ -487,6 +579,8 @@ class ArrivingRoom:
         except Unreachable as error:
             self._forget_all()
             self._fail(Event.PEER_UNREACHABLE, str(error))
+        except ChecksumsMissing as error:
+            self._fail(Event.PEER_FAILED, str(error))
         self._check()
 
     async def _tell(self, at: Endpoint, named: Metadata) -> None:
@@ -534,7 +628,7 @@ class ArrivingRoom:
         self._timer = None
         if not self.phase.is_final:
             limit_s = OVERDUE[Side.RECEIVER, self.phase].limit_s(self._of.timeouts)
-            self._timer = asyncio.get_running_loop().call_later(limit_s, self._overdue)
+            self._timer = Alarm(limit_s, self._overdue)
 
     def _overdue(self) -> None:
         who = "prefill at " + ", ".join(str(at) for at, _ in self._telling)
@@ -562,13 +656,16 @@ def _registration(
         kv_item_len=kv.item_lens[0] if kv.item_lens else 0,
         kv_item_lens=kv.item_lens,
         kv_layer_ids=pools.layout.layer_ids,
+        dcp_size=pools.layout.tokens.size,
+        dcp_rank=pools.layout.tokens.rank,
         state_pointers=tuple(state.pointers for state in pools.states),
         state_item_lens=tuple(state.item_lens for state in pools.states),
         state_layer_ids=pools.state_layer_ids,
+        state_dims=pools.state_dims,
         wants_sums=wants_sums,
     )
 
 
-def _cancel(timer: asyncio.TimerHandle | None) -> None:
+def _cancel(timer: asyncio.TimerHandle | Alarm | None) -> None:
     if timer is not None:
         timer.cancel()

@@ -51,6 +51,7 @@ class RetryPolicy:
         hardly any; better where thousands lost the same registry at one moment.
     full_first: True: the first wait, and what is added to a `Retry-After`, are drawn from 0 on whatever `full_jitter`
         says of the other waits (`returning`).
+    even: False; True, no jitter: each wait is its ceiling. For who alone tries its own thing, and says how far apart.
     max_attempts: None, no bound: an engine that has loaded its weights for ten minutes should not throw them away
         because the registry was slow. Whoever wants an end says so, and says what it means.
     give_up_after_s: no attempt starts later than this after the first one started; None, no bound. The last wait is
@@ -67,6 +68,7 @@ class RetryPolicy:
     max_wait_s: float = 30.0
     full_jitter: bool = False
     full_first: bool = False
+    even: bool = False
     max_attempts: int | None = None
     give_up_after_s: float | None = None
     max_retry_after_s: float = 120.0
@@ -131,6 +133,8 @@ class RetryPolicy:
         )
 
     def _jittered_s(self, ceiling_s: float, random: Random, *, full: bool = False) -> float:
+        if self.even:
+            return ceiling_s
         return random.uniform(0.0 if full or self.full_jitter else ceiling_s / 2, ceiling_s)
 
 

@@ -18,9 +18,10 @@ not bring its blocks to rest in time, when it has. Until then it shows in `sende
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -34,14 +35,16 @@ from pdctl.core.early import EarlyBook, EarlyLimits
 from pdctl.core.layout import RankPools
 from pdctl.core.plan import CopyPlan, Ints
 from pdctl.core.sessions import Gate
-from pdctl.core.sums import Summand, Sums
+from pdctl.core.sums import Checksum, Summand, Sums
 from pdctl.core.transfer import OVERDUE, SENDER, Event, Phase, Quarantined, RoomTimeouts, Side, step
 from pdctl.core.turns import cut
 from pdctl.core.wire import (
+    FIRST_QUESTION,
     NOT_REGISTERED,
     Abort,
     AbortAck,
     Bootstrap,
+    Matched,
     Metadata,
     RegisterBuffers,
     Status,
@@ -54,6 +57,7 @@ from pdctl.engine.checksums import Checksums
 from pdctl.errands import Errands
 from pdctl.errors import (
     CallerError,
+    ChecksumsMissing,
     ConfigError,
     LayoutMismatch,
     LimitReached,
@@ -63,8 +67,10 @@ from pdctl.errors import (
     TransferFailed,
     Unreachable,
 )
+from pdctl.lag import Alarm
 from pdctl.lanes import Lanes
 from pdctl.metrics import Metrics
+from pdctl.retry import RetryPolicy, retrying
 
 log = structlog.get_logger(__name__)
 
@@ -72,6 +78,9 @@ Send = Callable[[Endpoint, Sequence[bytes]], Awaitable[None]]
 Release = Callable[[Ints], None]
 
 _FLUSH_S = 1.0  # what a peer is allowed for taking a last status
+# A decode that does not hear how a room ended waits for all of its waiting_s, and loses a room that has succeeded. A
+# way that was cut for a moment is found again so; who is gone for longer has lost more than a status.
+_AGAIN = RetryPolicy(first_wait_s=0.2, max_wait_s=2.0, give_up_after_s=30.0)
 _AHEAD = 2  # turns of one room at one peer at once: the second fills the gap between the first and the one after
 
 
@@ -116,6 +125,8 @@ class Sender:
         limits: SenderLimits | None = None,
     ) -> None:
         self.engine, self.pools, self.gate, self.timeouts = engine, pools, gate, timeouts
+        if timeouts.checksum.is_on:
+            pools.check_summed_here()
         self.layers = frozenset(pools.layout.layer_of(len(pools.kv)).tolist())
         self.clock, self.metrics = clock, metrics.rooms
         self._send, self._rank = send, rank
@@ -127,7 +138,9 @@ class Sender:
         self._rooms: dict[int, SendingRoom] = {}
         self._unsettled: set[SendingRoom] = set()
         self._early = EarlyBook(self.limits.early, timeouts.bootstrap_s, _never_opened)
+        self._untold: dict[tuple[int, Endpoint], asyncio.Task[None]] = {}
         self.errands = Errands()
+        self.reports = Errands()  # apart: what cannot be delivered stays long, and may not crowd out an abort's answer
         self.settling = Errands(limit=None)  # as many as rooms were left unsettled, and none may be dropped
 
     async def __aenter__(self) -> Self:
@@ -137,7 +150,7 @@ class Sender:
         if self._unsettled:
             log.warning("closing while the engine still reads pages", rooms=len(self._unsettled))
         await self.settling.aclose(flush_s=0)
-        await self.errands.aclose(_FLUSH_S)
+        await asyncio.gather(self.reports.aclose(_FLUSH_S), self.errands.aclose(_FLUSH_S))
         self.checksums.close()
 
     @property
@@ -173,6 +186,9 @@ class Sender:
                 self._named(named)
             case Abort() as abort:
                 self._aborted(abort)
+            case Matched() as matched:
+                if (room := self._rooms.get(matched.room)) is not None:
+                    room.matched(matched.session)
             case Bootstrap() | Unknown() as other:
                 log.debug("message not used", message=type(other).__name__)
 
@@ -192,6 +208,7 @@ class Sender:
         log.info("decode rank registered", session=said.session, entries=len(said.kv_pointers), reply=str(said.reply))
 
     def _named(self, named: Metadata) -> None:
+        self._hush(named.room, named.reply)
         room = self._rooms.get(named.room)
         if room is None or room.phase.is_final:  # the next use of a room id may come while the last is being left
             self._early.put(named, self.clock())
@@ -199,6 +216,8 @@ class Sender:
             room.named(named)
 
     def _aborted(self, abort: Abort) -> None:
+        if abort.reply is not None:
+            self._hush(abort.room, abort.reply)
         room = self._rooms.get(abort.room) or next((r for r in self._unsettled if r.room == abort.room), None)
         if room is not None:
             room.aborted(abort)
@@ -242,6 +261,11 @@ class Sender:
         blocked = self.gate.reason_blocked(named.session)
         if blocked is not None:
             raise SessionBlocked(named.session, blocked)
+        if self.timeouts.checksum is Checksum.REQUIRED and not said.wants_sums:
+            raise ChecksumsMissing(
+                f"decode session {named.session} asks for no checksums, and room.checksum is required here: start that "
+                "decode with room.checksum offered or required (a stock one cannot), or this prefill with offered"
+            )
         return Destination.of(said, named, self.pools)
 
     def take_in(self, session: str) -> None:
@@ -262,11 +286,39 @@ class Sender:
         reason: str | None = None,
         sums: Sequence[Sums] | None = None,
     ) -> None:
-        status = Status(room, phase, self._rank, reason, None if sums is None else tuple(sums))
-        self._post(to, status.to_frames(), "status")
+        """How the room has ended; said again until a connection takes it, or nobody there wants to know any more."""
+        frames = Status(room, phase, self._rank, reason, None if sums is None else tuple(sums)).to_frames()
+        policy = replace(_AGAIN, give_up_after_s=min(_AGAIN.give_up_after_s or 0.0, self.timeouts.waiting_s))
+
+        async def deliver() -> None:
+            with contextlib.suppress(Unreachable):
+                await self._send(to, frames)  # most of the time it is this; what may be repeated costs 0.1 ms more
+                return
+            try:
+                await retrying(policy, lambda: self._send(to, frames), is_permanent=_is_defect)
+            except Unreachable as error:
+                log.warning("decode rank not told", what="status", to=str(to), why=str(error))
+
+        self._hush(room, to)
+        task = self.reports.spawn(f"status to {to}", deliver())
+        if task is not None:
+            self._untold[room, to] = task
+            task.add_done_callback(lambda told: self._told(room, to, told))
+
+    def _told(self, room: int, to: Endpoint, task: asyncio.Task[None]) -> None:
+        if self._untold.get((room, to)) is task:
+            del self._untold[room, to]
+
+    def _hush(self, room: int, to: Endpoint) -> None:
+        """That end of the room's life is over: a status that came later would speak of the number's next use."""
+        task = self._untold.pop((room, to), None)
+        if task is not None:
+            task.cancel()
 
     def acknowledge(self, room: int, to: Endpoint, generation: int) -> None:
-        self._post(to, AbortAck(room, self._rank, generation).to_frames(), "abort ack")
+        """And answer the question that it may be."""
+        sums = room >= FIRST_QUESTION and self.timeouts.checksum.is_on
+        self._post(to, AbortAck(room, self._rank, generation, sums).to_frames(), "abort ack")
 
     def _post(self, to: Endpoint, frames: Sequence[bytes], what: str) -> None:
         async def deliver() -> None:
@@ -295,12 +347,14 @@ class SendingRoom:
         self._writes: set[asyncio.Task[None]] = set()
         self._unsettled: set[str] = set()
         self._sums: dict[str, list[Sums]] = {}
+        self._comparing: set[str] = set()
+        self._compared = asyncio.Event()
         self._sources: list[Ints] = []
         self._n_sent = 0
         self._open_chunk: LayerGroups | None = None
         self._left_at = 0.0
         self._no_longer_bootstrapping = asyncio.Event()
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: Alarm | None = None
 
     async def __aenter__(self) -> Self:
         early, over = self._of.enter(self)
@@ -366,7 +420,7 @@ class SendingRoom:
 
     async def finish(self, aux_row: int | None = None, state_rows: Sequence[npt.ArrayLike] = ()) -> None:
         """Copy the aux row and the rows of each group of state, when all chunks have landed; then the decode ranks hear
-        of success."""
+        of success. Those that sum have to say first that what arrived is what was sent."""
         while self._writes:
             await asyncio.wait(self._writes)
         self._check()
@@ -376,10 +430,29 @@ class SendingRoom:
         await self._write(
             lambda d: d.last(self._n_sent, aux_row, state_rows), lambda d: d.last_summands(aux_row, state_rows)
         )
-        self._step(Event.LAST_CHUNK_LANDED)
+        self._comparing = set(self._sums)
         for destination in self._destinations.values():
             sums = self._sums.get(destination.session)
             self._of.report(destination.named.reply, self.room, Phase.SUCCESS, sums=sums)
+        if self._comparing:
+            await self._comparison()
+        self._step(Event.LAST_CHUNK_LANDED)
+
+    async def _comparison(self) -> None:
+        """Return when every decode rank that sums has found what was sent. Raises RoomFailed."""
+        self._watch()
+        limit_s = self._of.timeouts.transfer_s
+        try:
+            async with asyncio.timeout(limit_s):
+                await self._compared.wait()
+        except TimeoutError:
+            silent = ", ".join(sorted(self._comparing))
+            self._fail(
+                Event.TIMED_OUT,
+                f"no word from decode session {silent} within {limit_s:g} s whether what arrived is what was sent: see "
+                "its log for this room, and whether it can reach this control port, or raise transfer_s",
+            )
+        self._check()
 
     # --- what peers say
 
@@ -395,7 +468,7 @@ class SendingRoom:
                 if named.session not in self._destinations:
                     self._of.take_in(named.session)
                 self._destinations[named.session] = destination
-                if destination.wants_sums and self._of.timeouts.checksum:
+                if destination.wants_sums and self._of.timeouts.checksum.is_on:
                     self._sums[named.session] = []
             except PdctlError as error:
                 self._fail(Event.TRANSFER_FAILED, str(error))
@@ -406,13 +479,31 @@ class SendingRoom:
         if complete:
             self._no_longer_bootstrapping.set()
 
+    def matched(self, session: str) -> None:
+        """What it has of the room is what our sums say; before they were given that is a mistake."""
+        if session in self._comparing:
+            self._comparing.remove(session)
+            if not self._comparing:
+                self._compared.set()
+
     def aborted(self, abort: Abort) -> None:
         """A decode rank has given the room up; acknowledged when nothing of the room is in flight."""
+        if self._never_heard_of(abort.reply):
+            if abort.reply is not None and abort.generation is not None:
+                self._of.acknowledge(self.room, abort.reply, abort.generation)  # nothing was ever sent there
+            return
         who = f"decode rank {abort.reply}" if abort.reply else "a decode rank"
-        self._fail(Event.PEER_FAILED, f"{who} has given the room up: see its log", but_tell_not=abort.reply)
+        why = f"{who} has given the room up: {abort.reason or 'see its log'}"
+        self._fail(Event.PEER_FAILED, why, but_tell_not=abort.reply)
         if abort.reply is not None and abort.generation is not None:
             self._acks[abort.reply] = abort.generation
             self._acknowledge_at_rest()
+
+    def _never_heard_of(self, reply: Endpoint | None) -> bool:
+        """A room that is complete is not given up by a decode rank whose pages came too late for it: two that were
+        given one number by mistake would end each other's room. Before that it may be one that is still awaited."""
+        named = {each.reply for each in self._named.values()}
+        return reply is not None and self.phase is not Phase.BOOTSTRAPPING and reply not in named
 
     def peer_replaced(self, session: str) -> None:
         """Another process, or other memory, has announced itself under this session."""
@@ -540,6 +631,7 @@ class SendingRoom:
             if not named.is_dummy and named.reply != but_tell_not:
                 self._of.report(named.reply, self.room, Phase.FAILED, reason)
         self._no_longer_bootstrapping.set()
+        self._compared.set()
 
     def _acknowledge_at_rest(self) -> None:
         if self._writes or self._unsettled:
@@ -549,13 +641,13 @@ class SendingRoom:
             self._of.acknowledge(self.room, to, generation)
 
     def _watch(self) -> None:
-        """Bound the wait that the room is in. A write is bounded by its own deadline."""
+        """Bound the wait that the room is in. A write is bounded by its own deadline, and so is a comparison."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if not self.phase.is_final and not self._writes:
+        if not self.phase.is_final and not self._writes and not self._comparing:
             limit_s = OVERDUE[Side.SENDER, self.phase].limit_s(self._of.timeouts)
-            self._timer = asyncio.get_running_loop().call_later(limit_s, self._overdue)
+            self._timer = Alarm(limit_s, self._overdue)
 
     def _overdue(self) -> None:
         if self.phase is Phase.BOOTSTRAPPING:
@@ -586,6 +678,10 @@ class SendingRoom:
         self._acknowledge_at_rest()
         if self._release is not None:
             self._release(self._pages())
+
+
+def _is_defect(error: Exception) -> bool:
+    return not isinstance(error, Unreachable)
 
 
 def _never_opened(room: int) -> None:

@@ -18,13 +18,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pdctl import logs
 from pdctl.agent_client import AgentClient, AgentReceiver, AgentSender
 from pdctl.core.layout import KvLayout, Pool, RankPools
 from pdctl.core.route import Seat, Shape
-from pdctl.logs import LogSettings
 from pdctl.memory import Arena
-from tests.engine.processes import die_with_parent
+from tests.engine.processes import live, obey
 
 N_PAGES, PAGE_NBYTES, N_ENTRIES, N_ROWS, ROW_NBYTES = 64, 512, 4, 8, 48
 SHAPE = Shape(1, 1, 1, 1, 4, "uint8")
@@ -174,25 +172,12 @@ def arguments(role: str, socket: Path, shared: str | Path, **more: object) -> st
 
 
 async def main(given: dict[str, Any]) -> None:
-    reader = asyncio.StreamReader()
-    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
     memory = Memory(Path(given["path"]) if "path" in given else given["name"])
     memory.fill()
     async with AgentClient(given["socket"]) as agent, AsyncExitStack() as stack:
         engine = Engine(memory, stack, agent, given)
-        print(json.dumps({"mooncake": any(name.startswith("mooncake") for name in sys.modules)}), flush=True)
-        while line := await reader.readline():
-            asked = json.loads(line)
-            try:
-                done = await getattr(engine, asked.pop("do"))(**asked)
-            except Exception as error:  # told to the test, which fails by it
-                done = {"error": f"{type(error).__name__}: {error}"}
-            print(json.dumps(done), flush=True)
+        await obey(engine, {"mooncake": any(name.startswith("mooncake") for name in sys.modules)})
 
 
 if __name__ == "__main__":
-    die_with_parent()
-    logs.configure(LogSettings())
-    asyncio.run(main(json.loads(sys.argv[1])))
-    sys.stdout.flush()
-    os._exit(0)
+    live(main(json.loads(sys.argv[1])))

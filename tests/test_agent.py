@@ -312,10 +312,17 @@ async def test_memory_that_is_not_what_was_said_is_refused_before_it_is_register
 async def test_device_memory_is_refused_where_no_device_can_be_opened(lone: AgentProcess, memory: Memory) -> None:
     device = offer(memory)
     nbytes = device["memory"][0]["nbytes"]
-    device["memory"][0] = {"kind": "cuda_ipc", "handle": "ab" * 64, "nbytes": nbytes}
+    device["memory"][0] = {
+        "kind": "cuda_ipc",
+        "handle": "AAAA",
+        "nbytes": nbytes,
+        "device": "GPU-00112233-4455-6677-8899-aabbccddeeff",
+    }
     status, answer = await lone.ask("POST", "/v1/rank", device)
-    assert (status, answer["error"]["field"]) == (400, "memory.0.kind")
-    assert "hand over memory of the host" in answer["error"]["message"]
+    assert (status, answer["error"]["kind"]) == (503, "DeviceUnavailable")
+    assert "libcuda.so.1 is not on this host" in answer["error"]["message"]
+    status, answer = await lone.ask("GET", "/v1/rank")
+    assert status == 404  # it is as free as before
 
 
 async def test_what_a_room_cannot_be_is_refused_and_the_rank_goes_on(calm: Pair) -> None:

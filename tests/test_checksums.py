@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
 
 from pdctl.core.address import Endpoint
 from pdctl.core.layout import Pool, RankPools
+from pdctl.core.pairing import Paired
 from pdctl.core.plan import CopyPlan
-from pdctl.core.sums import KV, Spans, Sums
+from pdctl.core.sums import KV, Checksum, Spans, Sums
 from pdctl.core.transfer import Phase, RoomTimeouts
-from pdctl.core.wire import SUMS, RegisterBuffers, Status, parse_to_prefill
-from pdctl.errors import BadFrames, RoomFailed
+from pdctl.core.wire import SUMS, Matched, RegisterBuffers, Status, parse_to_prefill
+from pdctl.errors import BadFrames, CallerError, RoomFailed
 from pdctl.metrics import Metrics
 from pdctl.receiver import Receiver
 from pdctl.sender import Sender
@@ -24,8 +26,12 @@ from tests.conftest import Clock
 from tests.room_rig import Memory, Released, RigEngine, RigGate, memory
 
 PREFILL, DECODE = Endpoint("10.0.0.1", 9001), Endpoint("10.0.0.7", 7001)
-CHECKED = RoomTimeouts(bootstrap_s=30, waiting_s=30, drain_margin_s=0.01, checksum=True)
+CHECKED = RoomTimeouts(bootstrap_s=30, waiting_s=30, drain_margin_s=0.01, checksum=Checksum.OFFERED)
 PLAIN = RoomTimeouts(bootstrap_s=30, waiting_s=30, drain_margin_s=0.01)
+REQUIRED = replace(CHECKED, checksum=Checksum.REQUIRED)
+
+
+ADVICE = ". Look for who else writes that memory, and at the network and the memory of both hosts"
 
 
 def nothing() -> None: ...
@@ -53,15 +59,33 @@ class Rig:
     to_prefill: list[list[bytes]] = field(default_factory=list)
     to_decode: list[list[bytes]] = field(default_factory=list)
 
+    sent_why: str = ""
+
     async def move(self, room: int, chunks: Sequence[Sequence[int]], pages: Sequence[int], release: Released) -> None:
-        """Raises RoomFailed as the decode says it."""
-        async with asyncio.timeout(5), self.receiver.open(room, PREFILL, pages, 3, release=release) as arriving:
+        """Raises RoomFailed as the decode says it; what the prefill says is in `sent_why`, empty after success."""
+        async with asyncio.timeout(5):
+            sending = asyncio.create_task(self.send(room, chunks))
+            try:
+                await self.receive(room, pages, release)
+            finally:
+                await sending
+
+    async def receive(self, room: int, pages: Sequence[int], release: Released) -> None:
+        async with self.receiver.open(room, PREFILL, pages, 3, release=release) as arriving:
+            await arriving.arrived()
+
+    async def send(self, room: int, chunks: Sequence[Sequence[int]]) -> None:
+        self.sent_why = "not over"
+        try:
             async with self.sender.open(room) as r:
                 await r.peers_ready()
                 for chunk in chunks:
                     await r.send(chunk)
                 await r.finish(2)
-            await arriving.arrived()
+        except RoomFailed as error:
+            self.sent_why = str(error)
+        else:
+            self.sent_why = ""
 
     def count(self, result: str) -> float:
         found = self.metrics.exposition()[0].decode()
@@ -116,8 +140,10 @@ async def test_pages_that_differ_fail_the_room_by_name_and_are_held_back(clock: 
             rig.theirs.kv[2][11, 31] = rig.ours.kv[2][8, 31] ^ 0x80
 
         rig.engine.damage = damage
-        with pytest.raises(RoomFailed, match=r"pages 2, 11: not what prefill rank 0 sent, by checksum"):
+        why = "pages 2, 11 (0, 8 at the prefill): not what prefill rank 0 sent, by checksum"
+        with pytest.raises(RoomFailed, match=re.escape(f"room 5 failed: {why}")):
             await rig.move(5, [[1, 0, 7, 8, 9]], [9, 2, 3, 11, 4], given_back)
+        assert rig.sent_why == f"room 5 failed: decode rank {DECODE} has given the room up: {why}{ADVICE}"
         assert given_back.now == []
         assert [held.room for held in rig.receiver.quarantine] == [5]
         assert await given_back.next() == [9, 2, 3, 11, 4], "when the prefill has confirmed that it writes no more"
@@ -128,7 +154,7 @@ async def test_pages_that_differ_fail_the_room_by_name_and_are_held_back(clock: 
 async def test_a_damaged_aux_row_fails_the_room(clock: Clock) -> None:
     async with rig_of(clock) as rig:
         rig.engine.damage = lambda: rig.theirs.aux[1].__setitem__((3, 5), rig.theirs.aux[1][3, 5] ^ 4)
-        with pytest.raises(RoomFailed, match=r"room 5 failed: aux row 3: not what"):
+        with pytest.raises(RoomFailed, match=r"room 5 failed: aux row 3 \(2 at the prefill\): not what"):
             await rig.move(5, [[1]], [9], Released())
 
 
@@ -142,12 +168,17 @@ async def test_a_damaged_row_of_state_fails_the_room(clock: Clock) -> None:
     async with rig_of(clock, pools=with_state) as rig:
         rig.engine.damage = lambda: rig.theirs.kv[2].__setitem__((6, 1), rig.ours.kv[2][3, 1] ^ 1)
         async with asyncio.timeout(5), rig.receiver.open(5, PREFILL, [9], 3, state_rows=[[4, 6]]) as arriving:
-            async with rig.sender.open(5) as r:
-                await r.peers_ready()
-                await r.send([1])
-                await r.finish(2, state_rows=[[2, 3]])
-            with pytest.raises(RoomFailed, match=r"failed: row of state 0 6: not what"):
+            with pytest.raises(RoomFailed, match="row of state 0 6"):
+                await one_page(rig.sender, 5, state_rows=[[2, 3]])
+            with pytest.raises(RoomFailed, match=r"failed: row of state 0 6 \(3 at the prefill\): not what"):
                 await arriving.arrived()
+
+
+async def one_page(sender: Sender, room: int, state_rows: Sequence[Sequence[int]] = ()) -> None:
+    async with sender.open(room) as r:
+        await r.peers_ready()
+        await r.send([1])
+        await r.finish(2, state_rows=state_rows)
 
 
 async def test_layers_that_are_sent_in_groups_are_summed_in_groups(clock: Clock) -> None:
@@ -171,10 +202,10 @@ async def test_where_one_side_does_not_check_the_room_goes_as_without(
 ) -> None:
     async with rig_of(clock, prefill, decode) as rig:
         await rig.move(5, [[1]], [9], Released())
-        assert len(rig.to_prefill[0]) == (21 if decode.checksum else 20)
+        assert len(rig.to_prefill[0]) == (21 if decode.checksum.is_on else 20)
         assert rig.to_decode == [[b"5", b"4", b"0"]]
         assert rig.count("matched") == 0
-        assert rig.count("absent") == float(decode.checksum)
+        assert rig.count("absent") == float(decode.checksum.is_on)
 
 
 async def test_a_success_that_is_said_twice_does_not_end_the_check(clock: Clock) -> None:
@@ -188,31 +219,27 @@ async def test_a_success_that_is_said_twice_does_not_end_the_check(clock: Clock)
             handle(frames[:3])
 
         rig.receiver.handle = twice  # type: ignore[method-assign]
-        with pytest.raises(RoomFailed, match=r"page 9: not what"):
+        with pytest.raises(RoomFailed, match=r"page 9 \(1 at the prefill\): not what"):
             await rig.move(5, [[1]], [9], Released())
+
+
+def sums_of(pool: int, start: int, entry: int, n: int) -> Sums:
+    spans = Spans(np.array([entry]), np.array([0]), np.array([8]))
+    return Sums(pool, start, spans, np.zeros(n, np.uint32), np.arange(n))
 
 
 @pytest.mark.parametrize(
     ("sums", "said"),
     [
-        (
-            Sums(9, 0, Spans(np.array([0]), np.array([0]), np.array([8])), np.zeros(1, np.uint32)),
-            "a pool that is not here",
-        ),
-        (Sums(KV, 0, Spans(np.array([3]), np.array([0]), np.array([8])), np.zeros(1, np.uint32)), r"entries \[3\]"),
-        (
-            Sums(KV, 1, Spans(np.array([0]), np.array([0]), np.array([8])), np.zeros(1, np.uint32)),
-            "page 2, 1 were named",
-        ),
-        (
-            Sums(KV, 0, Spans(np.array([0]), np.array([0]), np.array([8])), np.zeros(0, np.uint32)),
-            r"pages \[9\], of which",
-        ),
+        (sums_of(9, 0, 0, 1), "a pool that is not here"),
+        (sums_of(KV, 0, 3, 1), r"entries \[3\]"),
+        (sums_of(KV, 1, 0, 2), "page 3, 2 were named"),
+        (sums_of(KV, 0, 0, 1), r"pages \[4\], of which"),
     ],
     ids=["pool", "entry", "page", "nothing of the page"],
 )
 async def test_sums_that_cannot_be_compared_fail_the_room_and_say_why(clock: Clock, sums: Sums, said: str) -> None:
-    async with rig_of(clock) as rig, rig.receiver.open(5, PREFILL, [9], 3) as room:
+    async with rig_of(clock) as rig, rig.receiver.open(5, PREFILL, [9, 4], 3) as room:
         rig.receiver.handle(Status(5, Phase.SUCCESS, 0, sums=(sums,)).to_frames())
         with pytest.raises(RoomFailed, match=said):
             await asyncio.wait_for(room.arrived(), 5)
@@ -249,3 +276,88 @@ def test_a_later_stock_release_may_have_frames_of_its_own_before_ours() -> None:
     frames = said.to_frames()
     assert parse_to_prefill([*frames[:-1], b"something new", frames[-1]]) == said
     assert parse_to_prefill(frames[:-1]) != said
+
+
+# --- required
+
+
+async def test_a_room_that_has_to_be_checked_succeeds_on_both_sides_when_it_was(clock: Clock) -> None:
+    async with rig_of(clock, REQUIRED, REQUIRED) as rig:
+        for room in (5, 6):
+            await rig.move(room, [[1, 0], [7]], [9, 2, 3], Released())
+            assert rig.sent_why == ""
+        questions = [frames for frames in rig.to_prefill if frames[0] == b"ABORT"]
+        assert len(questions) == 1, "a prefill rank is asked once"
+        assert rig.to_prefill.index(questions[0]) == 0, "before it is told of any memory"
+        assert rig.sender.early == ()
+        assert rig.count("matched") == 2
+
+
+async def test_a_prefill_that_has_to_check_fails_the_room_of_a_decode_that_asks_for_no_sums(clock: Clock) -> None:
+    async with rig_of(clock, REQUIRED, PLAIN) as rig:
+        with pytest.raises(
+            RoomFailed, match=r"10\.0\.0\.7:15999 asks for no checksums, and room\.checksum is required here"
+        ):
+            await rig.move(5, [[1]], [9], Released())
+        assert "asks for no checksums" in rig.sent_why
+        assert rig.engine.written == [], "not a byte has moved"
+
+
+async def test_a_decode_that_has_to_check_tells_a_prefill_that_gives_no_sums_of_no_page(clock: Clock) -> None:
+    async with rig_of(clock, PLAIN, REQUIRED) as rig:
+        given_back = Released()
+        with pytest.raises(
+            RoomFailed, match=r"10\.0\.0\.1:9001 gives no checksums, and room\.checksum is required here"
+        ):
+            await rig.receive(5, [9], given_back)
+        assert len(rig.to_prefill) == 1
+        assert rig.sender.sessions == (), "it knows nothing of our memory"
+        assert given_back.now == [[9]]
+        assert (rig.receiver.rooms, rig.receiver.quarantine) == ((), ())
+
+
+async def test_a_decode_that_has_to_check_says_who_does_not_answer(clock: Clock) -> None:
+    async with rig_of(clock, REQUIRED, replace(REQUIRED, transfer_s=0.05)) as rig:
+        rig.sender.handle = lambda frames: None  # type: ignore[method-assign]
+        with pytest.raises(RoomFailed, match=r"has not said within 0\.05 s whether it gives checksums"):
+            await asyncio.wait_for(rig.receive(5, [9], Released()), 5)
+
+
+async def test_pages_that_come_without_sums_are_not_used_where_they_are_required(clock: Clock) -> None:
+    async with rig_of(clock, REQUIRED, REQUIRED) as rig, rig.receiver.open(5, PREFILL, [9, 4], 3) as room:
+        rig.receiver.handle(Status(5, Phase.SUCCESS, 0).to_frames())
+        with pytest.raises(RoomFailed, match=r"prefill rank 0 gives no checksums, and room\.checksum is required"):
+            await asyncio.wait_for(room.arrived(), 5)
+        assert rig.count("absent") == 1
+
+
+async def test_pages_that_no_rank_speaks_of_are_not_used_where_sums_are_required(clock: Clock) -> None:
+    async with rig_of(clock, REQUIRED, REQUIRED) as rig, rig.receiver.open(5, PREFILL, [9, 4], 3) as room:
+        rig.receiver.handle(Status(5, Phase.SUCCESS, 0, sums=()).to_frames())
+        with pytest.raises(RoomFailed, match=r"no prefill rank gives a checksum of pages \[9, 4\]"):
+            await asyncio.wait_for(room.arrived(), 5)
+
+
+async def test_a_prefill_that_hears_no_word_of_the_comparison_fails_its_room_in_time(clock: Clock) -> None:
+    async with rig_of(clock, replace(CHECKED, transfer_s=0.1)) as rig:
+        rig.receiver.matched = lambda prefill, room: None  # type: ignore[method-assign]
+        await rig.move(5, [[1]], [9], Released())
+        assert f"no word from decode session {rig.receiver.session} within 0.1 s whether what arrived" in rig.sent_why
+        assert rig.sender.rooms == ()
+
+
+async def test_a_word_of_a_match_before_there_were_sums_is_none(clock: Clock) -> None:
+    async with rig_of(clock, replace(CHECKED, transfer_s=0.1)) as rig:
+        rig.receiver.matched = lambda prefill, room: None  # type: ignore[method-assign]
+        async with rig.receiver.open(5, PREFILL, [9], 3), rig.sender.open(5) as r:
+            await r.peers_ready()
+            rig.sender.handle(Matched(5, rig.receiver.session).to_frames())
+            await r.send([1])
+            with pytest.raises(RoomFailed, match="no word from decode session"):
+                await r.finish(2)
+
+
+async def test_several_prefill_ranks_have_to_be_told_apart_where_sums_are_compared(clock: Clock) -> None:
+    async with rig_of(clock) as rig:
+        with pytest.raises(CallerError, match=r"several prefill ranks are given without their ids"):
+            rig.receiver.open(5, Paired((PREFILL, DECODE), responses=2), [9], 3)

@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 import structlog
 
-from pdctl.client import MAX_ANSWER_BYTES, ROOMS_A_QUESTION, Exhaustion, RegistryClient
+from pdctl.client import LOST_CONNECTION, MAX_ANSWER_BYTES, ROOMS_A_QUESTION, Exhaustion, Registries, RegistryClient
 from pdctl.core.address import Endpoint
+from pdctl.core.exchange import Exchange
 from pdctl.core.route import Announcement, Seat, Shape, topology_body
+from pdctl.credentials import Credentials
 from pdctl.errors import ConfigError, NotReady, PutOff, RegistrationGaveUp, RegistryRefused, Unreachable
 from pdctl.retry import RetryPolicy
 from tests.conftest import Clock
@@ -93,6 +95,33 @@ async def test_a_registered_rank_can_be_looked_up(registry_url: str) -> None:
         assert await rank.topology() == SHAPE
         assert await rank.rank(ROW.seat) == ROW.address
         assert await rank.healthy()
+
+
+async def test_a_registry_that_is_asked_again_is_asked_by_the_same_client(registry_url: str) -> None:
+    how = RetryPolicy(), Credentials()
+    async with Registries(max_idle=1) as registries:
+        async with registries.asking(registry_url, *how) as first, registries.asking(registry_url, *how) as second:
+            assert second is first
+            await first.register(ROW)
+        async with registries.asking(registry_url, *how) as third:
+            assert third is first
+            assert await third.topology() == SHAPE
+            async with registries.asking(f"{registry_url}/", *how):
+                pass
+            assert await third.topology() == SHAPE, "one that is in use is not closed to make room"
+        assert len(registries._kept) == 1
+
+
+async def test_a_kept_connection_that_was_lost_does_not_cost_a_topology() -> None:
+    shape = answers_json(topology_body(SHAPE, None))
+    async with scripted(shape, closes(), resets(), otherwise=shape) as registry, client(registry.url) as rank:
+        assert await rank.topology() == SHAPE
+        assert await rank.topology(LOST_CONNECTION) == SHAPE
+        assert len(registry.asked) == 4
+    async with scripted(otherwise=answers(503)) as registry, client(registry.url) as rank:
+        with pytest.raises(NotReady):
+            await rank.topology(LOST_CONNECTION)
+        assert len(registry.asked) == 1, "an answer is an answer"
 
 
 async def test_what_is_put_is_what_a_stock_rank_puts() -> None:
@@ -675,10 +704,10 @@ async def test_what_no_registry_can_do_is_told_as_one_would_tell_it() -> None:
         client(f"{first.url},{second.url}") as rank,
     ):
         with pytest.raises(PutOff, match="first says no"):
-            await rank.tell("a word", "POST", "/said", lambda body: body)
+            await rank.tell(Exchange("a word", "POST", "/said", lambda body: body))
     with pytest.raises(Unreachable):
         async with client(f"{first.url},{second.url}") as rank:
-            await rank.tell("a word", "POST", "/said", lambda body: body)
+            await rank.tell(Exchange("a word", "POST", "/said", lambda body: body))
 
 
 async def test_a_final_no_is_final_whoever_else_might_say_yes() -> None:

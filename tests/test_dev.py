@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ("bench", "check", "demo", "lint", "lock", "setup", "sim", "test")
+COMMANDS = ("bench", "check", "demo", "gpu", "lint", "lock", "setup", "sim", "test")
 SCRIPTS = ("dev", ".ci/run")
 LOCKS = sorted((ROOT / "deploy/lock").glob("*.txt"))
 REQUIREMENT = re.compile(r"(?P<name>[a-z0-9-]+)==(?P<version>[^ ;]+)(?: ; (?P<marker>.+))?")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from pdctl.lag import LoopLag, watched
+from pdctl.lag import LATE_S, Alarm, LoopLag, watched
 
 
 @asynccontextmanager
@@ -66,3 +67,32 @@ async def test_what_is_watched_is_told_its_worst_stall_and_none_from_before() ->
         assert late_s() >= 0.18, "and after ticks that were not"
     assert before < 0.1
     assert [task.get_name() for task in asyncio.all_tasks() if "lag" in task.get_name()] == []
+
+
+async def test_an_alarm_rings_once_and_not_when_it_was_cancelled() -> None:
+    rung: list[str] = []
+    Alarm(0.01, lambda: rung.append("rung"))
+    Alarm(0.01, lambda: rung.append("cancelled")).cancel()
+    await asyncio.sleep(0.1)
+    assert rung == ["rung"]
+
+
+async def test_who_stood_still_past_its_alarm_hears_first_what_was_said_meanwhile() -> None:
+    ours, theirs = socket.socketpair()
+    heard: list[str] = []
+
+    async def listen() -> None:
+        heard.append((await asyncio.get_running_loop().sock_recv(ours, 8)).decode())
+
+    with ours, theirs:
+        ours.setblocking(False)
+        listening = asyncio.create_task(listen())
+        await asyncio.sleep(0)
+        Alarm(0.01, lambda: heard.append("rung"))
+        theirs.send(b"said")
+        hold_the_loop(LATE_S + 0.1)  # as a process that is stopped
+        async with asyncio.timeout(5):
+            while "rung" not in heard:  # noqa: ASYNC110
+                await asyncio.sleep(0.005)
+        await listening
+        assert heard == ["said", "rung"]

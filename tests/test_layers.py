@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = {
     **dict.fromkeys(["pdctl", "pdctl.__main__", "pdctl.cli", "pdctl.demo"], 6),
     **dict.fromkeys(["pdctl.handed"], 5),
-    **dict.fromkeys([f"pdctl.{shell}" for shell in ("agent_client", "succession")], 4),
+    **dict.fromkeys([f"pdctl.{shell}" for shell in ("agent_client", "succession", "scout")], 4),
     **dict.fromkeys(["pdctl.node", "pdctl.wires", "pdctl.door", "pdctl.links", "pdctl.inquiry", "pdctl.config"], 5),
     **dict.fromkeys([f"pdctl.{shell}" for shell in ("server", "guard", "dialects", "client", "prober", "peer")], 4),
     **dict.fromkeys([f"pdctl.{shell}" for shell in ("sender", "receiver", "agent", "kvstore", "lease")], 4),
@@ -27,15 +27,39 @@ FLOORS = {
     **dict.fromkeys(
         [
             f"pdctl.{room}"
-            for room in ("engine", "persistence", "registrar", "keyring", "roster", "watching", "device", "memory")
+            for room in (
+                "engine",
+                "persistence",
+                "store",
+                "registrar",
+                "keyring",
+                "roster",
+                "watching",
+                "device",
+                "memory",
+            )
         ],
         3,
     ),
     **dict.fromkeys(
-        [f"pdctl.{room}" for room in ("engine.base", "persistence.base", "retry", "metrics", "logs", "errands")],
+        [
+            f"pdctl.{room}"
+            for room in (
+                "engine.base",
+                "persistence.base",
+                "device.base",
+                "store.base",
+                "retry",
+                "metrics",
+                "logs",
+                "errands",
+            )
+        ],
         2,
     ),
+    "pdctl.arrays": 3,
     "pdctl.answers": 2,
+    "pdctl.persistence.lock": 2,
     "pdctl.credentials": 2,
     "pdctl.lag": 2,
     "pdctl.lanes": 2,
@@ -45,7 +69,15 @@ FLOORS = {
 }
 """A room -> its floor. A folder's floor holds for its files, unless a file has a row of its own."""
 
-FOLDERS = ("pdctl.demo", "pdctl.dialects", "pdctl.engine", "pdctl.persistence", "pdctl.core")
+FOLDERS = (
+    "pdctl.demo",
+    "pdctl.device",
+    "pdctl.dialects",
+    "pdctl.engine",
+    "pdctl.persistence",
+    "pdctl.store",
+    "pdctl.core",
+)
 WHO = ("errors", "core", "ports", "adapters", "shells", "the wiring", "the entrance")
 CLOSED_FLOORS = {2: "ports", 3: "adapters", 4: "shells"}
 """Floors whose rooms do not import each other."""
@@ -82,11 +114,11 @@ AS_A_TYPE = {"random.Random"}
 KNOWN_TO_CORE = {*sys.stdlib_module_names, "numpy", "pdctl"}
 
 ENVIRONMENT = ("os.environ", "os.environb", "os.getenv", "os.getenvb", "os.putenv", "os.unsetenv")
-ENVIRONMENT_READERS = ("pdctl.config", "pdctl.engine.mooncake")
+ENVIRONMENT_READERS = ("pdctl.config", "pdctl.engine.mooncake", "pdctl.engine.store_wheel")
 """The second puts the engine's own variables there before its import: it reads them once, at load."""
 
 UNREADABLE = ("importlib.import_module", "importlib.util", "importlib.__import__")
-UNREADABLE_IN = ("pdctl.engine.mooncake", "pdctl")
+UNREADABLE_IN = ("pdctl.engine.mooncake", "pdctl.engine.store_wheel", "pdctl")
 """Where the target need not stand in the text: the engine, whose absence is a sentence, and lazy exports."""
 
 THREADS = ("threading", "concurrent.futures", "multiprocessing.pool", "asyncio.to_thread")
@@ -159,7 +191,7 @@ def module_of(target: str) -> str:
 
 def reserved(name: str, target: str) -> str | None:
     if begins(target, "mooncake.store"):
-        return f"{short(name)} imports mooncake.store: its calls can end the process, it stays outside the house"
+        return f"{short(name)} imports mooncake.store: its calls can end the process, everyone speaks to the store port"
     for package, (owner, why) in RESERVED.items():
         if begins(target, package) and name != owner:
             return f"{short(name)} imports {package}: only {short(owner)} may, {why}"
@@ -185,9 +217,9 @@ def unreadable(name: str, target: str) -> str | None:
 
 
 def threads(name: str, target: str) -> str | None:
-    in_engine = begins(name, "pdctl.engine")
+    in_engine = begins(name, "pdctl.engine") or begins(name, "pdctl.store")
     if not in_engine and any(begins(target, way) for way in THREADS):
-        return f"{short(name)} uses {target}: threads live in an executor of engine/"
+        return f"{short(name)} uses {target}: threads live in an executor of engine/ or store/"
     return None
 
 
@@ -367,8 +399,12 @@ PLANTED = [
     ("client", "from importlib import import_module as i\ni(n)", "uses importlib.import_module: write the import out"),
     ("node", "from os import getenv", "uses os.getenv: only config reads the environment"),
     ("cli", "import os as o\no.environ.get('A')", "uses os.environ.get: only config reads the environment"),
-    ("prober", "import threading", "uses threading: threads live in an executor of engine/"),
-    ("node", "import asyncio\nasyncio.to_thread(f)", "uses asyncio.to_thread: threads live in an executor of engine/"),
+    ("prober", "import threading", "uses threading: threads live in an executor of engine/ or store/"),
+    (
+        "node",
+        "import asyncio\nasyncio.to_thread(f)",
+        "uses asyncio.to_thread: threads live in an executor of engine/ or store/",
+    ),
     ("core.rooms", "import time\nnow = time.monotonic()", "uses time.monotonic: `now` is an argument"),
     ("core.rooms", "from time import monotonic", "uses time.monotonic: `now` is an argument"),
     ("core.rooms", "from datetime import datetime\ndatetime.now()", "uses datetime.datetime.now: `now` is an argument"),

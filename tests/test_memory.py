@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pdctl.core.handover import Memory, Store
+from pdctl.core.handover import Mapped, Memory, Store
 from pdctl.core.layout import Region
 from pdctl.errors import BadField
-from pdctl.memory import Arena, Mapped, map_shared
+from pdctl.memory import Arena, map_shared
 
 
 def test_an_arena_is_whole_zeroed_pages() -> None:
@@ -119,7 +119,7 @@ def test_what_cannot_be_mapped_is_named(tmp_path: Path) -> None:
     assert refused(kv, 4096, 100) == "memory.3.offset: is 100: give a multiple of 4096"
     for name in ("/../tmp/kv", "/a/b", "/", "..", "x" * 256):
         assert "is no name of shared memory" in refused(name, store=Store.SHM)
-    assert "cuda_ipc, which this agent cannot open" in refused("ab", store=Store.CUDA_IPC)
+    assert "memory.3.kind: is cuda_ipc, and no device is open here" in refused("ab", store=Store.CUDA_IPC)
 
 
 def test_another_users_file_is_not_mapped_for_who_does_not_own_it(tmp_path: Path) -> None:
@@ -129,6 +129,13 @@ def test_another_users_file_is_not_mapped_for_who_does_not_own_it(tmp_path: Path
 
 
 def test_a_devices_memory_is_opened_by_who_can() -> None:
-    given = Memory(Store.CUDA_IPC, "ab" * 64, 4096, device=1)
+    given = Memory(Store.CUDA_IPC, "AAAA", 4096, device="GPU-1")
     opened = Mapped(Region(1 << 40, 4096), None)
-    assert map_shared(given, "memory.0", None, lambda memory: opened if memory is given else None) is opened  # type: ignore[arg-type, return-value]
+    asked: list[tuple[Memory, str]] = []
+
+    def open_shared(memory: Memory, field: str) -> Mapped:
+        asked.append((memory, field))
+        return opened
+
+    assert map_shared(given, "memory.0", None, open_shared) is opened
+    assert asked == [(given, "memory.0")]

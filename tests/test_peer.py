@@ -273,6 +273,27 @@ async def test_a_flood_leaves_the_loop_to_others() -> None:
 # --- the ends
 
 
+async def test_messages_that_take_long_to_handle_hold_the_loop_one_at_a_time() -> None:
+    """64 rooms that decode names at one moment held a prefill's loop for 12 ms."""
+    handled: list[float] = []
+
+    def slow(_: list[bytes]) -> None:
+        handled.append(time.perf_counter())
+        while time.perf_counter() < handled[-1] + 0.004:
+            pass
+
+    async with open_link(LOCAL, metrics=Metrics(), settings=QUICK) as link:
+        async with open_link(LOCAL, metrics=Metrics(), settings=QUICK) as peer:
+            for number in range(20):
+                await peer.send(link.endpoint, [b"%d" % number])
+        beats = 0
+        async with served(link, slow), asyncio.timeout(5):
+            while len(handled) < 20:
+                await asyncio.sleep(0)
+                beats += bool(handled)
+        assert beats >= 19
+
+
 async def test_closing_takes_a_moment_whatever_the_peers_do() -> None:
     listener, silent = silent_port()
     async with open_link(LOCAL, metrics=Metrics(), settings=QUICK) as link:

@@ -158,7 +158,7 @@ async def test_a_dummy_prefill_rank_hears_of_no_pages(rig: Rig) -> None:
 
 
 async def test_ranks_that_nobody_expects_do_not_count(rig: Rig) -> None:
-    async with rig.receiver.open(5, Paired((PREFILL,), ranks=frozenset({4})), [1], 0) as room:
+    async with rig.receiver.open(5, Paired((PREFILL,), ranks=(4,)), [1], 0) as room:
         rig.succeed(5, rank=3)
         rig.fail(5, rank=3)
         assert room.phase is Phase.TRANSFERRING
@@ -495,6 +495,20 @@ async def test_a_room_is_open_once(rig: Rig) -> None:
         assert rig.receiver.rooms == (5,)
         rig.succeed(5)
     rig.assert_empty()
+
+
+async def test_a_number_is_not_used_again_before_its_last_use_is_over_at_the_prefill(rig: Rig) -> None:
+    """A status of the last use, which that prefill may still send, would end the next one before its pages are here."""
+    await enter_and_fail(rig, rig.receiver.open(5, PREFILL, [1], 0))
+    await rig.told_of_room()
+    _, abort = await rig.told_abort()
+    with pytest.raises(CallerError, match=r"room 5 is not over at prefill 10\.0\.0\.1:9001"):
+        await rig.receiver.open(5, SECOND, [2], 0).__aenter__()
+    assert rig.receiver.rooms == ()
+    rig.ack(abort)
+    async with rig.receiver.open(5, SECOND, [2], 0) as room:
+        rig.succeed(5)
+        await room.arrived()
 
 
 async def test_rooms_are_counted(rig: Rig) -> None:

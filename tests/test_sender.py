@@ -336,7 +336,7 @@ async def test_a_session_that_never_registered_fails_its_room_alone_and_by_name(
         ),
         ({"kv_item_lens": (64,)}, "3 pointers but 1 item lengths"),
         ({"aux_pointers": (1,)}, "aux: the sender has 2 buffers and the receiver 1"),
-        ({"dcp_size": 2}, "wants a DCP size of 2"),
+        ({"dcp_size": 2}, "is DCP rank 0 of 2 and this prefill rank, of mha, 0 of 1"),
     ],
 )
 async def test_memory_that_does_not_pair_fails_the_room_with_both_values(
@@ -546,6 +546,30 @@ async def test_an_abort_of_one_decode_rank_is_told_to_the_others(rig: Rig) -> No
     assert rig.post.is_empty
 
 
+async def test_a_decode_rank_that_came_too_late_for_a_room_does_not_end_it(rig: Rig) -> None:
+    decode, late = rig.decode(7), rig.decode(8)
+    for each in (decode, late):
+        each.register()
+    async with rig.sender.open(5) as room:
+        decode.name(5, [1])
+        await room.peers_ready()
+        late.name(5, [2])
+        late.abort(5, generation=4)
+        assert await rig.told() == (late.reply, AbortAck(5, RANK, 4))
+        await room.send([0])
+        await room.finish(0)
+    assert await rig.told() == (decode.reply, Status(5, Phase.SUCCESS, RANK))
+    assert not late.memory.kv[0][2].any()
+    rig.assert_empty()
+
+
+async def test_a_decode_rank_that_is_awaited_can_give_the_room_up_before_it_names_pages(rig: Rig) -> None:
+    async with rig.sender.open(5) as room:
+        rig.decode().abort(5, generation=4)
+        with pytest.raises(RoomFailed, match="has given the room up"):
+            await room.peers_ready()
+
+
 async def test_an_abort_of_an_unknown_room_is_acknowledged_at_once(rig: Rig) -> None:
     rig.decode().abort(77, generation=2)
     assert (await rig.told())[1] == AbortAck(77, RANK, 2)
@@ -564,7 +588,9 @@ async def test_an_abort_after_success_is_acknowledged(rig: Rig) -> None:
         await room.finish(0)
         decode.abort(5, generation=3)
         assert room.phase is Phase.SUCCESS
-    assert {type(m) for _, m in (await rig.told(), await rig.told())} == {Status, AbortAck}
+    assert await rig.told() == (decode.reply, AbortAck(5, RANK, 3))
+    await let_others_run()
+    assert rig.post.is_empty, "a status after the acknowledgement would speak of the number's next use"
 
 
 # --- the engine fails
@@ -913,6 +939,42 @@ async def test_an_unreachable_decode_rank_does_not_hold_up_the_sender(rig: Rig) 
         await room.finish(0)
     assert room.phase is Phase.SUCCESS
     rig.assert_empty()
+
+
+async def test_a_status_that_no_connection_takes_is_told_when_one_does(rig: Rig) -> None:
+    decode = rig.decode()
+    decode.register()
+    rig.post.unreachable.add(decode.reply)
+    async with rig.sender.open(5) as room:
+        decode.name(5, [])
+        await room.peers_ready()
+        await room.finish(0)
+    await let_others_run()
+    rig.post.unreachable.clear()
+    assert await rig.told() == (decode.reply, Status(5, Phase.SUCCESS, RANK))
+    assert rig.post.is_empty
+
+
+@pytest.mark.parametrize("news", ["gives it up", "names it anew"])
+async def test_a_status_that_was_not_told_never_reaches_the_next_use_of_its_number(rig: Rig, news: str) -> None:
+    decode = rig.decode()
+    decode.register()
+    rig.post.unreachable.add(decode.reply)
+    async with rig.sender.open(5):
+        decode.name(5, [1])
+    await let_others_run()
+    assert len(rig.sender.reports) == 1
+    if news == "gives it up":
+        decode.abort(5, generation=3)
+    else:
+        decode.name(5, [2])
+    await let_others_run()
+    assert len(rig.sender.reports) == 0
+    rig.post.unreachable.clear()
+    decode.abort(5, generation=4)
+    assert await rig.told() == (decode.reply, AbortAck(5, RANK, 4))
+    await let_others_run()
+    assert rig.post.is_empty
 
 
 async def test_what_was_decided_last_is_still_told_on_closing(clock: Clock) -> None:

@@ -7,19 +7,22 @@ cannot serve is refused with both values. Never asks whether the rank may be wri
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
+from pdctl.core.dealing import by_token, dealt_tokens, held_pages
 from pdctl.core.layout import (
     Heads,
+    Kind,
     Pairs,
     Pool,
     RankPools,
+    Share,
+    Slices,
     check_items,
-    check_pair,
     pair_by_id,
     pair_entries,
     same_entries,
@@ -34,26 +37,31 @@ _REMEDY = "start both with the same page size, and count from the same prefix"
 
 @dataclass(frozen=True, slots=True)
 class Destination:
-    """`kv`, `aux` and `states` are the decode rank's pools; `pairs` says which of its entries each of ours goes to."""
+    """`kv`, `aux` and `states` are the decode rank's pools; `pairs` says which of its entries each of ours goes to.
+
+    `tokens`: the share of every request's tokens that this rank takes of pages that we have whole.
+    """
 
     ours: RankPools
     kv: Pool
     aux: Pool
-    states: tuple[tuple[Pool, Pairs], ...]
+    states: tuple[State, ...]
     pairs: Pairs
     heads: Heads | None
     named: Metadata
+    tokens: Share
     wants_sums: bool = False
 
     @classmethod
     def of(cls, said: RegisterBuffers, named: Metadata, ours: RankPools) -> Destination:
         """Raises a PdctlError, with its reason, when memory so registered and named cannot be paired with our pools."""
-        _check_supported(said, named, ours)
+        _check_supported(named, ours)
         kv = said.kv_pool()
         pairs = pair_entries(ours.layout, len(ours.kv), said.kv_layer_ids, len(kv), "KV")
         heads = None
         if ours.layout.heads is not None:  # a rank of several DP groups may count itself through all of them
             heads = Heads(ours.layout.heads.total, said.tp_size, said.tp_rank % said.tp_size)
+        tokens = _share(said, named, ours)
         it = cls(
             ours,
             kv,
@@ -62,9 +70,10 @@ class Destination:
             pairs,
             heads,
             named,
-            said.wants_sums,
+            tokens,
+            said.wants_sums and tokens.is_all and ours.layout.pages.is_all,  # sums are of whole neighbouring pages
         )
-        it._copies(np.empty(0, np.int64), np.empty(0, np.int64), pairs)  # refuses what no chunk could be sent to
+        it.chunk(np.empty(0, np.int64), 0)  # refuses what no chunk could be sent to
         return it
 
     @property
@@ -74,12 +83,23 @@ class Destination:
     def chunk(self, source: Ints, start: int, layers: range | None = None) -> CopyPlan:
         """Our pages `source`, shape (n,), into the n of the named pages that begin with number `start`; of all layers,
         or of the model's `layers`."""
-        named, end = self.named.pages, start + len(source)
-        if end > len(named):
+        named, end, pairs, layout = self.named.pages, start + len(source), self._pairs_of(layers), self.ours.layout
+        if self._filled(end) > len(named):
             raise LayoutMismatch(
                 f"KV: decode session {self.session} named {len(named)} pages and page {end} is being sent: {_REMEDY}"
             )
-        return self._copies(source, named[start:end], self._pairs_of(layers))
+        if not self.tokens.is_all:
+            ours, theirs = (by_token(pool, layout.page_size, "KV") for pool in (self.ours.kv, self.kv))
+            here, there = dealt_tokens(source, start, named, self.tokens, layout.page_size)
+            return page_plan(ours, theirs, pairs, here, there, "KV")
+        if layout.pages.is_all:
+            return self._copies(source, named[start:end], pairs)
+        held, at = held_pages(source, layout.pages)
+        return self._copies(held, named[start + at], pairs)
+
+    def _filled(self, n: int) -> int:
+        """How many pages of the decode rank's `n` of ours fill."""
+        return -(-n // self.tokens.size)
 
     def chunk_summands(self, source: Ints, start: int, layers: range | None = None) -> list[Summand]:
         """What `chunk` copies, page by page; to be summed only after it has raised nothing."""
@@ -101,9 +121,8 @@ class Destination:
         found = []
         for group, rows in enumerate(self.named.state_rows):
             if rows:
-                ours = self.ours.states[group]
-                spans = item_spans(ours, self.states[group][1])
-                found.append(Summand(STATE + group, 0, ours, np.asarray(state_rows[group], np.int64).ravel(), *spans))
+                ours, items = self.ours.states[group], np.asarray(state_rows[group], np.int64).ravel()
+                found += [Summand(STATE + group, 0, ours, items, *spans) for spans in self.states[group].spans(ours)]
         if aux_row is not None and self.named.aux_row is not None and len(self.ours.aux):
             spans = item_spans(self.ours.aux, same_entries(len(self.ours.aux)))
             found.append(Summand(AUX, 0, self.ours.aux, np.array([aux_row], np.int64), *spans))
@@ -118,7 +137,7 @@ class Destination:
     def last(self, n_sent: int, aux_row: int | None, state_rows: Sequence[npt.ArrayLike] = ()) -> CopyPlan:
         """Our aux row and rows of state, when `n_sent` pages have been all that were named; nothing of what either side
         has no row of."""
-        if n_sent != len(self.named.pages):
+        if self._filled(n_sent) != len(self.named.pages):
             raise LayoutMismatch(
                 f"KV: decode session {self.session} named {len(self.named.pages)} pages and {n_sent} were sent: "
                 f"{_REMEDY}"
@@ -150,8 +169,46 @@ class Destination:
                 f"state {group}: decode session {self.session} named {len(rows)} rows and none are sent: "
                 "give finish() the rows of each group"
             )
-        pool, pairs = self.states[group]
-        return page_plan(self.ours.states[group], pool, pairs, state_rows[group], rows, f"state {group}")
+        return self.states[group].plan(self.ours.states[group], state_rows[group], rows, f"state {group}")
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """A decode rank's pool of one group of state. `parts`: pairs of entries that are split over TP in one way, with
+    ours and theirs; None where items are copied whole."""
+
+    pool: Pool
+    parts: tuple[tuple[Pairs, Slices, Slices] | tuple[Pairs, None, None], ...]
+
+    def plan(self, source: Pool, src: npt.ArrayLike, dst: npt.ArrayLike, what: str) -> CopyPlan:
+        return CopyPlan.join(
+            *(
+                page_plan(source, self.pool, pairs, src, dst, what)
+                if mine is None or far is None
+                else head_plan(
+                    source,
+                    self.pool,
+                    pairs,
+                    src,
+                    dst,
+                    page_size=mine.rows,
+                    ours=mine.heads,
+                    theirs=far.heads,
+                    what=what,
+                )
+                for pairs, mine, far in self.parts
+            )
+        )
+
+    def spans(self, source: Pool) -> list[tuple[Spans, Spans]]:
+        """What `plan` copies of each item."""
+        found = [
+            item_spans(source, pairs)
+            if mine is None or far is None
+            else head_spans(source, self.pool, pairs, page_size=mine.rows, ours=mine.heads, theirs=far.heads)
+            for pairs, mine, far in self.parts
+        ]
+        return [each for each in found if each is not None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +260,7 @@ def _some(layers: frozenset[int]) -> str:
     return ", ".join("-".join(map(str, part)) for part in parts[:8])
 
 
-def _states(said: RegisterBuffers, named: Metadata, ours: RankPools) -> tuple[tuple[Pool, Pairs], ...]:
+def _states(said: RegisterBuffers, named: Metadata, ours: RankPools) -> tuple[State, ...]:
     """The decode rank's pools of state, one for each group of ours, paired. Raises LayoutMismatch."""
     if not any(named.state_rows):
         return ()
@@ -212,25 +269,60 @@ def _states(said: RegisterBuffers, named: Metadata, ours: RankPools) -> tuple[tu
             f"state: the sender has {len(ours.states)} groups and the receiver {len(said.state_pointers)}, with "
             f"{len(said.state_item_lens)} lists of item lengths: start both with the same model"
         )
-    paired = []
+    found = []
     for group, source in enumerate(ours.states):
-        what = f"state {group}"
+        what, slices = f"state {group}", (ours.state_slices[group : group + 1] or ((),))[0]
         pool = Pool(said.state_pointers[group], said.state_item_lens[group])
-        ids = (ours.state_layer_ids[group : group + 1] or ((),))[0]
-        theirs = (said.state_layer_ids[group : group + 1] or ((),))[0]
-        if ids and theirs:
-            pairs = pair_by_id(ids, len(source), theirs, len(pool), what)
+        pairs = _state_pairs(said, ours, group, pool)
+        state = State(pool, tuple(_alike(pairs, slices, said)) if slices else ((pairs, None, None),))
+        if not slices:
             check_items(source, pool, pairs, what)
-        else:
-            check_pair(source, pool, what)
-            pairs = pair_entries(replace(ours.layout, layer_ids=()), len(source), (), len(pool), what)
-        paired.append((pool, pairs))
-    return tuple(paired)
+        state.plan(source, (), (), what)  # refuses what no row could be sent to
+        found.append(state)
+    return tuple(found)
 
 
-def _check_supported(said: RegisterBuffers, named: Metadata, ours: RankPools) -> None:
+def _state_pairs(said: RegisterBuffers, ours: RankPools, group: int, pool: Pool) -> Pairs:
+    source, what = ours.states[group], f"state {group}"
+    ids, theirs = ((lists[group : group + 1] or ((),))[0] for lists in (ours.state_layer_ids, said.state_layer_ids))
+    if ids and theirs:
+        return pair_by_id(ids, len(source), theirs, len(pool), what)
+    if len(source) != len(pool):
+        raise LayoutMismatch(
+            f"{what}: the sender has {len(source)} entries and the receiver {len(pool)}, and not both give layer ids: "
+            "start both with the same model and the same pipeline split"
+        )
+    return same_entries(len(source))
+
+
+def _alike(pairs: Pairs, slices: Sequence[Slices], said: RegisterBuffers) -> Iterator[tuple[Pairs, Slices, Slices]]:
+    """Pairs whose entries of ours are split in one way, and how the decode rank's are."""
+    for mine in dict.fromkeys(slices):
+        heads = Heads(mine.heads.total, said.tp_size, said.tp_rank % said.tp_size)
+        yield pairs[[slices[entry] == mine for entry in pairs[:, 0]]], mine, replace(mine, heads=heads)
+
+
+def _share(said: RegisterBuffers, named: Metadata, ours: RankPools) -> Share:
+    """Of tokens that we have whole and the decode rank has not. Raises LayoutMismatch."""
+    theirs, layout = Share(said.dcp_size, said.dcp_rank), ours.layout
+    if theirs == layout.tokens:
+        return Share()
+    if not layout.tokens.is_all or layout.kind is not Kind.MLA or not layout.pages.is_all:
+        raise LayoutMismatch(
+            f"decode session {named.session} is DCP rank {theirs.rank} of {theirs.size} and this prefill rank, of "
+            f"{layout.kind}, {layout.tokens.rank} of {layout.tokens.size}, its pages shared by {layout.pages.size}: "
+            "only a prefill of MLA without DCP and KV sharding serves another DCP size"
+        )
+    if named.prefix_len % (layout.page_size * theirs.size):
+        raise LayoutMismatch(
+            f"decode session {named.session} has a prefix of {named.prefix_len} tokens already: with a DCP size of "
+            f"{theirs.size} and pages of {layout.page_size} it must be a multiple of {layout.page_size * theirs.size}"
+        )
+    return theirs
+
+
+def _check_supported(named: Metadata, ours: RankPools) -> None:
     wanted = {
-        f"a DCP size of {said.dcp_size}": said.dcp_size != 1,
         "state beside KV": any(named.state_rows) and not ours.states,
         "device pages beside host pages": named.device_pages is not None,
     }

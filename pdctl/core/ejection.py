@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from pdctl.core.due import Due
+from pdctl.core.calendar import Calendar
 from pdctl.core.seconds import check_seconds
 from pdctl.errors import ConfigError
 
@@ -215,7 +215,7 @@ class Doubt:
     def __init__(self, policy: ProbePolicy) -> None:
         self._policy = policy
         self._silent: dict[str, bool] = {}
-        self._until = Due()
+        self._until: Calendar[str] = Calendar()
         self._n_silent = 0
         self._late_until = -math.inf
         self._late_s = 0.0
@@ -229,8 +229,7 @@ class Doubt:
         """When doubt may end by itself; None while there is none."""
         if not self.doubting:
             return None
-        first = self._until.first
-        return max(self._late_until, first[0] if first else -math.inf)
+        return max(self._late_until, self._until.next_at if len(self._until) else -math.inf)
 
     def late(self, lag_s: float, now: float) -> None:
         """Our own loop came so late."""
@@ -246,7 +245,7 @@ class Doubt:
 
     def weigh(self, now: float) -> str | None:
         """Look again. Gives what to say when doubt has begun or ended by it."""
-        while (session := self._until.take(now)) is not None:
+        for session in self._until.due(now):
             self._n_silent -= self._silent.pop(session)
         before, self.doubting = self.doubting, now < self._late_until or self._most_silent
         if self.doubting == before:

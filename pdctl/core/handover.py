@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, NamedTuple
 
-from pdctl.core.layout import Heads, Kind, KvLayout, Pool, RankPools, Region
+from pdctl.core.device import is_uuid
+from pdctl.core.layout import Heads, Kind, KvLayout, Pool, RankPools, Region, Share, Slices
 from pdctl.core.route import Seat, Shape, shape_from_topology, topology_body
 from pdctl.errors import BadField, LayoutMismatch
 
-MOST_MEMORIES, MOST_ENTRIES = 64, 65_536
+MOST_MEMORIES, MOST_ENTRIES, MOST_STATES = 1024, 65_536, 64  # an engine may allocate each layer by itself
 _LONGEST = 4096  # of a path, and of any other text
 
 
@@ -32,7 +33,7 @@ class Store(StrEnum):
 
     SHM = "shm"  # POSIX shared memory: the name that was given to shm_open
     FILE = "file"  # a file that both processes see under one path, such as in a shared memory volume
-    CUDA_IPC = "cuda_ipc"  # memory of a device: what cudaIpcGetMemHandle gave, in hex
+    CUDA_IPC = "cuda_ipc"  # memory of a device: what cudaIpcGetMemHandle gave, in base64
 
 
 _NAMED_BY = {Store.SHM: "name", Store.FILE: "path", Store.CUDA_IPC: "handle"}
@@ -40,13 +41,17 @@ _NAMED_BY = {Store.SHM: "name", Store.FILE: "path", Store.CUDA_IPC: "handle"}
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """`nbytes` of one memory, `offset` bytes from its beginning on; `device` only of a device's."""
+    """`nbytes` of one memory, `offset` bytes from its beginning on.
+
+    `device`: whose memory it is, by the UUID that the driver gives it (GPU-...); empty for the host's. A number would
+    mean another device in a process that sees others.
+    """
 
     store: Store
     name: str
     nbytes: int
     offset: int = 0
-    device: int = 0
+    device: str = ""
 
     def to_body(self) -> dict[str, Any]:
         body: dict[str, Any] = {"kind": self.store.value, _NAMED_BY[self.store]: self.name}
@@ -59,6 +64,14 @@ class Handed(NamedTuple):
 
     memory: Memory
     region: Region
+
+
+@dataclass(frozen=True, slots=True)
+class Mapped:
+    """Another process's memory, at `region` here for as long as somebody has `holder`."""
+
+    region: Region
+    holder: object
 
 
 class Place(NamedTuple):
@@ -114,15 +127,22 @@ class Offer:
     states: tuple[Entries, ...]
     layout: KvLayout
     state_layer_ids: tuple[tuple[int, ...], ...]
+    state_slices: tuple[tuple[Slices, ...], ...]
     seat: Seat
     shape: Shape
     registry: str | None = None
     instance: str | None = None
 
+    @property
+    def device(self) -> str:
+        """The UUID of the device that some of its memory is on; empty where all is the host's."""
+        return max(memory.device for memory in self.memory)
+
     def pools(self, regions: Sequence[Region]) -> RankPools:
         """The same with pointers: `regions` says where each memory lies here."""
         states = tuple(state.at(regions) for state in self.states)
-        return RankPools(self.kv.at(regions), self.aux.at(regions), self.layout, states, self.state_layer_ids)
+        kv, aux = self.kv.at(regions), self.aux.at(regions)
+        return RankPools(kv, aux, self.layout, states, self.state_layer_ids, self.state_slices)
 
     def to_body(self) -> dict[str, Any]:
         return {
@@ -132,6 +152,8 @@ class Offer:
             "aux": self.aux.to_body(),
             "states": [state.to_body() for state in self.states],
             "state_layer_ids": [list(ids) for ids in self.state_layer_ids],
+            "state_units": [[each.heads.total for each in slices] for slices in self.state_slices],
+            "state_rows": [[each.rows for each in slices] for slices in self.state_slices],
             "layout": _layout_body(self.layout),
             "seat": self.seat._asdict(),
             "shape": topology_body(self.shape, None),
@@ -159,6 +181,7 @@ class Offer:
             tuple(Entries.of(state, memory, f"states.{n}") for n, state in enumerate(pools.states)),
             pools.layout,
             pools.state_layer_ids,
+            pools.state_slices,
             seat,
             shape,
             registry,
@@ -170,12 +193,16 @@ class Offer:
         """Raises BadField with the field's path, and LayoutMismatch for what does not fit itself."""
         row = Row.of(body)
         memory = tuple(map(_memory, row.rows("memory", 1, MOST_MEMORIES)))
-        states = tuple(_entries(state, memory) for state in row.rows("states", 0, MOST_MEMORIES))
+        _check_one_device(memory)
+        states = tuple(_entries(state, memory) for state in row.rows("states", 0, MOST_STATES))
         kv, layout = _entries(row.row("kv"), memory), _layout(row.row("layout", optional=True))
         if layout.layer_ids and len(layout.layer_ids) != len(kv.places):
             raise BadField(
                 "layout.layer_ids", f"has {len(layout.layer_ids)} for {len(kv.places)} entries of kv: give each one"
             )
+        seat, shape = _seat(row.row("seat", optional=True)), _shape(row)
+        if seat not in shape:
+            raise BadField("seat", f"{seat} is outside the shape: ranks count from 0 to size - 1")
         it = cls(
             role=Role(row.choice("role", tuple(Role))),
             memory=memory,
@@ -184,14 +211,13 @@ class Offer:
             states=states,
             layout=layout,
             state_layer_ids=row.lists("state_layer_ids"),
-            seat=_seat(row.row("seat", optional=True)),
-            shape=_shape(row),
+            state_slices=_slices(row, seat, shape),
+            seat=seat,
+            shape=shape,
             registry=row.text("registry", None),
             instance=row.text("instance", None),
         )
         row.end()
-        if it.seat not in it.shape:
-            raise BadField("seat", f"{it.seat} is outside the shape: ranks count from 0 to size - 1")
         return it
 
 
@@ -281,10 +307,25 @@ class Row:
 def _memory(row: Row) -> Memory:
     store = Store(row.choice("kind", tuple(Store)))
     name = row.text(_NAMED_BY[store]) or ""
-    device = row.integer("device", 0, 0) if store is Store.CUDA_IPC else 0
+    device = _uuid(row) if store is Store.CUDA_IPC else ""
     it = Memory(store, name, row.integer("nbytes", 1), row.integer("offset", 0, 0), device)
     row.end()
     return it
+
+
+def _check_one_device(memory: Sequence[Memory]) -> None:
+    devices = sorted({each.device for each in memory} - {""})
+    if len(devices) > 1:
+        raise BadField("memory", f"is on {' and '.join(devices)}: hand over each device's pool to an agent of its own")
+
+
+def _uuid(row: Row) -> str:
+    text = row.text("device") or ""
+    if not is_uuid(text):
+        raise row.wrong(
+            "device", f"is {text!r}: give the device's UUID (GPU-...), as nvidia-smi -L and cuDeviceGetUuid say"
+        )
+    return text
 
 
 def _entries(row: Row, memory: Sequence[Memory]) -> Entries:
@@ -314,8 +355,31 @@ def _layout(row: Row) -> KvLayout:
     page_size, first_layer = row.integer("page_size", 1, 1), row.integer("first_layer", 0, 0)
     ids = tuple(row.integers("layer_ids"))
     heads = None if row.get("heads") is None else _heads(row.row("heads"))
+    pages, tokens = (_share(row.row(name, optional=True)) for name in ("pages", "tokens"))
     row.end()
-    return KvLayout(kind, page_size, heads, first_layer, ids)
+    return KvLayout(kind, page_size, heads, first_layer, ids, pages, tokens)
+
+
+def _share(row: Row) -> Share:
+    size = row.integer("size", 1, 1, most=2**31 - 1)
+    it = Share(size, row.integer("rank", 0, 0, most=size - 1))
+    row.end()
+    return it
+
+
+def _slices(row: Row, seat: Seat, shape: Shape) -> tuple[tuple[Slices, ...], ...]:
+    """`state_units`: how many each entry has over all TP ranks; `state_rows`: of so many units each, by default 1."""
+    units, rows = row.lists("state_units"), row.lists("state_rows")
+    rows = rows or tuple((1,) * len(each) for each in units)
+    if [*map(len, units)] != [*map(len, rows)]:
+        raise row.wrong("state_rows", "is not as long as state_units, list by list: give each entry one of both")
+    try:
+        return tuple(
+            tuple(Slices(Heads(n, shape.attn_tp_size, seat.tp), m) for n, m in zip(*lists, strict=True))
+            for lists in zip(units, rows, strict=True)
+        )
+    except LayoutMismatch as error:
+        raise row.wrong("state_units", str(error)) from None
 
 
 def _heads(row: Row) -> Heads:
@@ -352,6 +416,8 @@ def _layout_body(layout: KvLayout) -> dict[str, Any]:
         "first_layer": layout.first_layer,
         "layer_ids": list(layout.layer_ids),
         "heads": heads and {"total": heads.total, "tp_size": heads.tp_size, "tp_rank": heads.tp_rank},
+        "pages": {"size": layout.pages.size, "rank": layout.pages.rank},
+        "tokens": {"size": layout.tokens.size, "rank": layout.tokens.rank},
     }
 
 

@@ -10,14 +10,15 @@ Aux rows (first token, log-probs, ...) and state have the same shape: one entry 
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 import numpy as np
 import numpy.typing as npt
 
-from pdctl.errors import LayoutMismatch
+from pdctl.core.device import HOST, DeviceSpec
+from pdctl.errors import BadField, ConfigError, LayoutMismatch
 
 Pairs = npt.NDArray[np.int64]
 """Shape (k, 2): entry of the sender, entry of the receiver."""
@@ -25,10 +26,11 @@ Pairs = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """`nbytes` bytes from address `pointer` on."""
+    """`nbytes` bytes from address `pointer` on; `owner` is what keeps them there, such as a tensor."""
 
     pointer: int
     nbytes: int
+    owner: object = field(default=None, compare=False, repr=False)
 
     @property
     def end(self) -> int:
@@ -43,12 +45,14 @@ class Pool:
     """`n_items` equal items in each of E entries; `pointers` and `item_lens` have length E.
 
     `n_items` is None for a peer's pool, whose size the wire does not carry: there the regions that the peer's engine
-    announces are the bound.
+    announces are the bound. `on`: whose memory it is; `owner`: what keeps it there, such as a list of tensors.
     """
 
     pointers: tuple[int, ...]
     item_lens: tuple[int, ...]
     n_items: int | None = None
+    on: DeviceSpec = HOST
+    owner: object = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if len(self.pointers) != len(self.item_lens):
@@ -67,7 +71,7 @@ class Pool:
         if self.n_items is None:
             raise LayoutMismatch("the pool's number of items is not known: it belongs to a peer")
         return (
-            Region(pointer, nbytes * self.n_items)
+            Region(pointer, nbytes * self.n_items, self.owner)
             for pointer, nbytes in zip(self.pointers, self.item_lens, strict=True)
         )
 
@@ -137,6 +141,22 @@ class Heads:
 
 
 @dataclass(frozen=True, slots=True)
+class Share:
+    """What one of `size` ranks holds of things that are dealt out in turn: thing i, if i % size is its `rank`."""
+
+    size: int = 1
+    rank: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.size:
+            raise LayoutMismatch(f"rank {self.rank} of {self.size} that share: ranks count from 0 to size - 1")
+
+    @property
+    def is_all(self) -> bool:
+        return self.size == 1
+
+
+@dataclass(frozen=True, slots=True)
 class KvLayout:
     """What the entries of a rank's KV pool stand for.
 
@@ -145,6 +165,9 @@ class KvLayout:
                  same TP size pair
     first_layer  of the layers of this pipeline stage, for pairs that announce no layer ids
     layer_ids    the model's layer of each entry, if the engine announces them; an id may repeat (K and V)
+    pages        prefill: which of the request's page numbers are here, number i at page i // size (stock's
+                 `--enable-kv-cache-sharding`)
+    tokens       which of a request's tokens are here, in order, `page_size` to the page (decode context parallel); MLA
     """
 
     kind: Kind = Kind.MHA
@@ -152,12 +175,18 @@ class KvLayout:
     heads: Heads | None = None
     first_layer: int = 0
     layer_ids: tuple[int, ...] = ()
+    pages: Share = Share()
+    tokens: Share = Share()
 
     def __post_init__(self) -> None:
         if self.page_size < 1 or self.first_layer < 0:
             raise LayoutMismatch(
                 f"page_size {self.page_size} from layer {self.first_layer} on: "
                 "give at least 1 token, and a layer from 0"
+            )
+        if not self.tokens.is_all and self.kind is not Kind.MLA:
+            raise LayoutMismatch(
+                f"tokens are shared by {self.tokens.size} ranks and the pool is {self.kind}: only MLA pools can be"
             )
 
     def layer_of(self, n_entries: int) -> npt.NDArray[np.int64]:
@@ -169,11 +198,31 @@ class KvLayout:
 
 
 @dataclass(frozen=True, slots=True)
+class Slices:
+    """How an item of a state's entry is split over TP ranks: `rows` one after another, in each those units that `heads`
+    says. One row of its channels (Mamba); a row for each token of a page (sliding windows). `Heads(1, ...)`: the same
+    on every rank."""
+
+    heads: Heads
+    rows: int = 1
+
+    def __post_init__(self) -> None:
+        if self.rows < 1:
+            raise LayoutMismatch(f"{self.rows} rows in an item of state: there is at least 1")
+
+    @property
+    def dim(self) -> int:
+        """As stock announces it: units in a row here, 0 where all ranks have the same."""
+        return 0 if self.heads.total == 1 else len(self.heads.held)
+
+
+@dataclass(frozen=True, slots=True)
 class RankPools:
     """All that a rank has to send, or to be written into: KV with the meaning of its entries, aux buffers, and groups
     of state beside KV (Mamba, sliding windows, an indexer: one group a kind, of which a request has its own rows).
 
     `state_layer_ids`: of each group, the model's layer of each entry; empty where the engine announces none.
+    `state_slices`: of each group, how each entry is split over TP ranks; without, only items of one length pair.
     """
 
     kv: Pool
@@ -181,13 +230,61 @@ class RankPools:
     layout: KvLayout = KvLayout()
     states: tuple[Pool, ...] = ()
     state_layer_ids: tuple[tuple[int, ...], ...] = ()
+    state_slices: tuple[tuple[Slices, ...], ...] = ()
 
     def __post_init__(self) -> None:
-        if self.state_layer_ids and len(self.state_layer_ids) != len(self.states):
-            raise LayoutMismatch(
-                f"{len(self.states)} groups of state and {len(self.state_layer_ids)} lists of layer ids: "
-                "give each group one, or none at all"
+        for lists, what in ((self.state_layer_ids, "layer ids"), (self.state_slices, "slices")):
+            if lists and len(lists) != len(self.states):
+                raise LayoutMismatch(
+                    f"{len(self.states)} groups of state and {len(lists)} lists of {what}: "
+                    "give each group one, or none at all"
+                )
+        for state, slices in zip(self.states, self.state_slices, strict=False):
+            if slices and len(slices) != len(state):
+                raise LayoutMismatch(
+                    f"a group of {len(state)} entries of state has {len(slices)} slices: give each one"
+                )
+
+    @property
+    def state_dims(self) -> tuple[tuple[int, ...], ...]:
+        """As a registration has it."""
+        return tuple(tuple(each.dim for each in slices) for slices in self.state_slices)
+
+    def placed(self, where: Callable[[Region], DeviceSpec]) -> RankPools:
+        """The same, each pool with the device that it is on; `where` knows. Raises BadField for one on several."""
+        return replace(
+            self,
+            kv=_placed(self.kv, where, "kv"),
+            aux=_placed(self.aux, where, "aux"),
+            states=tuple(_placed(state, where, f"states.{n}") for n, state in enumerate(self.states)),
+        )
+
+    def check_summed_here(self) -> None:
+        """Raises ConfigError where a checksum would have this processor follow a device's pointer."""
+        named = (("kv", self.kv), ("aux", self.aux), *((f"states.{n}", pool) for n, pool in enumerate(self.states)))
+        for what, pool in named:
+            if not pool.on.is_host:
+                raise ConfigError(
+                    f"room.checksum is on, and the {what} pool is on {pool.on}: sums are made by the host's processor, "
+                    "which cannot read it: switch room.checksum off at both sides"
+                )
+
+    def check_aux_written_here(self) -> None:
+        """Raises BadField where an aux row that comes by the control link could not be written."""
+        if not self.aux.on.is_host:
+            raise BadField(
+                "aux",
+                f"is on {self.aux.on}: a prefill may send aux rows by the control link, and then the host's processor "
+                "writes them: keep the aux buffers in host memory",
             )
+
+
+def _placed(pool: Pool, where: Callable[[Region], DeviceSpec], what: str) -> Pool:
+    found = {where(region) for region in pool.regions()}
+    if len(found) > 1:
+        named = " and ".join(sorted(map(str, found)))
+        raise BadField(what, f"has entries on {named}: keep all entries of a pool on one device")
+    return replace(pool, on=found.pop()) if found else pool
 
 
 def check_pair(source: Pool, destination: Pool, what: str) -> None:

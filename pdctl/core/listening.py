@@ -36,6 +36,10 @@ class Attention:
     def rests(self, now: float, for_s: float) -> None:
         self._awake_at = now + for_s
 
+    def ends(self) -> None:
+        """It is not asked to keep its time any more."""
+        self._awake_at = math.inf
+
     def missed_s(self, now: float) -> float:
         """For how long nobody has been heard; 0 while the loop keeps its time, or has not been asked to."""
         return max(0.0, now - self._awake_at)

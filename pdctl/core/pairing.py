@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pdctl.core.address import Endpoint
-from pdctl.core.layout import Kind
+from pdctl.core.layout import Kind, Share
 from pdctl.core.route import Seat, Shape
 from pdctl.errors import LayoutMismatch
 
@@ -46,31 +46,51 @@ class Pairing:
 class Paired:
     """A Pairing of which the control links are known: whom one room's decode rank tells, and whom it hears.
 
-    ranks: the ids by which the senders report; None where they are not known, and then every report counts.
+    ranks: the ids by which the senders report, in their order; None where they are not known, and then every report
+    counts.
     """
 
     senders: tuple[Endpoint, ...]
     dummies: tuple[Endpoint, ...] = ()
     required: int = 1
     responses: int = 1
-    ranks: frozenset[int] | None = None
+    ranks: tuple[int, ...] | None = None
 
 
-def pair(prefill: Shape, decode: Shape, tp_rank: int, pp_rank: int, kind: Kind) -> Pairing:
+def pair(prefill: Shape, decode: Shape, tp_rank: int, pp_rank: int, kind: Kind, dcp_size: int = 1) -> Pairing:
     """Raises LayoutMismatch, with both values, for instances that cannot be paired."""
-    check_shapes(prefill, decode, kind)
-    tps, silent = _tp_ranks(prefill.attn_tp_size, decode.attn_tp_size, tp_rank, kind)
+    check_shapes(prefill, decode, kind, dcp_size)
     stages = range(prefill.pp_size) if decode.pp_size == 1 else (pp_rank,)
+    # of CP ranks, the first has and sends all, unless each has some of the pages or some of the layers
+    shared = prefill.enable_kv_cache_sharding or prefill.enable_dsa_cache_layer_split
+    cps = range(prefill.attn_cp_size if shared else 1)
+    if _is_sharded_over_tp(prefill, kind):
+        tps, silent, required = range(prefill.attn_tp_size), range(0), decode.attn_tp_size
+    else:
+        tps, silent = _tp_ranks(prefill.attn_tp_size, decode.attn_tp_size, tp_rank, kind)
+        required = max(1, decode.attn_tp_size // prefill.attn_tp_size)
     return Pairing(
-        senders=tuple(Seat(0, 0, tp, pp) for pp in stages for tp in tps),  # of CP ranks, the first has and sends all
-        dummies=tuple(Seat(0, 0, tp, pp) for pp in stages for tp in silent),
-        required=max(1, decode.attn_tp_size // prefill.attn_tp_size),
+        senders=tuple(Seat(0, cp, tp, pp) for cp in cps for pp in stages for tp in tps),
+        dummies=tuple(Seat(0, cp, tp, pp) for cp in cps for pp in stages for tp in silent),
+        required=required,
     )
 
 
-def check_shapes(prefill: Shape, decode: Shape, kind: Kind) -> None:
+def pages_of(seat: Seat, prefill: Shape, kind: Kind) -> Share:
+    """Which page numbers a prefill rank in `seat` holds (`KvLayout.pages`): with KV sharding, CP ranks share them, or
+    without CP the TP ranks of MLA, whose KV would be the same; else all."""
+    if _is_sharded_over_tp(prefill, kind):
+        return Share(prefill.attn_tp_size, seat.tp)
+    return Share(prefill.attn_cp_size, seat.cp) if prefill.enable_kv_cache_sharding else Share()
+
+
+def _is_sharded_over_tp(prefill: Shape, kind: Kind) -> bool:
+    return prefill.enable_kv_cache_sharding and prefill.attn_cp_size == 1 and kind is Kind.MLA
+
+
+def check_shapes(prefill: Shape, decode: Shape, kind: Kind, dcp_size: int = 1) -> None:
     """Raises LayoutMismatch for the first field that keeps the two apart."""
-    for name, theirs, ours, fix in _obstacles(prefill, decode, kind):
+    for name, theirs, ours, fix in _obstacles(prefill, decode, kind, dcp_size):
         raise LayoutMismatch(f"{name} is {theirs!r} at the prefill and {ours!r} at this decode: {fix}")
 
 
@@ -86,7 +106,7 @@ def dp_rank_of(shape: Shape, room: int) -> int | None:
     return room % shape.dp_size if shape.follow_bootstrap_room else None
 
 
-def _obstacles(prefill: Shape, decode: Shape, kind: Kind) -> Iterator[tuple[str, object, object, str]]:
+def _obstacles(prefill: Shape, decode: Shape, kind: Kind, dcp_size: int) -> Iterator[tuple[str, object, object, str]]:
     for name in _SAME:
         theirs, ours = getattr(prefill, name), getattr(decode, name)
         if theirs != ours:
@@ -98,9 +118,13 @@ def _obstacles(prefill: Shape, decode: Shape, kind: Kind) -> Iterator[tuple[str,
         yield "attn_cp_size", prefill.attn_cp_size, decode.attn_cp_size, "start decode with 1: only prefill has CP"
     if decode.pp_size not in (1, prefill.pp_size):
         yield "pp_size", prefill.pp_size, decode.pp_size, "start decode with the prefill's, or with 1"
-    for name in ("enable_kv_cache_sharding", "enable_dsa_cache_layer_split"):
-        if getattr(prefill, name) and (kind is Kind.MLA or prefill.attn_cp_size > 1):
-            yield name, True, getattr(decode, name), "start prefill without it: every rank must have its whole KV"
+    if _is_sharded_over_tp(prefill, kind) and prefill.attn_tp_size != decode.attn_tp_size:
+        fix = "KV that is sharded over the TP ranks of MLA needs the same at both sides"
+        yield "attn_tp_size", prefill.attn_tp_size, decode.attn_tp_size, fix
+    if dcp_size > 1 and prefill.attn_cp_size > 1:
+        yield "attn_cp_size", prefill.attn_cp_size, 1, f"start prefill with 1: decode has a DCP size of {dcp_size}"
+    if dcp_size > 1 and prefill.enable_kv_cache_sharding:
+        yield "enable_kv_cache_sharding", True, False, f"start prefill without it: decode has a DCP size of {dcp_size}"
 
 
 def _tp_ranks(prefill: int, decode: int, rank: int, kind: Kind) -> tuple[range, range]:

@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from pdctl.core.address import Endpoint
-from pdctl.core.agenda import Agenda
+from pdctl.core.calendar import Calendar
 from pdctl.core.claims import check_may_change, check_may_end, not_held, place
 from pdctl.core.instances import Incarnation, InstanceView, Loss
 from pdctl.core.listening import SHARE
@@ -111,6 +111,10 @@ class _Overlay(MutableMapping[str, InstanceView]):
         return len(self._below) + sum(name not in self._below for name in self.own)
 
 
+Entry = tuple[str, Seat, int]
+"""Instance, seat, epoch: a life, and in the agenda once."""
+
+
 class Registry:
     """All instances by name. One owner, in one event loop."""
 
@@ -119,7 +123,7 @@ class Registry:
         self.revision = 0
         self.last_epoch = 0
         self._views: MutableMapping[str, InstanceView] = {}
-        self._agenda = Agenda()
+        self._agenda: Calendar[Entry] = Calendar()
         self._emptied: deque[tuple[float, str]] = deque()  # (when to look again, instance), soonest first
         self._n_remembered = 0
         self.shortest_ttl_s = math.inf  # no lease is shorter; one that was may be over
@@ -270,11 +274,11 @@ class Registry:
         """What time alone has changed, `budget` lives at most: look at `next_deadline` for whether there are more."""
         changes: list[Change] = []
         over: dict[str, list[Loss]] = {}
-        for name, seat, epoch in self._agenda.due(now, budget):
+        for entry in self._agenda.due(now, budget):
+            name, seat, epoch = entry
             view = self._views.get(name)
             life = view.holder(seat, epoch) if view else None
             if life is None:
-                self._agenda.forget(epoch)
                 continue
             if life.ttl_s is not None and self.is_held(epoch):
                 life.pulse.spoke_at = max(now, life.pulse.spoke_at)
@@ -284,7 +288,7 @@ class Registry:
                 if life.next_event <= now:
                     life.pulse.suspected = True
                     changes.append(self._noted(name, self._change(ChangeKind.SUSPECTED, life)))
-                self._agenda.put(life.next_event, name, seat, epoch)
+                self._agenda.put(entry, life.next_event)
         for name, losses in over.items():
             changes += self._end(self._views[name], losses, now)
         return changes + self._forget(now)
@@ -316,7 +320,7 @@ class Registry:
             view = replace(restored(name, kept, now), revision=revision)
             self._write(view, now)
             for life in view.lives:
-                self._schedule(name, life)
+                self._schedule(life)
 
     # Other registries over the same journal
 
@@ -341,7 +345,7 @@ class Registry:
                 continue
             self._write(after, now)
             for life in after.lives:
-                self._schedule(name, life)
+                self._schedule(life)
         return changes
 
     def heard_elsewhere(self, instance: str, seat: Seat, epoch: int, now: float) -> list[Change]:
@@ -359,7 +363,7 @@ class Registry:
         if life is None or life.ttl_s is None:
             return []
         life.pulse.spoke_at = min(life.pulse.spoke_at, over_at - life.ttl_s)
-        self._agenda.put(over_at, instance, seat, epoch)
+        self._agenda.put_sooner(_entry(life), over_at)
         if life.pulse.suspected:
             return []
         life.pulse.suspected = True
@@ -474,7 +478,7 @@ class Registry:
         if not life.pulse.suspected:
             return []
         life.pulse.suspected = False
-        self._agenda.put(life.next_event, view.name, life.seat, life.epoch)  # sooner than the end of a lease given anew
+        self._agenda.put_sooner(_entry(life), life.next_event)  # than the end of a lease given anew
         return [self._noted(view.name, self._change(ChangeKind.RECOVERED, life))]
 
     def _holder(self, instance: str, seat: Seat, epoch: int | None, owner: Owner | None) -> tuple[InstanceView, Life]:
@@ -493,14 +497,14 @@ class Registry:
         return next(each for each in view.incarnations if each.number == life.incarnation)
 
     def _put(self, view: InstanceView, incarnation: Incarnation, life: Life) -> InstanceView:
-        self._schedule(view.name, life)
+        self._schedule(life)
         return view.having(incarnation, life.epoch)
 
-    def _schedule(self, name: str, life: Life) -> None:
+    def _schedule(self, life: Life) -> None:
         ttl_s = life.claim.ttl_s
         if ttl_s is not None and ttl_s < self.shortest_ttl_s:
             self.shortest_ttl_s = ttl_s
-        self._agenda.put(life.next_event, name, life.seat, life.epoch)
+        self._agenda.put_sooner(_entry(life), life.next_event)  # one that speaks is looked at when its old hour comes
 
     def _change(
         self,
@@ -519,9 +523,9 @@ class Registry:
 
     def _let_go(self, change: Change) -> None:
         if change.is_end or change.kind is ChangeKind.LOST:
-            self._agenda.forget(change.life.epoch)
+            self._agenda.strike(_entry(change.life))
         if change.before is not None:
-            self._agenda.forget(change.before.epoch)
+            self._agenda.strike(_entry(change.before))
 
     def _noted(self, name: str, change: Change) -> Change:
         """A change that shows in no seat still makes another view."""
@@ -562,6 +566,10 @@ class Registry:
                 self._n_remembered -= view.n_remembered
                 del self._views[name]
         return changes
+
+
+def _entry(life: Life) -> Entry:
+    return life.claim.instance, life.seat, life.epoch
 
 
 def _over(life: Life, now: float) -> Loss | None:

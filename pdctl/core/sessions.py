@@ -36,11 +36,11 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
 from typing import Generic, Protocol
 
-from pdctl.core.due import Due
+from pdctl.core.calendar import Calendar
 from pdctl.core.ejection import Doubt, Groups, Health, ProbePolicy
+from pdctl.core.record import NOTHING, Block, Record, Trial, ending, endings, older, weight
 from pdctl.core.standing import (
     Change,
     ChangeKind,
@@ -98,78 +98,6 @@ class Gate(Protocol):
         tells the table how it ended: well, or by the TransferFailed that leaves the block."""
 
 
-@dataclass(slots=True)
-class _Block:
-    """Why and since when a session is out. `number` counts everything that happened before.
-
-    tries: questions in a row that were not answered well; good: those that were. hold_until: it stays out until then.
-    """
-
-    cause: Cause
-    detail: str
-    since: float
-    number: int
-    hold_until: float = -math.inf
-    relapse: bool = False
-    questions: int = 0
-    tries: int = 0
-    good: int = 0
-    asked_at: float = -math.inf
-    well_at: float | None = None
-    last_answer: str | None = None
-
-    @property
-    def dropped(self) -> bool:
-        return self.cause is Cause.PEER_CHANGED
-
-
-_NOTHING = _Block(Cause.LOCAL, "", 0.0, 0)
-"""Stands where nothing is held against a session."""
-
-
-@dataclass(slots=True)
-class _Trial:
-    """A session that is back on trial, `after` this block. running: transfers that hold a place."""
-
-    after: _Block
-    number: int
-    running: int = 0
-
-
-@dataclass(slots=True)
-class _Record(Generic[ShownT]):
-    """One session. lifted: what began before this number is about another life, or about one that was lifted since;
-    returned: about a time before it came back. well_at: when it was last known to be well, None if never."""
-
-    session: str
-    group: str
-    wanted_at: float
-    health: Health
-    life: Life[ShownT] | None = None
-    held: _Block | _Trial | None = None
-    asking: Question | None = None
-    depth: Depth | None = None
-    lifted: int = 0
-    returned: int = 0
-    well_at: float | None = None
-
-    @property
-    def state(self) -> State:
-        if self.held is None:
-            return State.TRUSTED
-        if isinstance(self.held, _Trial):
-            return State.TRIAL
-        return State.DROPPED if self.held.dropped else State.BLOCKED
-
-    @property
-    def block(self) -> _Block | None:
-        return self.held if isinstance(self.held, _Block) else None
-
-    @property
-    def trial(self) -> _Trial | None:
-        return self.held if isinstance(self.held, _Trial) else None
-
-
 class SessionTable(Generic[ShownT]):
     """The sessions that are known: how each stands, and the life that it stands for.
 
@@ -185,12 +113,12 @@ class SessionTable(Generic[ShownT]):
         self.policy = policy
         self._random = random
         self._number = itertools.count(1)
-        self._records: dict[str, _Record[ShownT]] = {}
+        self._records: dict[str, Record[ShownT]] = {}
         # Both ordered by wanted_at, so that the idlest is found without a search; dropped ones apart, as they go last.
         self._idlest: OrderedDict[str, None] = OrderedDict()
         self._dropped: OrderedDict[str, None] = OrderedDict()
-        self._questions = Due()
-        self._trials = Due()
+        self._questions: Calendar[str] = Calendar()
+        self._trials: Calendar[str] = Calendar()
         self._groups = Groups(policy)
         self._doubt = Doubt(policy)
 
@@ -273,9 +201,9 @@ class SessionTable(Generic[ShownT]):
         record = self._records.get(session)
         if record is None:
             return []
-        if not _older(entry, record.returned):
+        if not older(entry, record.returned):
             record.well_at = now
-        if record.trial is None or _older(entry, record.trial.number):
+        if record.trial is None or older(entry, record.trial.number):
             return []
         return self._end_trial(record, record.trial, "a transfer has succeeded", now)
 
@@ -284,12 +212,12 @@ class SessionTable(Generic[ShownT]):
         if not cause.speaks_of_peer:
             return []
         changes = self._weigh(now)
-        if (known := self._records.get(session)) is not None and _older(entry, known.lifted):
+        if (known := self._records.get(session)) is not None and older(entry, known.lifted):
             return changes
         record, made_room = self._wanted(session, now)
         if cause is Cause.PEER_CHANGED:
             changes += made_room + self._drop(record, detail, now)
-        elif _older(entry, record.returned) or (cause is Cause.TIMED_OUT and self.doubting):
+        elif older(entry, record.returned) or (cause is Cause.TIMED_OUT and self.doubting):
             changes += made_room
         elif record.block is not None:
             self._failed_again(record, record.block, entry, now)
@@ -309,9 +237,10 @@ class SessionTable(Generic[ShownT]):
     @property
     def next_due(self) -> float | None:
         """When there is next something to do: a question to put, or time to `tick`. None while there is nothing."""
-        due = [first[0] for first in (self._questions.first, self._trials.first) if first]
-        doubt = self._doubt.next_at
-        return min([*due, doubt] if doubt is not None else due, default=None)
+        due = min(self._questions.next_at, self._trials.next_at)
+        if (doubt := self._doubt.next_at) is not None:
+            due = min(due, doubt)
+        return None if due == math.inf else due
 
     @property
     def deadline_s(self) -> float:
@@ -320,10 +249,7 @@ class SessionTable(Generic[ShownT]):
 
     def ask_due(self, now: float, limit: int) -> list[Question]:
         """At most `limit` questions that are due, the most overdue first. They are being asked from now on."""
-        questions: list[Question] = []
-        while len(questions) < limit and (session := self._questions.take(now)) is not None:
-            questions.append(self._ask(self._records[session], now))
-        return questions
+        return [self._ask(self._records[session], now) for session in self._questions.due(now, limit)]
 
     def ask_now(self, session: str, now: float) -> Question:
         """Somebody wants to know now, however the session stands. A question that is being asked becomes void."""
@@ -354,7 +280,7 @@ class SessionTable(Generic[ShownT]):
     def tick(self, now: float) -> list[Change]:
         """What time alone has brought about. To be called when `next_due` says so, and before `ask_due`."""
         changes = self._weigh(now)
-        while (session := self._trials.take(now)) is not None:
+        for session in self._trials.due(now):
             record = self._records[session]
             if record.trial:
                 changes += self._end_trial(record, record.trial, "no transfer has failed since it came back", now)
@@ -398,41 +324,41 @@ class SessionTable(Generic[ShownT]):
 
     # How: out
 
-    def _strike(self, record: _Record[ShownT], cause: Cause, detail: str, now: float) -> list[Change]:
+    def _strike(self, record: Record[ShownT], cause: Cause, detail: str, now: float) -> list[Change]:
         record.health.wear_off(now, self.policy.decay_s)
         record.health.strike(now)
         if record.trial is None and record.health.strikes < self.policy.strikes:
             return []
         return self._block(record, cause, detail, now)
 
-    def _block(self, record: _Record[ShownT], cause: Cause, detail: str, now: float) -> list[Change]:
+    def _block(self, record: Record[ShownT], cause: Cause, detail: str, now: float) -> list[Change]:
         relapses, was = record.health.ejections, record.state
         record.health.ejected(self.policy.most_relapses)
         hold_s = self.policy.hold(relapses, self._random())
-        block = _Block(cause, detail, now, next(self._number), now + hold_s, relapses > 0, asked_at=now)
+        block = Block(cause, detail, now, next(self._number), now + hold_s, relapses > 0, asked_at=now)
         block.well_at = now if record.well_at is not None else None
         news = Change(ChangeKind.BLOCKED, record.session, cause, None, detail, was=was, state=State.BLOCKED)
         self._become(record, block)
         self._schedule(record, block, self._wait_s(block, now), now)
         return [news]
 
-    def _failed_again(self, record: _Record[ShownT], block: _Block, entry: Entry | None, now: float) -> None:
+    def _failed_again(self, record: Record[ShownT], block: Block, entry: Entry | None, now: float) -> None:
         """While it is blocked: what began before is a symptom of the same; what began since (panic) is worse news."""
-        if block.dropped or _older(entry, block.number):
+        if block.dropped or older(entry, block.number):
             return
         block.good = 0
         if record.asking:
             record.asking = None
             self._ask_again(record, block, now)
 
-    def _drop(self, record: _Record[ShownT], detail: str, now: float) -> list[Change]:
+    def _drop(self, record: Record[ShownT], detail: str, now: float) -> list[Change]:
         was, before = record.state, record.block
         if was is State.DROPPED:
             return []
         cause = Cause.PEER_CHANGED
         since = before.since if before else now
         questions = before.questions if before else 0
-        block = _Block(cause, detail, since, next(self._number), questions=questions)
+        block = Block(cause, detail, since, next(self._number), questions=questions)
         news = Change(
             ChangeKind.DROPPED, record.session, cause, before.cause if before else None, detail,
             now - since, questions, was, State.DROPPED,
@@ -443,7 +369,7 @@ class SessionTable(Generic[ShownT]):
 
     # How: back
 
-    def _answered_ill(self, record: _Record[ShownT], verdict: Unwell, now: float) -> list[Change]:
+    def _answered_ill(self, record: Record[ShownT], verdict: Unwell, now: float) -> list[Change]:
         if verdict.cause is Cause.PEER_CHANGED:
             return self._drop(record, verdict.detail, now)
         if record.block is None:
@@ -453,7 +379,7 @@ class SessionTable(Generic[ShownT]):
         self._not_proven(record, record.block, words(verdict.cause), verdict.cause, now)
         return []
 
-    def _answered_well(self, record: _Record[ShownT], verdict: Well[ShownT], now: float) -> list[Change]:
+    def _answered_well(self, record: Record[ShownT], verdict: Well[ShownT], now: float) -> list[Change]:
         known, shown, block = record.life, verdict.life, record.block
         if known is not None and shown is not None and not known.same_life(shown):
             return self._drop(record, "another process, or another life, answers there", now)
@@ -470,27 +396,27 @@ class SessionTable(Generic[ShownT]):
         self._schedule(record, block, self.policy.confirm_s(self._random()), now)
         return []
 
-    def _not_proven(self, record: _Record[ShownT], block: _Block, answer: str, cause: Cause | None, now: float) -> None:
+    def _not_proven(self, record: Record[ShownT], block: Block, answer: str, cause: Cause | None, now: float) -> None:
         block.last_answer = answer
         if not (cause is Cause.TIMED_OUT and self.doubting):
             block.tries += 1
         self._ask_again(record, block, now)
 
-    def _let_back(self, record: _Record[ShownT], block: _Block, depth: Depth, now: float) -> list[Change]:
+    def _let_back(self, record: Record[ShownT], block: Block, depth: Depth, now: float) -> list[Change]:
         """Bytes that were read back are a trial passed; a relapse, or identity alone, has one before it."""
         record.health.returned(now)
         record.returned = next(self._number)
         record.well_at = now
         on_trial = block.relapse or depth < Depth.DATA
-        self._become(record, _Trial(block, record.returned) if on_trial else None)
+        self._become(record, Trial(block, record.returned) if on_trial else None)
         if on_trial:
             self._trials.put(record.session, now + self.policy.trial_s)
         detail = f"answers have proved it well, by {depth.name.lower()}"
-        return [_ending(ChangeKind.RECOVERED, record, State.BLOCKED, block, detail, now)]
+        return [ending(ChangeKind.RECOVERED, record, State.BLOCKED, block, detail, now)]
 
-    def _end_trial(self, record: _Record[ShownT], trial: _Trial, detail: str, now: float) -> list[Change]:
+    def _end_trial(self, record: Record[ShownT], trial: Trial, detail: str, now: float) -> list[Change]:
         self._become(record, None)
-        return [_ending(ChangeKind.TRIAL_PASSED, record, State.TRIAL, trial.after, detail, now)]
+        return [ending(ChangeKind.TRIAL_PASSED, record, State.TRIAL, trial.after, detail, now)]
 
     def _lift(self, session: str, detail: str, now: float) -> list[Change]:
         record = self._records.get(session)
@@ -503,37 +429,37 @@ class SessionTable(Generic[ShownT]):
             record.life = None
         self._become(record, None)
         self._touch(record, now)
-        return _endings(ChangeKind.LIFTED, record, was, held, detail, now)
+        return endings(ChangeKind.LIFTED, record, was, held, detail, now)
 
     # How: asking
 
-    def _ask(self, record: _Record[ShownT], now: float) -> Question:
+    def _ask(self, record: Record[ShownT], now: float) -> Question:
         record.asking = Question(record.session, next(self._number))
         if record.block:
             record.block.questions += 1
             record.block.asked_at = now
         return record.asking
 
-    def _schedule(self, record: _Record[ShownT], block: _Block, wait_s: float, now: float) -> None:
+    def _schedule(self, record: Record[ShownT], block: Block, wait_s: float, now: float) -> None:
         """The next question, not before the hold is over, unless none may help."""
         if self.policy.enabled and not block.dropped:
             self._questions.put(record.session, max(now + wait_s, block.hold_until))
 
-    def _ask_again(self, record: _Record[ShownT], block: _Block, now: float) -> None:
+    def _ask_again(self, record: Record[ShownT], block: Block, now: float) -> None:
         """After a question in vain, or a void one: soon, if a request has wanted the session since it was put."""
         wait_s = self._wait_s(block, now)
         if record.wanted_at >= block.asked_at:
             wait_s = min(wait_s, max(self.policy.interval_s, self._soon(block, now) - now))
         self._schedule(record, block, wait_s, now)
 
-    def _wait_s(self, block: _Block, now: float) -> float:
+    def _wait_s(self, block: Block, now: float) -> float:
         return self.policy.wait_s(block.tries, now - max(block.since, block.hold_until), self._random())
 
-    def _soon(self, block: _Block, now: float) -> float:
+    def _soon(self, block: Block, now: float) -> float:
         """When a session that requests want is asked at the latest."""
         return max(now, block.asked_at + max(self.policy.wanted_interval_s, self.policy.interval_s), block.hold_until)
 
-    def _note(self, record: _Record[ShownT], verdict: Well[ShownT] | Unwell, now: float) -> None:
+    def _note(self, record: Record[ShownT], verdict: Well[ShownT] | Unwell, now: float) -> None:
         """What the answer says about ourselves: a time-out counts if the peer was well not long ago."""
         if isinstance(verdict, Well) or verdict.cause not in (Cause.TIMED_OUT, Cause.LOCAL):
             self._doubt.heard(record.session, now)
@@ -547,7 +473,7 @@ class SessionTable(Generic[ShownT]):
             return []
         return [Change(ChangeKind.DOUBT_BEGAN if self.doubting else ChangeKind.DOUBT_ENDED, "", None, None, said)]
 
-    def _learn(self, record: _Record[ShownT], life: ShownT, now: float) -> list[Change]:
+    def _learn(self, record: Record[ShownT], life: ShownT, now: float) -> list[Change]:
         if record.life is not None and not record.life.same_life(life):
             return self._drop(record, "another process, or another life, answers there", now)
         record.life, record.well_at = life, now
@@ -555,15 +481,15 @@ class SessionTable(Generic[ShownT]):
 
     # How: the table
 
-    def _served(self, record: _Record[ShownT]) -> bool:
+    def _served(self, record: Record[ShownT]) -> bool:
         state = record.state
         return state in (State.TRUSTED, State.TRIAL) or (state is State.BLOCKED and self._groups.in_panic(record.group))
 
-    def _standing(self, record: _Record[ShownT], now: float) -> Standing:
+    def _standing(self, record: Record[ShownT], now: float) -> Standing:
         held, due = record.held, self._questions.at(record.session)
-        if held is None or isinstance(held, _Trial):
+        if held is None or isinstance(held, Trial):
             record.health.wear_off(now, self.policy.decay_s)
-        block = held.after if isinstance(held, _Trial) else held or _NOTHING
+        block = held.after if isinstance(held, Trial) else held or NOTHING
         return Standing(
             session=record.session,
             state=record.state,
@@ -583,7 +509,7 @@ class SessionTable(Generic[ShownT]):
             served=self._served(record),
         )
 
-    def _become(self, record: _Record[ShownT], held: _Block | _Trial | None) -> None:
+    def _become(self, record: Record[ShownT], held: Block | Trial | None) -> None:
         """The one place where a state changes. What was asked or planned before is void."""
         was, session = record.state, record.session
         record.held, record.asking = held, None
@@ -598,7 +524,7 @@ class SessionTable(Generic[ShownT]):
         return self._dropped if state is State.DROPPED else self._idlest
 
     def _recount(self, group: str, was: State | None, state: State | None) -> None:
-        (members, blocked), (m, b) = _weight(state), _weight(was)
+        (members, blocked), (m, b) = weight(state), weight(was)
         if (members, blocked) != (m, b):
             self._groups.count(group, members - m, blocked - b)
 
@@ -607,19 +533,19 @@ class SessionTable(Generic[ShownT]):
         kinds = (ChangeKind.PANIC_ENDED, ChangeKind.PANIC_BEGAN)
         return [Change(kinds[began], "", None, None, said, group=name) for name, began, said in self._groups.weigh()]
 
-    def _wanted(self, session: str, now: float, group: str = "") -> tuple[_Record[ShownT], list[Change]]:
+    def _wanted(self, session: str, now: float, group: str = "") -> tuple[Record[ShownT], list[Change]]:
         """The session's record, made if there is none, as the one wanted last; and what making it has changed."""
         record = self._records.get(session)
         if record is not None:
             self._touch(record, now)
             return record, []
         changes = self._make_room(now)
-        record = self._records[session] = _Record(session, group, now, Health(now))
+        record = self._records[session] = Record(session, group, now, Health(now))
         self._idlest[session] = None
         self._recount(group, None, record.state)
         return record, changes
 
-    def _touch(self, record: _Record[ShownT], now: float) -> None:
+    def _touch(self, record: Record[ShownT], now: float) -> None:
         """Wanted now, and last in its order: whoever changes to the other order has to come last there."""
         record.wanted_at = now
         self._order(record.state).move_to_end(record.session)
@@ -630,35 +556,9 @@ class SessionTable(Generic[ShownT]):
         session = next(iter(self._idlest or self._dropped))
         return self._forget(self._records[session], "the table is full", now)
 
-    def _forget(self, record: _Record[ShownT], detail: str, now: float) -> list[Change]:
+    def _forget(self, record: Record[ShownT], detail: str, now: float) -> list[Change]:
         was, held = record.state, record.held
         self._become(record, None)
         self._recount(record.group, record.state, None)
         del self._records[record.session], self._idlest[record.session]
-        return _endings(ChangeKind.FORGOTTEN, record, was, held, detail, now)
-
-
-def _older(entry: Entry | None, number: int) -> bool:
-    """Whether a transfer began before that. Of one without an entry nothing is known: it is about now."""
-    return entry is not None and entry.number < number
-
-
-def _weight(state: State | None) -> tuple[int, int]:
-    """How much one session adds to its group's members, and to those of them that are blocked."""
-    return (state not in (None, State.DROPPED), state is State.BLOCKED)
-
-
-def _endings(
-    kind: ChangeKind, record: _Record[ShownT], was: State, held: _Block | _Trial | None, detail: str, now: float
-) -> list[Change]:
-    if held is None:
-        return []
-    block = held if isinstance(held, _Block) else held.after
-    return [_ending(kind, record, was, block, detail, now)]
-
-
-def _ending(kind: ChangeKind, record: _Record[ShownT], was: State, block: _Block, detail: str, now: float) -> Change:
-    before = None if was is State.TRIAL else block.cause
-    return Change(
-        kind, record.session, block.cause, before, detail, now - block.since, block.questions, was, record.state
-    )
+        return endings(ChangeKind.FORGOTTEN, record, was, held, detail, now)

@@ -27,6 +27,18 @@ _WORD = np.dtype("<u4")
 _HEAD = 5  # words before the lists: pool, start, items, parts, entries
 
 
+class Checksum(StrEnum):
+    """Whether the bytes of this side's rooms are summed and compared."""
+
+    OFF = "off"
+    OFFERED = "offered"  # with every peer that does so too; with others rooms go as without
+    REQUIRED = "required"  # a room whose peer does not fails, before any of its pages is used
+
+    @property
+    def is_on(self) -> bool:
+        return self is not Checksum.OFF
+
+
 class Checked(StrEnum):
     """What became of one prefill rank's sums of one room."""
 
@@ -62,12 +74,14 @@ class Spans:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sums:
-    """`crcs[i]` is the sum of item `start + i` of those that decode has named of `pool`, over `spans` at the decode."""
+    """`crcs[i]` is the sum of item `start + i` of those that decode has named of `pool`, over `spans` at the decode, as
+    it was sent from the prefill's item `sources[i]`."""
 
     pool: int
     start: int
     spans: Spans
     crcs: Crcs = field(repr=False)
+    sources: Ints = field(repr=False)
 
     @property
     def end(self) -> int:
@@ -83,11 +97,11 @@ class Sums:
 
     def differ(self, found: Crcs, items: Ints) -> str | None:
         """What to say where the bytes at `items`, summed as `found`, are not what was sent; None where they are."""
-        wrong = items[self.crcs != found]
+        wrong = np.flatnonzero(self.crcs != found)
         if not len(wrong):
             return None
-        named = ", ".join(map(str, wrong[:16].tolist())) + (f" and {len(wrong) - 16} more" if len(wrong) > 16 else "")
-        return f"{self.noun}{'' if len(wrong) == 1 else 's'} {named}"
+        here, there = _some(items[wrong]), _some(self.sources[wrong])
+        return f"{self.noun}{'' if len(wrong) == 1 else 's'} {here} ({there} at the prefill)"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -102,7 +116,7 @@ class Summand:
     theirs: Spans
 
     def to(self, crcs: Crcs) -> Sums:
-        return Sums(self.pool, self.start, self.theirs, crcs)
+        return Sums(self.pool, self.start, self.theirs, crcs, self.items)
 
 
 def item_spans(source: Pool, pairs: Pairs) -> tuple[Spans, Spans]:
@@ -128,22 +142,23 @@ def head_spans(
     return mine, far
 
 
-def missing(sums: Sequence[Sums], named: int) -> Ints:
-    """Numbers of the KV pages, of the `named` ones, that no sum speaks of, where some are spoken of."""
-    pages = [each for each in sums if each.pool == KV]
-    spoken = np.full(named, not pages)
-    for each in pages:
-        spoken[each.start : each.end] = True
-    return np.flatnonzero(~spoken)
+def spoken(sums: Sequence[Sums], named: int) -> npt.NDArray[np.bool_]:
+    """Which of the `named` KV pages a sum speaks of."""
+    found = np.zeros(named, bool)
+    for each in sums:
+        if each.pool == KV:
+            found[each.start : each.end] = True
+    return found
 
 
 def pack(sums: Sequence[Sums]) -> bytes:
-    """Little-endian words: of each of `sums` pool, start, n, parts, k; entries, offsets and widths (k); crcs (n)."""
+    """Little-endian words: of each of `sums` pool, start, n, parts, k; entries, offsets and widths (k); crcs and
+    sources (n)."""
     words: list[npt.ArrayLike] = []
     for each in sums:
         spans = each.spans
         words.append([each.pool, each.start, len(each.crcs), spans.parts, len(spans.entries)])
-        words += [spans.entries, spans.offsets, spans.widths, each.crcs]
+        words += [spans.entries, spans.offsets, spans.widths, each.crcs, each.sources]
     return b"".join(np.asarray(part).astype(_WORD).tobytes() for part in words)
 
 
@@ -157,9 +172,14 @@ def unpack(raw: bytes) -> Iterator[Sums]:
             (int(word) for word in words[at : at + _HEAD]) if at + _HEAD <= len(words) else [0] * 5
         )
         at += _HEAD
-        if not k or not parts or at + 3 * k + n > len(words):
+        if not k or not parts or at + 3 * k + 2 * n > len(words):
             raise ValueError(f"the sums break off at word {at} of {len(words)}")
         lists = words[at : at + 3 * k].reshape(3, k)
         at += 3 * k
-        yield Sums(pool, start, Spans(lists[0], lists[1], lists[2], parts), words[at : at + n].astype(np.uint32))
-        at += n
+        crcs, sources = words[at : at + 2 * n].reshape(2, n)
+        at += 2 * n
+        yield Sums(pool, start, Spans(lists[0], lists[1], lists[2], parts), crcs.astype(np.uint32), sources)
+
+
+def _some(items: Ints) -> str:
+    return ", ".join(map(str, items[:16].tolist())) + (f" and {len(items) - 16} more" if len(items) > 16 else "")

@@ -21,7 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pdctl.core.seconds import check_seconds
-from pdctl.errors import IllegalEvent
+from pdctl.core.sums import Checksum
+from pdctl.errors import ConfigError, IllegalEvent
 
 
 class Phase(IntEnum):
@@ -52,7 +53,7 @@ class Event(StrEnum):
     ALL_NAMED_PAGES = "all_named_pages"  # sender: the last one's came
     CHUNK_QUEUED = "chunk_queued"  # sender: pages or an aux row were given to the engine
     CHUNK_LANDED = "chunk_landed"  # sender: at every decode rank, and there is more to come
-    LAST_CHUNK_LANDED = "last_chunk_landed"  # sender: pages and aux are at every decode rank
+    LAST_CHUNK_LANDED = "last_chunk_landed"  # sender: pages and aux are at every decode rank, and whole where compared
     BUFFERS_REGISTERED = "buffers_registered"  # receiver: the prefill ranks have been told of our memory
     METADATA_SENT = "metadata_sent"  # receiver: the prefill ranks have been told of the pages
     PREFILL_ANSWERED = "prefill_answered"  # receiver: one prefill rank has finished, others are missing
@@ -142,9 +143,11 @@ class RoomTimeouts:
     drain_margin_s: from the confirmation of an abort to the reuse of its pages. Bytes that the prefill's kernel had
         taken are written even after the prefill's engine is at rest (4 to 64 MiB seen, MOONCAKE_FACTS H12); they need
         0.1 s at the measured 1 GB/s, 2 s allow a link at 256 Mbit/s. Slower links need more.
-    checksum: where both sides say so, and both are pdctl, prefill sums each page as it sends it (CRC-32), and decode
-        sums what has arrived before the room succeeds; a difference fails the room and names the pages. Off: it costs
-        half a second of a core for each GB and side. For pools in the host's memory only.
+    checksum: off, offered or required. Where both sides say one of the latter, prefill sums each page as it sends it
+        (CRC-32), and decode sums what has arrived before the room succeeds; a difference fails the room on both sides
+        and names the pages. What each side has to hear of the other for it, it hears within transfer_s. Required: a
+        room whose peer sums nothing (a stock one, or one of ours that is told not to) is refused before a byte moves.
+        Off: it costs half a second of a core for each GB and side. For pools in the host's memory only.
     """
 
     bootstrap_s: float = 300.0
@@ -152,10 +155,12 @@ class RoomTimeouts:
     transfer_s: float = 60.0
     release_s: float = 30.0
     drain_margin_s: float = 2.0
-    checksum: bool = False
+    checksum: Checksum = Checksum.OFF
 
     def __post_init__(self) -> None:
         check_seconds(self, "room", or_zero=("drain_margin_s",))
+        if not isinstance(self.checksum, Checksum):
+            raise ConfigError(f"room checksum is {self.checksum!r}: give {', '.join(Checksum)}")
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -5,7 +5,7 @@ Frames in, values out, and back. No sockets, nothing is acted upon, and no bytes
 BadFrames, which names the frame. Trailing frames that a later release adds are tolerated; so are whole messages that
 we have no use for (staging, other engines): they come back as `Unknown`.
 
-    decode -> prefill   RegisterBuffers, Metadata, Abort, Bootstrap
+    decode -> prefill   RegisterBuffers, Metadata, Abort, Bootstrap, Matched
     prefill -> decode   Status, AbortAck, AuxData
 
 Numbers are decimal ASCII, packed integers little-endian, unless a message says otherwise.
@@ -48,6 +48,13 @@ NOT_REGISTERED = "session is not registered here"
 # How a pdctl decode says, behind all frames of its registration, that it wants sums, and how a pdctl prefill that
 # grants them marks them behind a success. Stock reads frames by number and never looks there (tests/wire/stock).
 SUMS = b"pdctl:crc32"
+
+# How a pdctl decode marks its reason behind all frames of an abort.
+WHY = b"pdctl:why"
+
+# Rooms from here on are none, stock routers draw 63 bits. A decode that must know beforehand whether a prefill sums
+# gives such a room up: stock confirms that at once, as it does of any room that it does not know, and ours adds SUMS.
+FIRST_QUESTION = 2**64 - 2**32
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +206,8 @@ class Metadata:
 
 @dataclass(frozen=True, slots=True)
 class Abort:
-    """Decode gives the room up. With `generation` it holds the pages until that very generation is acknowledged."""
+    """Decode gives the room up. With `generation` it holds the pages until that very generation is acknowledged; only
+    then a `reason` travels too, in frames that stock does not read."""
 
     TAG: ClassVar[bytes] = b"ABORT"
     NAME: ClassVar[str] = "abort"
@@ -207,12 +215,15 @@ class Abort:
     room: int
     reply: Endpoint | None = None
     generation: int | None = None
+    reason: str | None = None
 
     def to_frames(self) -> list[bytes]:
         frames = [self.TAG, _put(self.room)]
         if self.reply is not None:
             frames += _put_endpoint(self.reply)
-            frames += [] if self.generation is None else [_put(self.generation)]
+            if self.generation is not None:
+                frames.append(_put(self.generation))
+                frames += [] if self.reason is None else [WHY, self.reason.encode()[:MAX_TEXT]]
         return frames
 
     @classmethod
@@ -220,7 +231,7 @@ class Abort:
         read = _Reader(cls.NAME, frames, needed=2)
         reply = read.endpoint(2, 3) if len(frames) > 2 else None
         generation = read.number(4, "generation") if len(frames) > 4 else None
-        return cls(read.room(1), reply, generation)
+        return cls(read.room(1), reply, generation, read.text(6) if read.frame(5) == WHY else None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,6 +251,26 @@ class Bootstrap:
     def from_frames(cls, frames: Frames) -> Self:
         read = _Reader(cls.NAME, frames, needed=4)
         return cls(read.room(1), read.endpoint(2, 3))
+
+
+@dataclass(frozen=True, slots=True)
+class Matched:
+    """What has arrived at `session` of the room is what the sums say. Only for a prefill rank that has sent sums: the
+    control thread of a stock one ends by a message that it does not know."""
+
+    TAG: ClassVar[bytes] = b"PDCTL_MATCHED"
+    NAME: ClassVar[str] = "match"
+
+    room: int
+    session: str
+
+    def to_frames(self) -> list[bytes]:
+        return [self.TAG, _put(self.room), self.session.encode("ascii")]
+
+    @classmethod
+    def from_frames(cls, frames: Frames) -> Self:
+        read = _Reader(cls.NAME, frames, needed=3)
+        return cls(read.room(1), read.session(2))
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,7 +304,8 @@ class Status:
 
 @dataclass(frozen=True, slots=True)
 class AbortAck:
-    """No chunk of the room is in flight any more. Without rank and generation (older peers) it proves nothing."""
+    """No chunk of the room is in flight any more. Without rank and generation (older peers) it proves nothing. `sums`,
+    in answer to a question: this prefill gives sums."""
 
     TAG: ClassVar[bytes] = b"ABORT_ACK"
     NAME: ClassVar[str] = "abort acknowledgement"
@@ -281,17 +313,18 @@ class AbortAck:
     room: int
     rank: int | None = None
     generation: int | None = None
+    sums: bool = False
 
     def to_frames(self) -> list[bytes]:
         given = [self.room] + [n for n in (self.rank, self.generation) if n is not None]
-        return [self.TAG, *map(_put, given)]
+        return [self.TAG, *map(_put, given), *([SUMS] if self.sums else [])]
 
     @classmethod
     def from_frames(cls, frames: Frames) -> Self:
         read = _Reader(cls.NAME, frames, needed=2)
         rank = read.number(2, "rank") if len(frames) > 2 else None
         generation = read.number(3, "generation") if len(frames) > 3 else None
-        return cls(read.room(1), rank, generation)
+        return cls(read.room(1), rank, generation, read.frame(4) == SUMS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,14 +362,14 @@ class Unknown:
     tag: str
 
 
-ToPrefill = RegisterBuffers | Metadata | Abort | Bootstrap | Unknown
+ToPrefill = RegisterBuffers | Metadata | Abort | Bootstrap | Matched | Unknown
 ToDecode = Status | AbortAck | AuxData | Unknown
 
 
 def parse_to_prefill(frames: Frames) -> ToPrefill:
     """What a decode rank said. Raises BadFrames and nothing else."""
     tag = _tag(frames)
-    for message in (RegisterBuffers, Abort, Bootstrap):
+    for message in (RegisterBuffers, Abort, Bootstrap, Matched):
         if tag == message.TAG:
             return message.from_frames(frames)
     return Metadata.from_frames(frames) if _DECIMAL.fullmatch(tag) else _unknown(tag)

@@ -20,7 +20,6 @@ been answered well is an engine that is starting, not one that is dead.
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
@@ -28,6 +27,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from urllib.parse import urlsplit
 
+from pdctl.core.calendar import Calendar
 from pdctl.core.lives import Life
 from pdctl.core.route import Seat
 from pdctl.core.seconds import check_seconds
@@ -148,7 +148,6 @@ class _Watched:
 
     target: Target
     lives: set[Key] = field(default_factory=set)
-    next_at: float = math.inf
     asking: int | None = None
     well: int = 0
     failed: int = 0
@@ -187,8 +186,7 @@ class WitnessTable:
         self._subjects: dict[Key, _Subject] = {}
         self._targets: dict[Target, _Watched] = {}
         self._given_up: set[Key] = set()
-        # (next_at, number to tell equals apart, target); an entry that the target does not say any more is void
-        self._agenda: list[tuple[float, int, Target]] = []
+        self._agenda: Calendar[Target] = Calendar()
         self._hosts: dict[str, _Host] = {}
         # Of the hosts where not everything is dead: when each was last heard of, or found silent; longest ago first
         self._heard_at: OrderedDict[str, float] = OrderedDict()
@@ -206,13 +204,7 @@ class WitnessTable:
     @property
     def next_due(self) -> float | None:
         """When the next question is due; None when nobody is to be asked."""
-        while self._agenda:
-            at, _, target = self._agenda[0]
-            watched = self._targets.get(target)
-            if watched is not None and watched.asking is None and watched.next_at == at:
-                return at
-            heapq.heappop(self._agenda)
-        return None
+        return self._agenda.next_at if len(self._agenda) else None
 
     def follow(self, lives: Iterable[Life], now: float) -> None:
         """Watch these and nobody else."""
@@ -230,8 +222,8 @@ class WitnessTable:
     def ask_due(self, now: float, limit: int) -> list[Question]:
         """Up to `limit` questions that are due. Each is to be answered."""
         questions: list[Question] = []
-        while len(questions) < limit and (due := self.next_due) is not None and due <= now:
-            watched = self._targets[heapq.heappop(self._agenda)[2]]
+        for target in self._agenda.due(now, limit):
+            watched = self._targets[target]
             self._numbers += 1
             watched.asking = self._numbers
             questions.append(Question(watched.target, self._numbers, now))
@@ -352,6 +344,7 @@ class WitnessTable:
         if not host.n_targets:
             del self._hosts[watched.target.host]
         del self._targets[watched.target]
+        self._agenda.strike(watched.target)
 
     def _set_dead(self, watched: _Watched, is_dead: bool) -> None:
         watched.is_dead = is_dead
@@ -364,9 +357,7 @@ class WitnessTable:
             self._silent.discard(host)
 
     def _schedule(self, watched: _Watched, now: float, wait_s: float) -> None:
-        watched.next_at = now + wait_s * (1 - self.policy.jitter * self._random())
-        self._numbers += 1
-        heapq.heappush(self._agenda, (watched.next_at, self._numbers, watched.target))
+        self._agenda.put(watched.target, now + wait_s * (1 - self.policy.jitter * self._random()))
 
 
 _ASKED = {Means.TCP: "connecting to", Means.HTTP: "asking"}

@@ -6,6 +6,7 @@ Everything that must not differ between adapters is in promises.py and pins.py, 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -53,6 +54,10 @@ class Carrier(Protocol):
 
     def nudge(self) -> None:
         """A transfer was stopped: look at once."""
+
+    def own_fault(self, spans: Iterable[Region]) -> str | None:
+        """Why a transfer from or to this memory of ours fails whoever the peer is, in words; None where nothing of
+        that kind is to be found."""
 
 
 @dataclass(frozen=True, slots=True)

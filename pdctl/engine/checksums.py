@@ -19,6 +19,7 @@ import numpy.typing as npt
 from pdctl.core.layout import Pool
 from pdctl.core.plan import Ints
 from pdctl.core.sums import Crcs, Spans
+from pdctl.errors import ConfigError
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -50,7 +51,9 @@ class Checksums:
 
 
 def sums(pool: Pool, items: Ints, spans: Spans) -> Crcs:
-    """On whatever thread calls it."""
+    """On whatever thread calls it. Raises ConfigError for a device's pool: to follow its pointer is SIGSEGV."""
+    if not pool.on.is_host:
+        raise ConfigError(f"a pool on {pool.on} cannot be summed by the host's processor: switch room.checksum off")
     if not len(items):
         return np.empty(0, np.uint32)
     rows = _gathered if spans.parts > 1 or int(spans.widths.min()) < _DIRECT else _where_they_lie

@@ -27,6 +27,14 @@ _DANGEROUS: dict[str, tuple[Callable[[str], bool], str]] = {
     "MC_TCP_ENABLE_CONNECTION_POOL": (lambda v: v.lower() in ("0", "false", "off"), "it is 50 times slower and fails"),
     "MC_DISABLE_METACACHE": (lambda v: v != "0", "each transfer to a hung peer would block all others for 61 s"),
 }
+# A store without an engine beside it: 16 pieces to an owner that hangs end after 5 s; by default 4 do after 30 s.
+_STALLS = {"MC_TCP_PROGRESS_TIMEOUT_SEC": "5", "MC_TCP_STATUS_TIMEOUT_SEC": "5", "MC_TCP_LANES_PER_PEER": "16"}
+# The store holds the interpreter while it waits for its master: 90 s by default, 4.5 s with these (H8).
+_IMPATIENCE = {
+    "MC_STORE_CLIENT_SETUP_RETRIES": "1",
+    "MC_RPC_CONNECT_TIMEOUT_MS": "500",
+    "MC_RPC_TIMEOUT_MS": "1000",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +44,8 @@ class MooncakeSettings:
     `host`: under which peers reach it; it listens on every interface all the same (H7). IPv6 text makes the whole
     process IPv6. `force_tcp`: without it the engine takes RDMA wherever it sees an adapter, whatever `protocol` says;
     left out, it is on exactly when `protocol` is tcp.
-    `window`: blocks in flight to one peer, over TCP each on a connection of its own; 16 is full speed.
+    `window`: blocks in flight to one peer, over TCP each on a connection of its own, and 16 MiB of larger ones: 64 of
+    4 or 64 KiB keep the engine busy between two looks, with 16 it waited for a fifth of the time.
     `progress_timeout_s`: how long a block may stand still; whole seconds, as the engine reads it.
     `block_limit`: longer copies are split, so that the window holds for them too, and no small room waits for a long
     block: one page beside 512 MiB took mostly 74 to 236 ms at 16 MiB, 6 to 10 at 1 MiB; the 512 MiB as long.
@@ -50,7 +59,7 @@ class MooncakeSettings:
     protocol: str = "tcp"
     device: str = ""
     force_tcp: bool | None = None
-    window: int = 16
+    window: int = 64
     block_limit: int = 1 << 20
     progress_timeout_s: int = 5
     handshake_timeout_s: float = 1.0
@@ -112,6 +121,8 @@ def environment(settings: MooncakeSettings) -> dict[str, str]:
         # Lanes that we introduce need none, a new life gets a new name; RDMA has no other cure for stale descriptors.
         "MC_TE_METADATA_REFRESH_INTERVAL_SECONDS": "0" if settings.forces_tcp else "1",
         **({"MC_USE_IPV6": "1"} if settings.is_ipv6 else {}),
+        # The CUDA wheels choose by this, and not by the protocol that they are given.
+        **({"MC_INTRANODE_NVLINK": "1"} if settings.protocol == "nvlink_intra" else {}),
     }
 
 
@@ -121,11 +132,36 @@ def _defaults(settings: MooncakeSettings) -> dict[str, str]:
         "MC_LOG_LEVEL": settings.log_level,
         "MC_TRANSFER_TIMEOUT": "60",
         "MC_HANDSHAKE_CONNECT_TIMEOUT": "1",
-        # The store holds the interpreter while it waits for its master: 90 s by default, 4.5 s with these (H8).
-        "MC_STORE_CLIENT_SETUP_RETRIES": "1",
-        "MC_RPC_CONNECT_TIMEOUT_MS": "500",
-        "MC_RPC_TIMEOUT_MS": "1000",
+        **_IMPATIENCE,
     }
+
+
+def pieces_at_once(environ: Mapping[str, str]) -> int:
+    """How many pieces a call on a store may have, so that all have ended before the wheel gives the call up.
+
+    It does so after 60 s. Pieces to an owner that hangs end one stall after another, as many at once as there are
+    lanes; what was still queued lands when the owner goes on, in memory that nobody keeps for it any more (24 of 64
+    reads of 1 MiB did). Half of the 60 s is used.
+    """
+    lanes = _number(environ, "MC_TCP_LANES_PER_PEER", 4)
+    stall_s = _number(environ, "MC_TCP_PROGRESS_TIMEOUT_SEC", 30)
+    return max(1, lanes * (30 // max(1, stall_s)))
+
+
+def _number(environ: Mapping[str, str], name: str, otherwise: int) -> int:
+    text = environ.get(name, "")
+    return int(text) if text.isascii() and text.isdigit() else otherwise
+
+
+def prepare_store(protocol: str, environ: MutableMapping[str, str], loaded: bool) -> None:
+    """Put into `environ` what a store needs that is opened without an engine; an operator's own value wins."""
+    wanted = {**_IMPATIENCE, **_STALLS, "MC_LOG_LEVEL": "ERROR", **({"MC_FORCE_TCP": "1"} if protocol == "tcp" else {})}
+    if protocol != "tcp" and "MC_FORCE_TCP" in environ:
+        raise ConfigError(f"MC_FORCE_TCP is set but the protocol is {protocol}: unset it, or set protocol tcp")
+    late = {name: value for name, value in wanted.items() if name not in environ}
+    environ.update(late)
+    if late and loaded:
+        log.warning("mooncake.store was imported before its environment was set", variables=sorted(late))
 
 
 def prepare(settings: MooncakeSettings, environ: MutableMapping[str, str], loaded: bool) -> None:

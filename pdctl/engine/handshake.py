@@ -23,6 +23,7 @@ from typing import Any
 from pdctl.core.address import Endpoint
 from pdctl.core.layout import Region
 from pdctl.engine.base import PeerCard
+from pdctl.engine.blame import own_fault
 from pdctl.errors import BadField, Cause, TransferFailed
 
 # 120,000 regions fit; the engine itself refuses more than MC_HANDSHAKE_MAX_LENGTH, which mooncake.py sets to this.
@@ -63,7 +64,7 @@ class Descriptor:
 
 
 async def ask(host: str, port: int, kind: Kind, body: dict[str, Any], *, deadline_s: float) -> Answer:
-    """One question. Raises TransferFailed: REFUSED, TIMED_OUT, PEER_GONE or NOT_AN_ENGINE."""
+    """One question. Raises TransferFailed: REFUSED, TIMED_OUT, PEER_GONE or NOT_AN_ENGINE; LOCAL for our own fault."""
     session = str(Endpoint(host, port))
     try:
         async with asyncio.timeout(deadline_s):
@@ -75,6 +76,8 @@ async def ask(host: str, port: int, kind: Kind, body: dict[str, Any], *, deadlin
     except (EOFError, ConnectionResetError, BrokenPipeError) as cause:
         raise TransferFailed(Cause.PEER_GONE, session, "the connection ended before the handshake's answer") from cause
     except OSError as cause:
+        if (ours := own_fault(cause)) is not None:
+            raise TransferFailed(Cause.LOCAL, session, ours) from cause
         nobody = Cause.REFUSED if cause.errno in _NOBODY or cause.errno is None or cause.errno < 0 else Cause.PEER_GONE
         raise TransferFailed(nobody, session, f"cannot be reached: {cause.strerror or cause}") from cause
     except (ValueError, RecursionError) as cause:
@@ -114,6 +117,8 @@ async def knock(session: str, found: Descriptor, *, deadline_s: float) -> None:
             Cause.NO_DATA, session, f"its data port {port} does not answer within {deadline_s:.2g} s: is it firewalled?"
         ) from None
     except OSError as cause:
+        if (ours := own_fault(cause)) is not None:
+            raise TransferFailed(Cause.LOCAL, session, ours) from cause
         detail = f"its data port {port} cannot be reached: {os.strerror(cause.errno) if cause.errno else cause}"
         raise TransferFailed(Cause.NO_DATA, session, detail) from cause
     # Reset, not closed: no end of it may linger, a port in TIME_WAIT keeps its process's successor out for a minute.

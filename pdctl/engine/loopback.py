@@ -13,7 +13,7 @@ import asyncio
 import ctypes
 import itertools
 import mmap
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -195,6 +195,9 @@ class _Carrier:
         task = asyncio.create_task(self._carry(transfer, self._lanes[transfer.lane]), name="pdctl-loopback-transfer")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    def own_fault(self, spans: Iterable[Region]) -> str | None:  # noqa: ARG002  it never touches what is not mapped
+        return None
 
     def nudge(self) -> None:
         """Every task looks before each block."""

@@ -17,8 +17,8 @@ import itertools
 import os
 import sys
 import threading
-from collections import deque
-from collections.abc import AsyncIterator, Callable, MutableMapping
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable, Iterable, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from types import ModuleType
@@ -28,18 +28,21 @@ import structlog
 
 from pdctl.core.address import Endpoint
 from pdctl.core.layout import Region
+from pdctl.device.base import Device
 from pdctl.engine import handshake, wheel
 from pdctl.engine.asking import SendProbe
 from pdctl.engine.base import Capabilities, Engine
+from pdctl.engine.blame import own_fault
 from pdctl.engine.blocks import Direction, Lane, Transfer
 from pdctl.engine.environment import MooncakeSettings, environment, prepare
 from pdctl.engine.handshake import Descriptor
+from pdctl.engine.idle import Idle
 from pdctl.engine.mover import Calls as MoverCalls
 from pdctl.engine.mover import Mover
 from pdctl.engine.promises import PromisedEngine, outlast
 from pdctl.engine.tether import Tether
 from pdctl.engine.ways import Introduction, Serial
-from pdctl.errors import Cause, EngineUnavailable, TransferFailed
+from pdctl.errors import BadField, Cause, EngineUnavailable, TransferFailed
 
 __all__ = ["MooncakeSettings", "by_name", "environment", "open_mooncake"]
 
@@ -47,6 +50,8 @@ log = structlog.get_logger(__name__)
 
 _MOST_ENGINES = 3  # in a process: each costs two threads, five descriptors and two open ports until it exits
 _LOOKED_AT = 64  # lanes, each time that one is made: 0.1 ms, and the dead never outnumber the living for long
+_TIDY_EVERY_S = 2.0  # where none is made: each that died keeps up to 17 connections half closed, and their ports
+_KEEP_ALIVE_EVERY_S = 30.0  # connections that idle are looked for: of 4,000 descriptors in 10 ms, on a thread
 _GIVEN_UP = -1  # the code of a registration that came when the mover had failed and the loop did not know it yet
 _NEEDED = ("initialize", "get_rpc_port", "transfer_submit_write", "transfer_check_status")
 _WELCOME = {
@@ -59,25 +64,27 @@ _WELCOME = {
 @asynccontextmanager
 async def open_mooncake(
     settings: MooncakeSettings,
+    device: Device,
     *,
     factory: Callable[[], Any] | None = None,
     importer: Callable[[str], ModuleType] = importlib.import_module,
     environ: MutableMapping[str, str] | None = None,
-    bind_device: Callable[[], None] = lambda: None,
 ) -> AsyncIterator[Engine]:
     """An open engine; closing it waits, within a bound, until no block of it touches this process's memory.
 
-    `factory` makes the engine object (the wheel's class by default); `bind_device` runs first on the mover thread.
+    `device`: whose memory it will move (`open_device`); set on each of our threads before the engine is made there, or
+    memory registered. `factory` makes the engine object (the wheel's class by default).
     """
+    device.check_protocol(settings.protocol)
     variables = os.environ if environ is None else environ
     prepare(settings, variables, wheel.MODULE in sys.modules)
-    make = factory or _factory(importer)
+    make = factory or _factory(importer, settings, device)
 
     def prepared() -> Any:
         prepare(settings, variables, loaded=False)  # each engine object reads them when it is made
         return make()
 
-    carrier = _Carrier(settings, prepared, bind_device)
+    carrier = _Carrier(settings, prepared, device)
     await carrier.open()
     engine = PromisedEngine(carrier, settings.patience)
     try:
@@ -92,6 +99,7 @@ async def open_mooncake(
 
 def by_name(
     settings: MooncakeSettings,
+    device: Device,
     *,
     importer: Callable[[str], ModuleType] = importlib.import_module,
     environ: MutableMapping[str, str] | None = None,
@@ -101,7 +109,7 @@ def by_name(
     It is put by an engine object that does nothing else, made by the thread that asks first and kept until the process
     exits: it has no region and no block, so a question that hangs in it fences nothing and delays no transfer.
     """
-    make = _factory(importer)
+    make = _factory(importer, settings, device)
     if not hasattr(make, "send_probe"):
         return None
     once, made = threading.Lock(), list[Any]()
@@ -110,8 +118,9 @@ def by_name(
         with once:
             if not made:
                 prepare(settings, os.environ if environ is None else environ, loaded=False)
+                device.bind()
                 engine = make()
-                _Calls(engine).initialize(settings)
+                _Calls(engine).initialize(settings, device)
                 wheel.keep_until_exit(engine)
                 made.append(engine)
         return int(made[0].send_probe(session))
@@ -119,8 +128,9 @@ def by_name(
     return send_probe
 
 
-def _factory(importer: Callable[[str], ModuleType]) -> Callable[[], Any]:
+def _factory(importer: Callable[[str], ModuleType], settings: MooncakeSettings, device: Device) -> Callable[[], Any]:
     module = wheel.load(importer)
+    wheel.check_can_move(module, device.spec, settings.protocol)
     wheel.silence(module)
     return module.TransferEngine  # type: ignore[no-any-return]
 
@@ -138,12 +148,13 @@ class _Calls:
             log.warning("the installed mooncake wheel lacks calls", version=wheel.version(), **absent)
         self.has = {name: name not in absent for name in _WELCOME}
 
-    def initialize(self, settings: MooncakeSettings) -> str:
+    def initialize(self, settings: MooncakeSettings, device: Device) -> str:
         """The session id. Only once: a second time gives the object a new port and kills its sessions."""
-        code = self._engine.initialize(settings.host, "P2PHANDSHAKE", settings.protocol, settings.device)
+        name = device.engine_name(settings.host)
+        code = self._engine.initialize(name, "P2PHANDSHAKE", settings.protocol, settings.device)
         if code != 0:
             raise EngineUnavailable(
-                f"the Mooncake engine cannot be opened on {settings.host} with protocol {settings.protocol!r} and "
+                f"the Mooncake engine cannot be opened on {name} with protocol {settings.protocol!r} and "
                 f"device {settings.device!r} (code {code}): check these three against the host"
             )
         return str(Endpoint(settings.host, self._engine.get_rpc_port()))
@@ -181,17 +192,18 @@ class _Calls:
 class _Motor:
     """One engine object, and the mover thread that owns it from its birth to its end."""
 
-    def __init__(self, settings: MooncakeSettings) -> None:
+    def __init__(self, settings: MooncakeSettings, device: Device) -> None:
         self._settings = settings
+        self._device = device
         self._loop = asyncio.get_running_loop()
         self.opened: asyncio.Future[str] = self._loop.create_future()
         self.gone: asyncio.Future[None] = self._loop.create_future()
         self.calls: _Calls
         self.mover: Mover
 
-    async def open(self, factory: Callable[[], Any], bind_device: Callable[[], None]) -> None:
+    async def open(self, factory: Callable[[], Any]) -> None:
         """Cancelled, it is closed again. Raises what opening the engine raises."""
-        self.start(factory, bind_device)
+        self.start(factory)
         try:
             await asyncio.shield(self.opened)
         except asyncio.CancelledError:
@@ -200,18 +212,18 @@ class _Motor:
                 await self.close()
             raise
 
-    def start(self, factory: Callable[[], Any], bind_device: Callable[[], None]) -> None:
-        threading.Thread(target=self._live, args=(factory, bind_device), name="pdctl-mover", daemon=True).start()
+    def start(self, factory: Callable[[], Any]) -> None:
+        threading.Thread(target=self._live, args=(factory,), name="pdctl-mover", daemon=True).start()
 
     async def close(self) -> None:
         self.mover.end()
         await outlast(self.gone)
 
-    def _live(self, factory: Callable[[], Any], bind_device: Callable[[], None]) -> None:
+    def _live(self, factory: Callable[[], Any]) -> None:
         try:
-            bind_device()
+            self._device.bind()
             self.calls = _Calls(factory())
-            session = self.calls.initialize(self._settings)
+            session = self.calls.initialize(self._settings, self._device)
         except BaseException as cause:
             self._post(_refuse, self.opened, cause)
             return
@@ -234,16 +246,19 @@ class _Carrier:
     `spare` makes the next engine object, on its own thread.
     """
 
-    def __init__(self, settings: MooncakeSettings, factory: Callable[[], Any], bind_device: Callable[[], None]) -> None:
+    def __init__(self, settings: MooncakeSettings, factory: Callable[[], Any], device: Device) -> None:
         self._settings = settings
         self._factory = factory
-        self._bind_device = bind_device
+        self._device = device
         self._loop = asyncio.get_running_loop()
         self._serial = Serial()
         self._registering = ThreadPoolExecutor(1, "pdctl-register")
-        self._first = _Motor(settings)
+        self._first = _Motor(settings, device)
         self._motors = {0: self._first}
         self._tethered: deque[Lane] = deque()
+        self._next_tidying: asyncio.TimerHandle | None = None
+        self._data_ports: Counter[int] = Counter()
+        self._idle, self._next_look = Idle(), 0.0
 
     @property
     def session(self) -> str:
@@ -266,10 +281,15 @@ class _Carrier:
         return engine in self._motors
 
     async def register(self, region: Region) -> int:
-        return await self._loop.run_in_executor(self._registering, self._first.calls.register, region)
+        return await self._loop.run_in_executor(self._registering, self._bound, self._first.calls.register, region)
 
     async def unregister(self, region: Region) -> int:
-        return await self._loop.run_in_executor(self._registering, self._first.calls.unregister, region)
+        return await self._loop.run_in_executor(self._registering, self._bound, self._first.calls.unregister, region)
+
+    def _bound(self, call: Callable[[Region], int], region: Region) -> int:
+        """On the registering thread, which is not the one that the device was set on."""
+        self._device.bind()
+        return call(region)
 
     async def describe(self, session: str, deadline_s: float) -> Descriptor:
         return await handshake.metadata(session, deadline_s=deadline_s)
@@ -286,6 +306,13 @@ class _Carrier:
             return Lane(itertools.repeat(session))
         self._tidy()
         deadline_s = self._settings.handshake_timeout_s
+        try:
+            return await self._tied(session, found, engine, deadline_s)
+        except OSError as cause:
+            words = own_fault(cause) or f"no port of our own can be opened: {cause}"
+            raise TransferFailed(Cause.LOCAL, session, words) from cause
+
+    async def _tied(self, session: str, found: Descriptor, engine: int, deadline_s: float) -> Lane:
         tether = await Tether.tie(session, found.host, found.card.data_port, deadline_s=deadline_s)
         try:
             introduction = await Introduction.listening(found.opening, self._settings.loopback, self._serial)
@@ -294,9 +321,21 @@ class _Carrier:
             raise
         lane = Lane(introduction.names, engine, greets=self.capabilities.async_read)
         lane.over, lane.was_cut = lambda: tether.over, lambda: tether.was_cut
-        lane.close = lambda: self._leave(lane, tether, introduction)
+        lane.close = lambda: self._leave(lane, tether, introduction, found.card.data_port)
         self._tethered.append(lane)
+        self._data_ports[found.card.data_port] += 1
+        if self._next_tidying is None:
+            self._tidy_later()
+        self._next_look = 0.0  # at the next tidying: then its first ways are there
         return lane
+
+    def _tidy_later(self) -> None:
+        self._tidy()
+        later = bool(self._tethered) and self.is_open
+        self._next_tidying = self._loop.call_later(_TIDY_EVERY_S, self._tidy_later) if later else None
+        if later and self._loop.time() >= self._next_look:
+            self._next_look = self._loop.time() + _KEEP_ALIVE_EVERY_S
+            self._loop.run_in_executor(self._registering, self._idle.keep_alive, frozenset(self._data_ports))
 
     def _tidy(self) -> None:
         """Close what is held for lives that have ended: nobody says that a peer will never come back. How a life ended
@@ -308,7 +347,10 @@ class _Carrier:
             else:
                 lane.close()
 
-    def _leave(self, lane: Lane, tether: Tether, introduction: Introduction) -> None:
+    def _leave(self, lane: Lane, tether: Tether, introduction: Introduction, data_port: int) -> None:
+        self._data_ports[data_port] -= 1
+        if not self._data_ports[data_port]:
+            del self._data_ports[data_port]
         tether.close()
         introduction.close()
         self._motors[lane.engine].mover.leave(lane)
@@ -320,8 +362,18 @@ class _Carrier:
         for motor in self._running_motors():
             motor.mover.nudge()
 
+    def own_fault(self, spans: Iterable[Region]) -> str | None:
+        try:
+            for span in spans:
+                self._device.where(span)
+        except BadField as cause:
+            return f"the memory of this side that it was to move is not there any more: {cause}"
+        except OSError as cause:
+            return own_fault(cause) or f"this process cannot look at its own memory: {cause}"
+        return None
+
     async def open(self) -> None:
-        await self._first.open(self._factory, self._bind_device)
+        await self._first.open(self._factory)
         has = self._first.calls.has
         # Once: to read the wheel's version off the disk takes 3 ms, and every look at a peer asks what can be done.
         self._capabilities = Capabilities(
@@ -330,6 +382,8 @@ class _Carrier:
 
     async def close(self) -> None:
         """The spare ones first: while the first is open, so is this."""
+        if self._next_tidying is not None:
+            self._next_tidying.cancel()
         for number in sorted(self._motors, reverse=True):
             motor = self._motors[number]
             await outlast(motor.opened)
@@ -340,9 +394,9 @@ class _Carrier:
     async def _running(self, session: str, engine: int) -> None:
         """That engine object is open; a spare one is opened now, and goes on opening if who wanted it gives up."""
         if engine not in self._motors:
-            self._motors[engine] = motor = _Motor(self._settings)
+            self._motors[engine] = motor = _Motor(self._settings, self._device)
             log.warning("a fresh engine is opened for peers that an older one does not reach", engine=engine)
-            motor.start(self._factory, self._bind_device)
+            motor.start(self._factory)
         motor = self._motors[engine]
         try:
             await asyncio.shield(motor.opened)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import math
 import threading
 import time
 from collections import deque
@@ -38,9 +39,15 @@ _NOWHERE = ctypes.create_string_buffer(64)
 _NO_MEMORY = 8  # an address that no peer has registered: asked for it, the peer hangs up, and so the way is closed
 Submit = Callable[[str, int, int, int], int]
 
-# 200 us keeps 16 blocks of 64 KiB in flight at full speed; a transfer that has not moved for 50 ms is looked at less.
-_BRISK_S, _CALM_S, _CALM_AFTER_S = 200e-6, 2e-3, 50e-3
+# Between two looks at a peer, so that a quarter to a half of what is in flight has ended meanwhile: of 64 blocks of
+# 4 KiB, 200 us let only 8 end, and each look costs a question a block and takes a core from the engine's own thread.
+_SHORTEST_S, _LONGEST_S = 50e-6, 600e-6
+_CALM_S, _CALM_AFTER_S = 2e-3, 50e-3  # where nothing has moved for so long
 _GOODBYE_S = 0.1
+# How old a look at the tether may be when a block goes: a process takes 20 times as long to start and to take a port.
+_FRESH_S = 500e-6
+# Bytes in flight to one peer: more of them move no faster, and a small block beside them waits for longer.
+_IN_FLIGHT, _AT_LEAST = 16 << 20, 4
 
 # Transfers of one peer take turns by what their blocks take of it, not block by block: 256 blocks of 4 KiB beside
 # blocks of 1 MiB took 200 to 370 ms that way, 20 alone, and 34 to 51 this way. A block costs about 30 us whatever its
@@ -139,7 +146,7 @@ class Mover:
         until = time.monotonic() + _GOODBYE_S
         self._part_from_those_left()
         while self._parting and time.monotonic() < until:
-            time.sleep(_BRISK_S)
+            time.sleep(_CALM_S)
             self._part_from_those_left()
 
     def _part_from_those_left(self) -> None:
@@ -162,7 +169,8 @@ class Mover:
         if moved:
             self._quiet_since = now
         # Not news.wait(timeout): that takes a lock and 60 us more, and this is the hot path.
-        time.sleep(_CALM_S if now - self._quiet_since > _CALM_AFTER_S else _BRISK_S)
+        brisk_s = min((window.nap_s for window in self._windows.values()), default=_CALM_S)
+        time.sleep(_CALM_S if now - self._quiet_since > _CALM_AFTER_S else brisk_s)
 
     def _tell(self, transfer: Transfer) -> None:
         self._carried.discard(transfer)
@@ -170,15 +178,9 @@ class Mover:
             self._loop.call_soon_threadsafe(transfer.settle)
 
 
-@dataclass(frozen=True, slots=True)
-class _Flight:
-    """A block on its way; or a greeting, and the block that goes after it."""
-
-    ticket: int
-    transfer: Transfer
-    way: Way
-    since: float
-    then: Block | None = None
+# A block on its way: ticket, transfer, way, since when, the block; or a greeting, and the block to go after it
+# (`is_greeting`). A plain tuple: to make and unpack a dataclass took 2 us of the 8 that the mover takes for a block.
+_Flight = tuple[int, Transfer, Way, float, Block, bool]
 
 
 @dataclass(slots=True)
@@ -191,6 +193,9 @@ class _Window:
     tell: Callable[[Transfer], None]
     waiting: deque[Transfer] = field(default_factory=deque)
     flying: list[_Flight] = field(default_factory=list)
+    nbytes: int = 0
+    looked_at: float = -math.inf
+    nap_s: float = _SHORTEST_S
 
     @property
     def empty(self) -> bool:
@@ -206,11 +211,18 @@ class _Window:
         """Whether anything moved."""
         if prune:
             self._prune()
-        before = len(self.flying)
-        self._poll()
+        self.looked_at = -math.inf
+        ended = self._poll()
         left = len(self.flying)
+        self._pace(ended, left)
         self._fill()  # at once: what has just landed has left its way idle
-        return left != before or len(self.flying) != left
+        return ended > 0 or len(self.flying) != left
+
+    def _pace(self, ended: int, left: int) -> None:
+        if ended > left:
+            self.nap_s = max(self.nap_s * 0.7, _SHORTEST_S)
+        elif 3 * ended < left:
+            self.nap_s = min(self.nap_s * 1.4, _LONGEST_S)
 
     def fail(self, cause: Cause, detail: str) -> None:
         """Stop what has blocks left to submit to this peer: whoever answers there now may be another process (H6)."""
@@ -222,78 +234,105 @@ class _Window:
         stopped = [transfer for transfer in self.waiting if transfer.exhausted]
         if stopped:
             self.waiting = deque(transfer for transfer in self.waiting if not transfer.exhausted)
-            self._tell_if_at_rest(stopped)
+            for transfer in stopped:
+                self._tell_if_at_rest(transfer)
 
     def _fill(self) -> None:
-        # One block goes first to a peer that has not proven itself since it failed: of those that went on after a
-        # SIGSTOP, 27 of 46 failed a block at once when several came together, 0 of 42 when one came first.
-        while self.waiting and len(self.flying) < (self.size if self.waiting[0].lane.proven else 1):
+        while self.waiting and self._has_room(self.waiting[0].lane):
             transfer = self.waiting.popleft()
             if transfer.credit <= 0 and self.waiting:
                 transfer.credit += _SHARE
                 self.waiting.append(transfer)
                 continue
-            if not transfer.exhausted:
-                self._submit(transfer)
+            self._give(transfer)
             if not transfer.exhausted:
                 self.waiting.appendleft(transfer)
             else:
-                self._tell_if_at_rest([transfer])
+                self._tell_if_at_rest(transfer)
 
-    def _submit(self, transfer: Transfer) -> None:
-        block, way = next(transfer.blocks), transfer.lane.way()
-        transfer.submitted += 1
-        # One block of debt at most: who was alone for long owes nothing to who comes then.
-        transfer.credit = max(transfer.credit, 0) - max(block[2], _BLOCK_COST)
-        if way.sure:
-            self._send(transfer, way, block)
-        else:
-            self._took(self.calls.greet(way, block[1]), transfer, way, block)
+    def _has_room(self, lane: Lane) -> bool:
+        # One block goes first to a peer that has not proven itself since it failed: of those that went on after a
+        # SIGSTOP, 27 of 46 failed a block at once when several came together, 0 of 42 when one came first.
+        if not lane.proven:
+            return not self.flying
+        return len(self.flying) < self.size and (self.nbytes < _IN_FLIGHT or len(self.flying) < _AT_LEAST)
+
+    def _give(self, transfer: Transfer) -> None:
+        """Submit blocks of it until there is no room, or another's turn comes, or there are no more."""
+        lane, total = transfer.lane, transfer.total
+        while transfer.submitted < total and transfer.verdict is None and self._has_room(lane):
+            block, way = next(transfer.blocks), lane.way()
+            transfer.submitted += 1
+            # One block of debt at most: who was alone for long owes nothing to who comes then.
+            transfer.credit = max(transfer.credit, 0) - max(block[2], _BLOCK_COST)
+            if way.sure:
+                self._send(transfer, way, block)
+            else:
+                self._greet(transfer, way, block)
+            if transfer.credit <= 0 and self.waiting:
+                return
 
     def _send(self, transfer: Transfer, way: Way, block: Block) -> None:
-        end = transfer.lane.over()
-        if end is not None:
-            transfer.lane.idle.append(way)
-            self._failed(transfer, Cause.PEER_GONE, end)
-            return
-        self._took(self.calls.submit[transfer.direction](way.name, *block), transfer, way)
-
-    def _took(self, ticket: int, transfer: Transfer, way: Way, then: Block | None = None) -> None:
-        if ticket == 0:  # refused: there is no ticket, and asking after ticket 0 is a segmentation fault (H10)
-            # Of a life that was given up meanwhile, nobody answers any more under its names.
-            which = f"the engine took no block {transfer.submitted} of {transfer.total}"
+        now = time.monotonic()
+        if now - self.looked_at > _FRESH_S:
             end = transfer.lane.over()
-            self._failed(transfer, Cause.REFUSED if end is None else Cause.PEER_GONE, end or which)
+            if end is not None:
+                transfer.lane.idle.append(way)
+                self._failed(transfer, Cause.PEER_GONE, end)
+                return
+            self.looked_at = now
+        ticket = self.calls.submit[transfer.direction](way.name, *block)
+        if not ticket:
+            self._refused(transfer)
             return
         transfer.in_flight += 1
-        self.flying.append(_Flight(ticket, transfer, way, time.monotonic(), then))
+        self.nbytes += block[2]
+        self.flying.append((ticket, transfer, way, now, block, False))
 
-    def _poll(self) -> None:
-        looked, self.flying = self.flying, []
-        ended = []
-        for flight in looked:
-            status = self.calls.check(flight.ticket)
+    def _greet(self, transfer: Transfer, way: Way, then: Block) -> None:
+        ticket = self.calls.greet(way, then[1])
+        if not ticket:
+            self._refused(transfer)
+            return
+        transfer.in_flight += 1
+        self.nbytes += then[2]
+        self.flying.append((ticket, transfer, way, time.monotonic(), then, True))
+
+    def _refused(self, transfer: Transfer) -> None:
+        """There is no ticket, and asking after ticket 0 is a segmentation fault (H10)."""
+        # Of a life that was given up meanwhile, nobody answers any more under its names.
+        end = transfer.lane.over()
+        which = f"the engine took no block {transfer.submitted} of {transfer.total}"
+        self._failed(transfer, Cause.REFUSED if end is None else Cause.PEER_GONE, end or which)
+
+    def _poll(self) -> int:
+        """How many have ended."""
+        check, pending, ended = self.calls.check, list[_Flight](), list[tuple[_Flight, int]]()
+        for flight in self.flying:
+            status = check(flight[0])
             if status == PENDING:
-                self.flying.append(flight)
-                continue
-            # Terminal: the engine has freed the ticket, it must never be asked for again (H10).
-            ended.append((flight, status))
-        for flight, status in ended:
+                pending.append(flight)
+            else:  # terminal: the engine has freed the ticket, it must never be asked for again (H10)
+                ended.append((flight, status))
+        self.flying = pending
+        for (_, transfer, way, since, block, is_greeting), status in ended:
             # Not before its turn: a greeting that ended in the same look still has its block to send.
-            flight.transfer.in_flight -= 1
+            transfer.in_flight -= 1
+            self.nbytes -= block[2]
             if status == DONE:
-                self._arrived(flight)
+                self._arrived(transfer, way, block if is_greeting else None)
             else:  # and its connection is closed: the way is not used again
-                self._failed(flight.transfer, *self._diagnosis(flight.transfer, time.monotonic() - flight.since))
-            self._tell_if_at_rest([flight.transfer])
+                self._failed(transfer, *self._diagnosis(transfer, time.monotonic() - since))
+            if not transfer.in_flight:
+                self._tell_if_at_rest(transfer)
+        return len(ended)
 
-    def _arrived(self, flight: _Flight) -> None:
-        transfer, flight.way.sure = flight.transfer, True
-        transfer.lane.proven = True
-        if flight.then is not None and transfer.verdict is None:
-            self._send(transfer, flight.way, flight.then)
+    def _arrived(self, transfer: Transfer, way: Way, then: Block | None) -> None:
+        way.sure = transfer.lane.proven = True
+        if then is not None and transfer.verdict is None:
+            self._send(transfer, way, then)
         else:
-            transfer.lane.idle.append(flight.way)
+            transfer.lane.idle.append(way)
 
     def _diagnosis(self, transfer: Transfer, age_s: float) -> Verdict:
         which = f"one of {transfer.total} blocks"
@@ -307,7 +346,6 @@ class _Window:
         transfer.stop(cause, detail)
         self.fail(cause, f"another transfer with this peer failed first: {detail}")
 
-    def _tell_if_at_rest(self, transfers: list[Transfer]) -> None:
-        for transfer in transfers:
-            if transfer.at_rest:
-                self.tell(transfer)
+    def _tell_if_at_rest(self, transfer: Transfer) -> None:
+        if transfer.at_rest:
+            self.tell(transfer)

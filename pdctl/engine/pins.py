@@ -373,7 +373,7 @@ class Pins:
                 if failure.cause is Cause.TIMED_OUT:
                     break  # its handshake did answer just now: what is known of it is that its memory does not
                 raise
-            log.warning("a link was cured on this side", session=pin.session, cured=cured, engine=engine)
+            log.debug("a link was cured on this side", session=pin.session, cured=cured, engine=engine)
             return seen, cured
         raise reason.verdict() from reason
 

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 from typing import Any
 
+import numpy as np
 import structlog
 
 from pdctl.core.layout import Region
@@ -25,6 +26,8 @@ from pdctl.engine.pins import ATTEMPTS, Pins
 from pdctl.errors import BadField, Cause, TransferFailed
 
 log = structlog.get_logger(__name__)
+
+_LOOKED_AT = 256  # copies of a plan whose transfer failed, evenly spread: what is not mapped is mostly all of an arena
 
 
 class _BesideAnother(TransferFailed):
@@ -145,6 +148,7 @@ class PromisedEngine:
                 await self._attempt(session, plan, until, deadline_s, direction)
                 return
             except TransferFailed as failure:
+                self._check_own_fault(session, plan, failure)
                 # What another's failure has ended is no attempt of its own: beside a write whose every attempt failed,
                 # from memory that was registered and not mapped, a good write failed with it once in 3 rounds.
                 left -= not isinstance(failure, _BesideAnother)
@@ -153,16 +157,28 @@ class PromisedEngine:
                 if not await self._is_well_after_all(session, plan, until):
                     raise
 
+    def _check_own_fault(self, session: str, plan: CopyPlan, failure: TransferFailed) -> None:
+        """A source that is not mapped any more, or a process without descriptors, looks to the engine as a peer that
+        hangs up (docs/hazards.md): before the peer is blamed, and asked, this side is looked at."""
+        if isinstance(failure, _BesideAnother) or failure.cause not in (Cause.PEER_GONE, Cause.REFUSED):
+            return
+        some = np.linspace(0, len(plan) - 1, min(len(plan), _LOOKED_AT)).astype(np.int64)
+        spans = zip(plan.src[some].tolist(), plan.nbytes[some].tolist(), strict=True)
+        fault = self._carrier.own_fault(Region(*span) for span in spans)
+        if fault is not None:
+            raise TransferFailed(Cause.LOCAL, session, f"{fault} ({failure.detail})") from failure
+
     async def _is_well_after_all(self, session: str, plan: CopyPlan, until: float) -> bool:
         """Whether a connection broke while its peer lives on: then the copies, which are at rest, may be made again.
 
         Measured: of transfers that came first after a peer had hung, 16 of 28 met a stale connection at once, and 2 of
-        those met one again. Another life raises PEER_CHANGED: that is the better word.
+        those met one again. Another life raises PEER_CHANGED, and a peer that has taken the memory back
+        REJECTED_ADDRESS: these are the better words.
         """
         try:
             await self._pins.meet(session, plan, until)
         except TransferFailed as failure:
-            if failure.cause is Cause.PEER_CHANGED:
+            if failure.cause is Cause.PEER_CHANGED or not failure.cause.speaks_of_peer:
                 raise
             return False
         return True

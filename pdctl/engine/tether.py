@@ -18,6 +18,7 @@ import os
 import select
 import socket
 
+from pdctl.engine.blame import own_fault
 from pdctl.errors import Cause, TransferFailed
 
 # A host that went down without a word says nothing on an idle connection until it is asked; back again, it denies it.
@@ -87,6 +88,8 @@ class Tether:
 
 
 def _unreached(session: str, port: int, deadline_s: float, cause: BaseException) -> BaseException:
+    if (ours := own_fault(cause)) is not None:
+        return TransferFailed(Cause.LOCAL, session, ours)
     if isinstance(cause, TimeoutError) and not cause.errno:
         detail = f"its data port {port} does not answer within {deadline_s:.2g} s: is it firewalled?"
     elif isinstance(cause, OSError):

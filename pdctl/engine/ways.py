@@ -18,12 +18,15 @@ import asyncio
 import ipaddress
 import itertools
 import json
+import math
 import struct
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any, cast
 
 from pdctl.core.address import Endpoint
 from pdctl.engine.handshake import Kind
+from pdctl.errors import LimitReached
 
 _LENGTH = struct.Struct("<Q")
 _OCTAL_ZEROS = 31  # with them an octet has 32 spellings, and an address a million
@@ -31,12 +34,22 @@ _OCTAL_ZEROS = 31  # with them an octet has 32 spellings, and an address a milli
 
 def spelled(host: str, n: int) -> str:
     """The numeric address in its n-th spelling, counted round; 0 is the usual one."""
-    host, percent, zone = host.partition("%")
-    if ":" in host:
-        groups = [f"{int(part, 16):x}" for part in ipaddress.ip_address(host).exploded.split(":")]
-        parts = [[group.rjust(width, "0") for width in range(len(group), 5)] for group in groups]
-        return ":".join(_digits(parts, n)) + percent + zone
-    return ".".join(_digits([[part, *_octals(int(part))] for part in host.split(".")], n))
+    address, percent, zone = host.partition("%")
+    return (":" if ":" in address else ".").join(_digits(_parts(address), n)) + percent + zone
+
+
+def n_spellings(host: str) -> int:
+    """Until they come round."""
+    return math.prod(map(len, _parts(host.partition("%")[0])))
+
+
+@lru_cache(16)
+def _parts(address: str) -> list[list[str]]:
+    """Each part of it in all its spellings."""
+    if ":" not in address:
+        return [[part, *_octals(int(part))] for part in address.split(".")]
+    groups = [f"{int(part, 16):x}" for part in ipaddress.ip_address(address).exploded.split(":")]
+    return [[group.rjust(width, "0") for width in range(len(group), 5)] for group in groups]
 
 
 def _octals(part: int) -> Iterator[str]:
@@ -50,22 +63,21 @@ def _digits(parts: list[list[str]], n: int) -> Iterator[str]:
 
 
 class Serial:
-    """Numbers for all ways of one process's engines, and the names that were given away."""
+    """Numbers for all ways of one process's engines, and how many names of each port were given away."""
 
     def __init__(self) -> None:
         self._count = itertools.count()
-        self._given: set[str] = set()
+        self._given: dict[tuple[str, int], Iterator[int]] = {}  # one a port at most
 
     def number(self) -> int:
         return next(self._count)
 
     def name(self, host: str, port: int) -> str:
-        """From any thread; a name that was never given before."""
-        while True:
-            name = str(Endpoint(spelled(host, self.number()), port))
-            if name not in self._given:
-                self._given.add(name)
-                return name
+        """From any thread; a name that was never given before. Raises LimitReached when all were, of a million."""
+        n, limit = next(self._given.setdefault((host, port), itertools.count())), n_spellings(host)
+        if n >= limit:
+            raise LimitReached(f"all {limit} names of port {port} at {host} were given to the engine: start it anew")
+        return str(Endpoint(spelled(host, n), port))
 
 
 class Introduction:

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from pdctl.core.device import DeviceKind, DeviceSpec
 from pdctl.errors import EngineUnavailable
 
 MODULE = "mooncake.engine"
@@ -30,10 +31,12 @@ _REMEDIES = {
     "libcurl.so.4": "apt-get install libcurl4",
     "libmlx5.so.1": "apt-get install ibverbs-providers",
     "libstdc++.so.6": "apt-get install libstdc++6",
-    "libcudart.so.12": "install the CUDA 12 toolkit, or take the CPU wheel with pip install 'pdctl[cpu]'",
-    "libcudart.so.13": "install the CUDA 13 toolkit, or take the CPU wheel with pip install 'pdctl[cpu]'",
+    "libcudart.so.12": "pip install nvidia-cuda-runtime-cu12, or the CUDA 12 toolkit; or the CPU wheel 'pdctl[cpu]'",
+    "libcudart.so.13": "pip install nvidia-cuda-runtime, or the CUDA 13 toolkit; or the CPU wheel 'pdctl[cpu]'",
     "libcuda.so.1": _DRIVER,
 }
+_RUNTIMES = ("nvidia-cuda-runtime-cu12", "nvidia-cuda-runtime")
+_RUNTIME = re.compile(r"libcudart\.so\.\d+")
 _LIBRARY = re.compile(r"(lib[\w.+-]+\.so[.\d]*)")
 _MINLOGLEVEL = "_ZN3fLI17FLAGS_minloglevelE"  # glog's own flag; MC_LOG_LEVEL leaves two lines an engine, GLOG_* all
 _FATAL_ONLY = 3
@@ -44,7 +47,42 @@ def load(importer: Callable[[str], ModuleType]) -> ModuleType:
     try:
         return importer(MODULE)
     except ImportError as cause:
+        if not _load_runtime(str(cause)):
+            raise EngineUnavailable(remedy(str(cause))) from cause
+    try:
+        return importer(MODULE)
+    except ImportError as cause:
         raise EngineUnavailable(remedy(str(cause))) from cause
+
+
+def _load_runtime(text: str) -> bool:
+    """Load the CUDA runtime that the import has missed, where pip has put one: no loader looks there by itself."""
+    if (missing := _RUNTIME.search(text)) is None:
+        return False
+    for name in _RUNTIMES:
+        try:
+            found = [each for each in metadata.files(name) or () if each.name == missing[0]]
+            for each in found:
+                ctypes.CDLL(str(each.locate()), mode=ctypes.RTLD_GLOBAL)
+                return True
+        except (metadata.PackageNotFoundError, OSError):
+            continue
+    return False
+
+
+def check_can_move(module: ModuleType, device: DeviceSpec, protocol: str) -> None:
+    """Raises EngineUnavailable for a wheel built without what the device or the protocol needs.
+
+    It would register a device's pointer all the same, and each transfer would end with EFAULT as its peer's failure.
+    """
+    needed = ["SUPPORT_CUDA"] if device.kind is DeviceKind.CUDA else []
+    needed += ["SUPPORT_INTRA_NVLINK"] if protocol == "nvlink_intra" else []
+    for flag in needed:
+        if getattr(module, flag, True) is False:  # older wheels have no such flags
+            raise EngineUnavailable(
+                f"the installed Mooncake wheel cannot move memory of {device} ({flag} is False, protocol {protocol}): "
+                "uninstall it, then pip install 'pdctl[cuda]' for a driver of CUDA 12, 'pdctl[cuda13]' for one of 13"
+            )
 
 
 def remedy(text: str) -> str:

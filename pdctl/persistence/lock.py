@@ -29,17 +29,24 @@ class FileLock:
 
 def hold(path: Path) -> FileLock:
     """Lock `PATH.lock` beside `path`. Raises JournalUnusable naming the holder, OSError where no file can be made."""
-    beside = path.with_name(path.name + ".lock")
-    fd = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    lock = take(path.with_name(path.name + ".lock"))
+    if isinstance(lock, FileLock):
+        return lock
+    raise JournalUnusable(
+        f"journal {path} is held by {lock}: stop that process, or give each registry a journal of its own"
+    )
+
+
+def take(file: Path) -> FileLock | str:
+    """The lock, or who holds it. Raises OSError where no file can be made."""
+    fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         _sign(fd)
     except BlockingIOError:
         holder = _plain(os.pread(fd, _LONGEST_NOTE, 0)) or "another process"
         os.close(fd)
-        raise JournalUnusable(
-            f"journal {path} is held by {holder}: stop that process, or give each registry a journal of its own"
-        ) from None
+        return holder
     except BaseException:
         os.close(fd)
         raise

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 
 import numpy as np
 
+from pdctl.core.sums import Checksum
 from tests.bench.rivals import Row, race
 from tests.e2e.kv import Kv
 from tests.e2e.test_rooms import rank
@@ -28,7 +29,7 @@ def bench() -> list[Row]:
 
 def one(name: str, kv: Kv) -> Row:
     with ExitStack() as stack:
-        plain, checked = (Pair(stack, kv, checksum) for checksum in (False, True))
+        plain, checked = (Pair(stack, kv, how) for how in (Checksum.OFF, Checksum.REQUIRED))
         for pair in (plain, checked):
             pair.check()
         what = f"a room of {kv.nbytes >> 20} MiB in blocks of {name}"
@@ -38,7 +39,7 @@ def one(name: str, kv: Kv) -> Row:
 class Pair:
     """A prefill and a decode, each a process; `move` takes all their pages across."""
 
-    def __init__(self, stack: ExitStack, kv: Kv, checksum: bool) -> None:
+    def __init__(self, stack: ExitStack, kv: Kv, checksum: Checksum) -> None:
         self.prefill, self.decode = (
             stack.enter_context(rank(role, kv, checksum=checksum)) for role in ("prefill", "decode")
         )

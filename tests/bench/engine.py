@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from pdctl.core.plan import CopyPlan
+from pdctl.device.cpu import Cpu
 from pdctl.engine import wheel
 from pdctl.engine.base import Engine
 from pdctl.engine.mooncake import MooncakeSettings, open_mooncake
@@ -33,7 +34,7 @@ async def rows() -> list[Row]:
     made: list[Any] = []
     with peer() as far, Arena(ARENA) as arena:
         pointer = far.ask_now("register", nbytes=ARENA)["pointer"]
-        async with open_mooncake(MooncakeSettings(), factory=lambda: bare(made)) as engine:
+        async with open_mooncake(MooncakeSettings(), Cpu(), factory=lambda: bare(made)) as engine:
             await engine.register(arena.region)
             found = []
             for nbytes, blocks in BLOCKS.items():

@@ -19,11 +19,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from pdctl import logs
 from pdctl.client import RegistryClient
 from pdctl.core.address import Endpoint
+from pdctl.core.exchange import Exchange, T
 from pdctl.core.route import Announcement, Seat, Shape
 from pdctl.errors import PutOff, RegistryRefused
 from pdctl.lease import Lease, LeaseTerms
@@ -81,10 +81,10 @@ class Herd:
         await asyncio.sleep(number / CLIENTS * ARRIVAL_S)
         async with RegistryClient(self._url, attempt_timeout_s=30.0) as client:
 
-            async def tell(*args: Any, **more: Any) -> Any:
+            async def tell(exchange: Exchange[T]) -> T:
                 asked_at = time.monotonic()
                 try:
-                    said = await client.tell(*args, **more)
+                    said = await client.tell(exchange)
                 except (PutOff, RegistryRefused):
                     self.now.answered(number, asked_at, well=False)
                     raise

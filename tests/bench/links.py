@@ -25,6 +25,7 @@ from rich.console import Console
 from pdctl import logs
 from pdctl.core.plan import CopyPlan
 from pdctl.core.sessions import Depth, ProbePolicy, SessionTable, Well
+from pdctl.device.cpu import Cpu
 from pdctl.engine.asking import Asking
 from pdctl.engine.base import Engine, PeerCard
 from pdctl.engine.mooncake import MooncakeSettings, open_mooncake
@@ -159,7 +160,7 @@ def _pass() -> float:
 
 @asynccontextmanager
 async def _probing(arena: Arena | None = None) -> AsyncIterator[tuple[Engine, Prober]]:
-    async with open_mooncake(MooncakeSettings(progress_timeout_s=1)) as engine:
+    async with open_mooncake(MooncakeSettings(progress_timeout_s=1), Cpu()) as engine:
         if arena is not None:
             await engine.register(arena.region)
         table: SessionTable[PeerCard] = SessionTable(ProbePolicy(), random.Random(1).random)

@@ -80,7 +80,7 @@ def test_pools_that_do_not_pair_are_refused_before_anything_is_planned() -> None
 
 
 def test_what_this_prefill_does_not_move_is_refused_by_name() -> None:
-    with pytest.raises(LayoutMismatch, match="wants a DCP size of 2"):
+    with pytest.raises(LayoutMismatch, match="DCP rank 0 of 2 and this prefill rank, of mha, 0 of 1"):
         Destination.of(registered(dcp_size=2), named(), OURS)
 
 

@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pdctl.core.due import Due
 from pdctl.core.ejection import Doubt, Groups, Health, ProbePolicy
 from pdctl.core.sessions import ChangeKind, Depth, Question, SessionTable, Turn, Unwell, Well
 from pdctl.errors import Cause, ConfigError
@@ -335,37 +334,3 @@ def test_doubt_is_what_a_search_of_all_words_would_say(events: list[tuple[str, b
             now = max(now, doubt.next_at or 0.0)
             doubt.weigh(now)
         assert not doubt.doubting
-
-
-# The moments
-
-
-@settings(max_examples=200, deadline=None)
-@given(
-    steps=st.lists(
-        st.one_of(
-            st.tuples(st.just("put"), st.sampled_from("abcd"), st.integers(0, 9)),
-            st.tuples(st.just("strike"), st.sampled_from("abcd"), st.just(0)),
-            st.tuples(st.just("take"), st.just(""), st.integers(0, 9)),
-        ),
-        max_size=300,
-    )
-)
-def test_moments_are_what_a_plain_dict_would_say_and_void_ones_do_not_pile_up(
-    steps: list[tuple[str, str, int]],
-) -> None:
-    due, plain = Due(), dict[str, float]()
-    for what, name, at in steps:
-        if what == "put":
-            due.put(name, at)
-            plain[name] = at
-        elif what == "strike":
-            due.strike(name)
-            plain.pop(name, None)
-        else:
-            first = min(((at, name) for name, at in plain.items()), default=None)
-            expected = first[1] if first and first[0] <= at else None
-            assert due.take(at) == expected
-            plain.pop(expected or "", None)
-        assert due.first == min(((at, name) for name, at in plain.items()), default=None)
-        assert len(due) <= 2 * len(plain) + 65

@@ -31,6 +31,8 @@ def test_a_loop_that_keeps_its_time_or_was_never_asked_to_has_missed_nothing() -
     attention.rests(10.0, 0.5)
     assert attention.missed_s(10.5) == 0
     assert attention.missed_s(11.75) == 1.25
+    attention.ends()
+    assert attention.missed_s(1e9) == 0
 
 
 @pytest.mark.parametrize("ttl_s", TTLS_S)

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdctl.core.layout import Heads, Kind, KvLayout, Pool, pair_entries, same_entries
-from pdctl.core.pairing import Pairing, check_shapes, dp_rank_of, pair, rank_id
+from pdctl.core.layout import Heads, Kind, KvLayout, Pool, Share, pair_entries, same_entries
+from pdctl.core.pairing import Pairing, check_shapes, dp_rank_of, pages_of, pair, rank_id
 from pdctl.core.plan import CopyPlan, head_plan, page_plan
 from pdctl.core.route import Seat, Shape
 from pdctl.errors import LayoutMismatch
@@ -292,13 +292,39 @@ def test_another_dp_group_has_the_same_ranks_of_its_own() -> None:
         (shape(4), shape(3), "attn_tp_size is 4 at the prefill and 3 at this decode"),
         (shape(), shape(cp=2), "attn_cp_size is 1 at the prefill and 2 at this decode"),
         (shape(pp=4), shape(pp=2), "pp_size is 4 at the prefill and 2 at this decode"),
-        (shape(enable_kv_cache_sharding=True), shape(), "enable_kv_cache_sharding is True"),
-        (shape(cp=2, enable_dsa_cache_layer_split=True), shape(), "enable_dsa_cache_layer_split is True"),
+        (shape(2, enable_kv_cache_sharding=True), shape(), "attn_tp_size is 2 at the prefill and 1 at this decode: KV"),
     ],
 )
 def test_impossible_pairs_are_refused_with_both_values(prefill: Shape, decode: Shape, said: str) -> None:
     with pytest.raises(LayoutMismatch, match=said):
         check_shapes(prefill, decode, Kind.MLA)
+
+
+@pytest.mark.parametrize(
+    ("prefill", "said"),
+    [
+        (shape(cp=2), "attn_cp_size is 2 at the prefill and 1 at this decode: .*DCP size of 2"),
+        (shape(2, enable_kv_cache_sharding=True), "enable_kv_cache_sharding is True"),
+    ],
+)
+def test_a_decode_with_dcp_needs_whole_pages_in_one_place(prefill: Shape, said: str) -> None:
+    with pytest.raises(LayoutMismatch, match=said):
+        pair(prefill, shape(2), 0, 0, Kind.MLA, dcp_size=2)
+
+
+def test_of_shared_pages_every_rank_sends_its_own_and_hears_every_decode_rank() -> None:
+    found = pair(shape(2, enable_kv_cache_sharding=True), shape(2), 1, 0, Kind.MLA)
+    assert found == Pairing((Seat(0, 0, 0, 0), Seat(0, 0, 1, 0)), (), 2)
+    over_cp = shape(2, cp=2, enable_kv_cache_sharding=True)
+    found = pair(over_cp, shape(1), 0, 0, Kind.MLA)
+    assert found.senders == (Seat(0, 0, 0, 0), Seat(0, 1, 0, 0))
+    assert found.dummies == (Seat(0, 0, 1, 0), Seat(0, 1, 1, 0))
+    assert [pages_of(seat, over_cp, Kind.MLA) for seat in found.senders] == [Share(2, 0), Share(2, 1)]
+
+
+def test_of_cp_ranks_that_share_the_layers_each_sends_its_own() -> None:
+    found = pair(shape(cp=2, enable_dsa_cache_layer_split=True), shape(), 0, 0, Kind.MLA)
+    assert found == Pairing((Seat(0, 0, 0, 0), Seat(0, 1, 0, 0)), (), 1)
 
 
 def test_a_flag_that_says_nothing_to_mha_keeps_nobody_apart() -> None:

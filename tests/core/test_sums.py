@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import itertools
 import zlib
 
 import numpy as np
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 
 from pdctl.core.layout import Heads, Pool, same_entries
 from pdctl.core.plan import CopyPlan, head_plan, page_plan
-from pdctl.core.sums import KV, Spans, Sums, head_spans, item_spans, missing, pack, unpack
+from pdctl.core.sums import AUX, KV, Spans, Sums, head_spans, item_spans, pack, spoken, unpack
 from pdctl.engine.checksums import sums
 
 N_PAGES, HEAD = 6, 4
@@ -79,11 +78,12 @@ def test_one_byte_that_differs_is_found_and_its_page_named(
     pages, named = np.array(order[:n]), np.array(order[::-1][:n])
     perform(page_plan(pool_of(near), pool_of(far), same_entries(3), pages, named, "KV"))
     ours, theirs = item_spans(pool_of(near), same_entries(3))
-    said = Sums(KV, 0, theirs, sums(pool_of(near), pages, ours))
+    said = Sums(KV, 0, theirs, sums(pool_of(near), pages, ours), pages)
     assert said.differ(sums(pool_of(far), named, theirs), named) is None
     victim = data.draw(st.sampled_from(named.tolist()))
     far[at // 40][victim, at % 40] ^= 0x10
-    assert said.differ(sums(pool_of(far), named, theirs), named) == f"page {victim}"
+    source = pages[named == victim][0]
+    assert said.differ(sums(pool_of(far), named, theirs), named) == f"page {victim} ({source} at the prefill)"
 
 
 @pytest.mark.parametrize("nbytes", [64, 40_000], ids=["gathered", "where they lie"])
@@ -96,11 +96,15 @@ def test_a_sum_is_the_crc_of_the_pages_entries_one_after_another(nbytes: int) ->
 
 def test_sums_survive_the_trip() -> None:
     spans = Spans(np.array([0, 3]), np.array([0, 8]), np.array([16, 2**32 - 1]), 16)
-    sent = [Sums(KV, 7, spans, np.array([1, 2**32 - 1], np.uint32)), Sums(1, 0, spans, np.array([], np.uint32))]
+    none = np.array([], np.int64)
+    sent = [
+        Sums(KV, 7, spans, np.array([1, 2**32 - 1], np.uint32), np.array([2**31 - 1, 4])),
+        Sums(1, 0, spans, none.astype(np.uint32), none),
+    ]
     back = list(unpack(pack(sent)))
-    assert [(s.pool, s.start, s.spans.parts, s.crcs.tolist()) for s in back] == [
-        (0, 7, 16, [1, 2**32 - 1]),
-        (1, 0, 16, []),
+    assert [(s.pool, s.start, s.spans.parts, s.crcs.tolist(), s.sources.tolist()) for s in back] == [
+        (0, 7, 16, [1, 2**32 - 1], [2**31 - 1, 4]),
+        (1, 0, 16, [], []),
     ]
     assert [s.spans.widths.tolist() for s in back] == [[16, 2**32 - 1]] * 2
     assert [s.spans.offsets.tolist() for s in back] == [[0, 8]] * 2
@@ -115,7 +119,7 @@ def test_strangers_bytes_raise_value_error_or_are_sums(raw: bytes) -> None:
 
 def test_every_way_of_breaking_off_is_found() -> None:
     spans = Spans(np.array([0]), np.array([0]), np.array([16]))
-    whole = pack([Sums(KV, 0, spans, np.array([1, 2], np.uint32))])
+    whole = pack([Sums(KV, 0, spans, np.array([1, 2], np.uint32), np.array([3, 4]))])
     for end in range(1, len(whole)):
         with pytest.raises(ValueError, match=r"break off|whole number"):
             list(unpack(whole[:end]))
@@ -140,10 +144,11 @@ def test_spans_outside_our_own_pool_are_never_read(
     assert Spans(np.array(entries), np.array(offsets), np.array(widths), parts).problem(pool) is not None
 
 
-def test_pages_of_which_nothing_is_said_are_missing() -> None:
+def test_pages_are_spoken_of_where_a_sum_is_given() -> None:
     spans = Spans(np.array([0]), np.array([0]), np.array([16]))
-    said = [Sums(KV, start, spans, np.zeros(n, np.uint32)) for start, n in ((0, 2), (4, 1))]
-    assert missing(said, 6).tolist() == [2, 3, 5]
+    said = [Sums(KV, start, spans, np.zeros(n, np.uint32), np.arange(n)) for start, n in ((0, 2), (4, 1))]
+    said.append(Sums(AUX, 2, spans, np.zeros(1, np.uint32), np.arange(1)))
+    assert np.flatnonzero(spoken(said, 6)).tolist() == [0, 1, 4]
     assert sums(pool_of(arrays(1, 16, None)), np.array([], np.int64), spans).tolist() == []
-    assert missing([], 6).tolist() == [], "a rank that writes no heads of these pages"
-    assert list(itertools.chain(missing(said, 2))) == []
+    assert not spoken([], 6).any(), "a rank that writes no heads of these pages"
+    assert spoken(said, 2).all()

@@ -20,6 +20,7 @@ from pdctl.core.wire import (
     AbortAck,
     AuxData,
     Bootstrap,
+    Matched,
     Metadata,
     RegisterBuffers,
     Status,
@@ -83,16 +84,18 @@ metadatas = st.builds(
     prefix_len=counts,
     state_rows=lists(st.integers(-(2**31), 2**31 - 1)),
 )
-aborts = st.one_of(
-    st.builds(Abort, rooms), st.builds(Abort, rooms, endpoints), st.builds(Abort, rooms, endpoints, counts)
-)
-to_prefill = st.one_of(registrations, metadatas, aborts, st.builds(Bootstrap, rooms, endpoints))
 reasons = st.one_of(st.none(), st.text(st.characters(min_codepoint=32, max_codepoint=126), min_size=1, max_size=80))
+aborts = st.one_of(
+    st.builds(Abort, rooms), st.builds(Abort, rooms, endpoints), st.builds(Abort, rooms, endpoints, counts, reasons)
+)
+to_prefill = st.one_of(
+    registrations, metadatas, aborts, st.builds(Bootstrap, rooms, endpoints), st.builds(Matched, rooms, sessions)
+)
 to_decode = st.one_of(
     st.builds(Status, rooms, st.sampled_from(Phase), counts, reasons),
     st.builds(AbortAck, rooms),
     st.builds(AbortAck, rooms, counts),
-    st.builds(AbortAck, rooms, counts, counts),
+    st.builds(AbortAck, rooms, counts, counts, st.booleans()),
     st.builds(AuxData, rooms, counts, counts, st.binary(max_size=50)),
 )
 

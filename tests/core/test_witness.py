@@ -302,10 +302,9 @@ class AnyOrder(RuleBasedStateMachine):
     def everybody_is_due_or_being_asked(self) -> None:
         watched = self.table._targets
         asking = {question.target for question in self.open if watched.get(question.target)}
-        scheduled = {
-            target for at, _, target in self.table._agenda if target in watched and watched[target].next_at == at
-        }
-        assert set(watched) <= asking | scheduled
+        scheduled = {target for target in watched if self.table._agenda.at(target) is not None}
+        assert set(watched) == asking | scheduled
+        assert len(self.table._agenda) == len(scheduled)
 
     @invariant()
     def the_hosts_are_those_of_the_targets(self) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 
 @dataclass(frozen=True)
 class Kv:
@@ -16,6 +18,12 @@ class Kv:
     @property
     def nbytes(self) -> int:
         return sum(self.lens) * self.n_pages
+
+
+def content(kv: Kv) -> list[np.ndarray]:
+    """What the prefill's entries hold: each of shape (pages, bytes)."""
+    rng = np.random.default_rng(kv.seed)
+    return [rng.integers(0, 256, (kv.n_pages, nbytes), np.uint8) for nbytes in kv.lens]
 
 
 # 8 layers: K of each, then V of each; 16 tokens x 2 heads x 64 x 2 bytes

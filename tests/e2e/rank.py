@@ -10,28 +10,29 @@ import asyncio
 import contextlib
 import hashlib
 import json
-import os
 import sys
 import time
+from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from pdctl import logs
 from pdctl.core.address import Endpoint
 from pdctl.core.layout import Pool, RankPools
+from pdctl.core.sums import Checksum
 from pdctl.core.transfer import RoomTimeouts
+from pdctl.device.cpu import Cpu
 from pdctl.engine.base import Engine
 from pdctl.engine.mooncake import MooncakeSettings, open_mooncake
 from pdctl.errors import PdctlError
-from pdctl.logs import LogSettings
 from pdctl.memory import Arena
 from pdctl.metrics import Metrics
 from pdctl.peer import LinkSettings, PeerLink, open_link
 from pdctl.receiver import Receiver
 from pdctl.sender import Sender
-from tests.e2e.kv import Kv
-from tests.engine.processes import die_with_parent
+from tests.e2e.kv import Kv, content
+from tests.engine.processes import live, obey
 from tests.room_rig import RigGate
 
 AUX = (64, 256)
@@ -85,15 +86,23 @@ class PrefillRank(Rank):
 
     def __init__(self, kv: Kv, engine: Engine, link: PeerLink, timeouts: RoomTimeouts) -> None:
         super().__init__(kv, engine, link)
-        rng = np.random.default_rng(kv.seed)
-        for array in (*self.kv, *self.aux):
+        for array, there in zip(self.kv, content(kv), strict=True):
+            array[:] = there
+        rng = np.random.default_rng(kv.seed + 1)
+        for array in self.aux:
             array[:] = rng.integers(0, 256, array.shape, np.uint8)
         self.gate = RigGate()
         self.go, self.landed_chunks = asyncio.Semaphore(0), asyncio.Semaphore(0)
+        self.named: defaultdict[int, asyncio.Event] = defaultdict(asyncio.Event)
         self.shell = Sender(engine, link.send, self.pools, 0, self.gate, timeouts, time.monotonic, Metrics())
 
     async def send(self, room: int, chunks: list[list[int]], row: int, paced: bool = False) -> dict[str, Any]:
         return self.start(room, self._send(room, chunks, row, paced))
+
+    async def is_named(self, room: int) -> dict[str, Any]:
+        """Wait until its decode has named its pages."""
+        await self.named[room].wait()
+        return {}
 
     async def landed(self) -> dict[str, Any]:
         """Wait for one more chunk of any room to have landed."""
@@ -112,6 +121,7 @@ class PrefillRank(Rank):
     async def _send(self, room: int, chunks: list[list[int]], row: int, paced: bool) -> None:
         async with self.shell.open(room, release=self.release) as r:
             await r.peers_ready()
+            self.named[room].set()
             for n, chunk in enumerate(chunks):
                 if paced and n:
                     await self.go.acquire()
@@ -125,9 +135,10 @@ class DecodeRank(Rank):
 
     def __init__(self, kv: Kv, engine: Engine, link: PeerLink, timeouts: RoomTimeouts) -> None:
         super().__init__(kv, engine, link)
+        self.shown = self.real = engine.session.encode()
         self.shell = Receiver(
             engine.session,
-            link.send,
+            self._send,
             link.endpoint,
             self.pools,
             0,
@@ -140,6 +151,14 @@ class DecodeRank(Rank):
 
     async def receive(self, room: int, prefill: str, pages: list[int], row: int) -> dict[str, Any]:
         return self.start(room, self._receive(room, Endpoint.parse(prefill), pages, row))
+
+    async def via(self, session: str) -> dict[str, Any]:
+        """Prefill ranks reach this engine by `session`, at which something stands between."""
+        self.shown = session.encode()
+        return {}
+
+    async def _send(self, to: Endpoint, frames: Sequence[bytes]) -> None:
+        await self.link.send(to, [self.shown if frame == self.real else frame for frame in frames])
 
     async def spoil(self, entry: int, page: int) -> dict[str, Any]:
         """One bit of a page turns over."""
@@ -173,30 +192,21 @@ def _pool(arrays: list[np.ndarray]) -> Pool:
 
 
 async def main(role: str, kv: Kv, timeouts: RoomTimeouts, host: str) -> None:
-    reader = asyncio.StreamReader()
-    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
     kind = PrefillRank if role == "prefill" else DecodeRank
     async with (
         open_link(host, metrics=Metrics(), settings=LinkSettings(send_deadline_s=0.5)) as link,
-        open_mooncake(MooncakeSettings(host=host, progress_timeout_s=1)) as engine,
+        open_mooncake(MooncakeSettings(host=host, progress_timeout_s=1), Cpu()) as engine,
     ):
         rank: PrefillRank | DecodeRank = kind(kv, engine, link, timeouts)
         await engine.register(rank.arena.region)
         async with rank.shell:
             serving = asyncio.create_task(link.serve(rank.shell.handle))
-            print(json.dumps({"session": engine.session, "link": str(link.endpoint)}), flush=True)
-            while line := await reader.readline():
-                asked = json.loads(line)
-                done = await getattr(rank, asked.pop("do"))(**asked)
-                print(json.dumps(done), flush=True)
+            await obey(rank, {"session": engine.session, "link": str(link.endpoint)})
             serving.cancel()
 
 
 if __name__ == "__main__":
-    die_with_parent()
-    logs.configure(LogSettings())
     given = json.loads(sys.argv[1])
-    how = RoomTimeouts(**given.get("timeouts", {}))
-    asyncio.run(main(given["role"], Kv(**given["kv"]), how, given.get("host", "127.0.0.1")))
-    sys.stdout.flush()
-    os._exit(0)
+    timeouts = given.get("timeouts", {})
+    how = RoomTimeouts(**timeouts | {"checksum": Checksum(timeouts.get("checksum", Checksum.OFF))})
+    live(main(given["role"], Kv(**given["kv"]), how, given.get("host", "127.0.0.1")))

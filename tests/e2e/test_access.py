@@ -7,7 +7,6 @@ import hashlib
 import json
 import re
 import socket
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
@@ -22,6 +21,7 @@ from pdctl.core.native import Registration
 from pdctl.core.news import Listed
 from pdctl.credentials import Credentials
 from pdctl.errors import RegistryRefused
+from tests.test_cli import pdctl
 from tests.test_client import MOVED, ROW
 from tests.test_credentials import change, write_pair
 from tests.test_server import needs_ipv6
@@ -34,17 +34,15 @@ SEAT = "dp0-cp0-tp0-pp0"
 RANK = ("--rank-host", "10.0.0.1", "--rank-port", "40123")
 
 
-@asynccontextmanager
-async def pdctl(*args: str) -> AsyncIterator[asyncio.subprocess.Process]:
-    child = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "pdctl", *args), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
-    )
-    try:
-        yield child
-    finally:
-        if child.returncode is None:
-            child.kill()
-        await child.communicate()
+def teller(http: aiohttp.ClientSession) -> Callable[..., Awaitable[tuple[int, str]]]:
+    """Who asks with a token: (token, method, url, body) -> status and text."""
+
+    async def tell(token: str, method: str, url: str, body: object = None) -> tuple[int, str]:
+        headers = {"Authorization": f"Bearer {token}"}
+        async with http.request(method, url, json=body, headers=headers) as answer:
+            return answer.status, await answer.text()
+
+    return tell
 
 
 @asynccontextmanager
@@ -134,11 +132,7 @@ async def test_a_row_is_changed_by_its_owner_only(files: Path) -> None:
     async with served("--token-file", f"{files}/tokens") as url, aiohttp.ClientSession() as http:
         seat = f"{url}/v1/instances/a/ranks/{SEAT}"
 
-        async def tell(token: str, method: str, url: str, body: object = None) -> tuple[int, str]:
-            headers = {"Authorization": f"Bearer {token}"}
-            async with http.request(method, url, json=body, headers=headers) as answer:
-                return answer.status, await answer.text()
-
+        tell = teller(http)
         status, granted = await tell(TOKEN, "PUT", seat, row)
         assert status == 200
         for method, path, body in (("PUT", seat, row | {"port": 40999}), ("DELETE", seat, None)):
@@ -175,11 +169,7 @@ async def test_an_operator_with_the_admin_role_ends_what_others_have_registered(
     async with served("--token-file", f"{files}/tokens") as url, aiohttp.ClientSession() as http:
         v1, seat = f"{url}/v1", f"{url}/v1/instances/a/ranks/{SEAT}"
 
-        async def tell(token: str, method: str, url: str, body: object = None) -> tuple[int, str]:
-            headers = {"Authorization": f"Bearer {token}"}
-            async with http.request(method, url, json=body, headers=headers) as answer:
-                return answer.status, await answer.text()
-
+        tell = teller(http)
         status, granted = await tell(TOKEN, "PUT", seat, row)
         assert status == 200
         for path in (f"{v1}/instances/a/drain", f"{seat}/drain"):

@@ -10,7 +10,9 @@ from contextlib import contextmanager
 
 import pytest
 
-from tests.e2e.kv import BIG, MHA, MLA, Kv
+from pdctl.core.sums import Checksum
+from tests.e2e.kv import BIG, MHA, MLA, Kv, content
+from tests.engine.cable import Cable
 from tests.engine.processes import Child
 
 QUICK = {"drain_margin_s": 0.05, "release_s": 0.3}
@@ -18,7 +20,7 @@ PREFILL_EMPTY: dict[str, list[int]] = {"rooms": [], "early": [], "quarantine": [
 DECODE_EMPTY: dict[str, list[int]] = {"rooms": [], "quarantine": []}
 
 
-def rank(role: str, kv: Kv, host: str = "127.0.0.1", /, **timeouts: float | bool) -> Child:
+def rank(role: str, kv: Kv, host: str = "127.0.0.1", /, **timeouts: float | str) -> Child:
     settings = {"role": role, "kv": dataclasses.asdict(kv), "timeouts": {**QUICK, **timeouts}, "host": host}
     return Child("tests.e2e.rank", json.dumps(settings))
 
@@ -153,8 +155,8 @@ async def test_a_stopped_prefill_keeps_the_pages_in_quarantine_until_it_has_answ
         await assert_empty(prefill, decode)
 
 
-@pytest.mark.parametrize("checksum", [False, True], ids=["plain", "checked"])
-async def test_a_small_room_beside_a_large_one_ends_first(checksum: bool) -> None:
+@pytest.mark.parametrize("checksum", [Checksum.OFF, Checksum.OFFERED])
+async def test_a_small_room_beside_a_large_one_ends_first(checksum: Checksum) -> None:
     with rank("prefill", BIG, checksum=checksum) as prefill, rank("decode", BIG, checksum=checksum) as decode:
         large, small = list(range(1, 47)), [47]
         await prefill.ask("send", room=1, chunks=[large], row=0)
@@ -169,15 +171,39 @@ async def test_a_small_room_beside_a_large_one_ends_first(checksum: bool) -> Non
 
 
 async def test_real_bytes_that_change_on_their_way_fail_the_room_and_name_the_page() -> None:
-    with rank("prefill", MHA, checksum=True) as prefill, rank("decode", MHA, checksum=True) as decode:
+    how = Checksum.REQUIRED
+    with rank("prefill", MHA, checksum=how) as prefill, rank("decode", MHA, checksum=how) as decode:
         await prefill.ask("send", room=7, chunks=[[5, 6, 7], [30]], row=2, paced=True)
         await receive(decode, prefill, 7, [9, 10, 11, 3], 5)
         await decode.ask("spoil", entry=4, page=10)
         await prefill.ask("proceed")
-        assert "page 10: not what prefill rank 0 sent, by checksum" in await why(decode, 7)
+        said = "page 10 (6 at the prefill): not what prefill rank 0 sent, by checksum"
+        assert said in await why(decode, 7)
+        assert said in await why(prefill, 7)
         assert await decode.ask("let_go", n=1) == {"released": [[9, 10, 11, 3]]}
-        await prefill.ask("result", room=7)
         await assert_empty(prefill, decode)
+
+
+async def test_one_bit_that_turns_over_on_the_network_fails_the_room_on_both_sides_and_names_the_page() -> None:
+    sent, named, victim = [5, 6, 7], [9, 10, 11], 6
+    with (
+        rank("prefill", MHA, checksum=Checksum.REQUIRED) as prefill,
+        rank("decode", MHA, checksum=Checksum.REQUIRED) as decode,
+    ):
+        async with Cable.to(decode.session) as cable:
+            await decode.ask("via", session=cable.session)
+            for room, entry in ((1, None), (2, 5), (3, 0), (4, None)):
+                page = b"" if entry is None else content(MHA)[entry][victim].tobytes()
+                cable.spoil([page[at : at + 16] for at in range(0, len(page), 256)])
+                await prefill.ask("send", room=room, chunks=[sent], row=2)
+                await decode.ask("receive", room=room, prefill=prefill.hello["link"], pages=named, row=5)
+                said = "" if entry is None else "page 10 (6 at the prefill): not what prefill rank 0 sent, by checksum"
+                assert said in (here := await why(decode, room))
+                assert said in (there := await why(prefill, room))
+                assert bool(here) is bool(there) is bool(said)
+            assert await digest(decode, named, 5) == await digest(prefill, sent, 2)
+            await decode.ask("let_go", n=4)
+            await assert_empty(prefill, decode)
 
 
 async def test_rooms_of_a_healthy_decode_succeed_while_those_of_a_stopped_one_stand_still() -> None:

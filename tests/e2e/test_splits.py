@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.instance import Model, Split, arguments
+from pdctl.core.sums import Checksum
+from tests.e2e.instance import arguments
+from tests.e2e.model import Model, Split
 from tests.engine.processes import Child
 from tests.service import service
 
@@ -17,35 +19,41 @@ MHA = Model()
 MLA = Model("mla", layers=4, heads=1, lens=(24,))
 SENT, NAMED = [[5, 6, 7], [20], [12, 11]], [9, 10, 11, 3, 23, 0]
 
+# each dimension in both ways: as it is by default, and with every byte summed on both sides
+PLAIN, SUMMED = Checksum.OFF, Checksum.REQUIRED
 SPLITS = [
-    pytest.param(MHA, Split(), Split(), id="plain"),
-    pytest.param(Model(page_size=1, lens=(8, 24)), Split(), Split(), id="pages of one token, V longer than K"),
-    pytest.param(Model(page_size=128), Split(), Split(), id="pages of 128 tokens"),
-    pytest.param(MHA, Split(tp=2), Split(tp=2), id="TP 2 to 2"),
-    pytest.param(Model(heads=4), Split(tp=4), Split(tp=2), id="TP 4 to 2"),
-    pytest.param(MHA, Split(tp=1), Split(tp=2), id="TP 1 to 2"),
-    pytest.param(Model(heads=2), Split(tp=4), Split(tp=1), id="TP 4 to 1 with replicated heads"),
-    pytest.param(Model(heads=1), Split(tp=1), Split(tp=2), id="TP 1 to 2 with one head"),
-    pytest.param(MLA, Split(tp=2), Split(tp=1), id="MLA, TP 2 to 1 with a dummy"),
-    pytest.param(MLA, Split(tp=1), Split(tp=2), id="MLA, TP 1 to 2"),
-    pytest.param(MHA, Split(pp=2), Split(pp=2), id="PP 2 to 2"),
-    pytest.param(MHA, Split(pp=2), Split(), id="PP 2 to 1"),
-    pytest.param(MLA, Split(tp=2, pp=2), Split(tp=1), id="MLA, PP 2 and TP 2 to 1"),
-    pytest.param(Model(ids=True), Split(pp=2), Split(), id="PP 2 to 1 by layer ids"),
-    pytest.param(MHA, Split(dp=2), Split(), id="DP 2, the room says which"),
-    pytest.param(MHA, Split(dp=2, follow=False), Split(), id="DP 2, the registry says which"),
-    pytest.param(MHA, Split(cp=2), Split(), id="CP 2, of which rank 0 sends"),
-    pytest.param(Model(state=32), Split(), Split(), id="state beside KV"),
-    pytest.param(Model(state=32), Split(pp=2), Split(), id="state beside KV, PP 2 to 1"),
+    pytest.param(MHA, Split(), Split(), PLAIN, id="plain"),
+    pytest.param(Model(page_size=1, lens=(8, 24)), Split(), Split(), SUMMED, id="pages of one token, V longer than K"),
+    pytest.param(Model(page_size=128), Split(), Split(), PLAIN, id="pages of 128 tokens"),
+    pytest.param(MHA, Split(tp=2), Split(tp=2), SUMMED, id="TP 2 to 2"),
+    pytest.param(Model(heads=4), Split(tp=4), Split(tp=2), SUMMED, id="TP 4 to 2"),
+    pytest.param(MHA, Split(tp=1), Split(tp=2), PLAIN, id="TP 1 to 2"),
+    pytest.param(Model(heads=2), Split(tp=4), Split(tp=1), PLAIN, id="TP 4 to 1 with replicated heads"),
+    pytest.param(Model(heads=1), Split(tp=1), Split(tp=2), SUMMED, id="TP 1 to 2 with one head"),
+    pytest.param(MLA, Split(tp=2), Split(tp=1), SUMMED, id="MLA, TP 2 to 1 with a dummy"),
+    pytest.param(MLA, Split(tp=1), Split(tp=2), PLAIN, id="MLA, TP 1 to 2"),
+    pytest.param(MHA, Split(pp=2), Split(pp=2), PLAIN, id="PP 2 to 2"),
+    pytest.param(MHA, Split(pp=2), Split(), SUMMED, id="PP 2 to 1"),
+    pytest.param(MLA, Split(tp=2, pp=2), Split(tp=1), PLAIN, id="MLA, PP 2 and TP 2 to 1"),
+    pytest.param(Model(ids=True), Split(pp=2), Split(pp=2), SUMMED, id="PP 2 to 2 by layer ids"),
+    pytest.param(Model(ids=True), Split(pp=2), Split(), PLAIN, id="PP 2 to 1 by layer ids"),
+    pytest.param(MHA, Split(dp=2), Split(), PLAIN, id="DP 2, the room says which"),
+    pytest.param(MHA, Split(dp=2, follow=False), Split(), SUMMED, id="DP 2, the registry says which"),
+    pytest.param(MHA, Split(cp=2), Split(), PLAIN, id="CP 2, of which rank 0 sends"),
+    pytest.param(MHA, Split(cp=2, tp=2), Split(), SUMMED, id="CP 2 and TP 2 to 1"),
+    pytest.param(Model(state=32), Split(), Split(), SUMMED, id="state beside KV"),
+    pytest.param(Model(state=32), Split(pp=2), Split(), PLAIN, id="state beside KV, PP 2 to 1"),
 ]
 
 
 @asynccontextmanager
-async def pair(tmp_path: Path, model: Model, prefill: Split, decode: Split) -> AsyncIterator[tuple[Child, Child]]:
+async def pair(
+    tmp_path: Path, model: Model, prefill: Split, decode: Split, sums: Checksum
+) -> AsyncIterator[tuple[Child, Child]]:
     with (
         service(tmp_path / "log", "--journal", "memory:") as registry,
-        Child("tests.e2e.instance", arguments("prefill", model, prefill, registry.url)) as sending,
-        Child("tests.e2e.instance", arguments("decode", model, decode, registry.url)) as receiving,
+        Child("tests.e2e.instance", arguments("prefill", model, prefill, registry.url, checksum=sums)) as sending,
+        Child("tests.e2e.instance", arguments("decode", model, decode, registry.url, checksum=sums)) as receiving,
     ):
         assert await sending.ask("registered") == {}
         yield sending, receiving
@@ -61,16 +69,19 @@ async def move(sending: Child, receiving: Child, room: int, dp: int = 0, groups:
     assert (told, found) == ({}, {"wrong": []})
 
 
-@pytest.mark.parametrize(("model", "prefill", "decode"), SPLITS)
-async def test_each_byte_arrives_where_it_belongs(tmp_path: Path, model: Model, prefill: Split, decode: Split) -> None:
-    async with pair(tmp_path, model, prefill, decode) as (sending, receiving):
+@pytest.mark.parametrize(("model", "prefill", "decode", "sums"), SPLITS)
+async def test_each_byte_arrives_where_it_belongs(
+    tmp_path: Path, model: Model, prefill: Split, decode: Split, sums: Checksum
+) -> None:
+    async with pair(tmp_path, model, prefill, decode, sums) as (sending, receiving):
         for room in range(prefill.dp):
             await move(sending, receiving, 40 + room, dp=(40 + room) % prefill.dp)
         assert await sending.ask("idle") == await receiving.ask("idle") == {"left": []}
 
 
-async def test_groups_of_layers_and_a_prefix_that_decode_has(tmp_path: Path) -> None:
-    async with pair(tmp_path, Model(layers=4), Split(), Split(tp=2)) as (sending, receiving):
+@pytest.mark.parametrize("sums", [PLAIN, SUMMED])
+async def test_groups_of_layers_and_a_prefix_that_decode_has(tmp_path: Path, sums: Checksum) -> None:
+    async with pair(tmp_path, Model(layers=4), Split(), Split(tp=2), sums) as (sending, receiving):
         await move(sending, receiving, 1, groups=3)
         await move(sending, receiving, 2, groups=2, prefix=4)
         await move(sending, receiving, 3, prefix=6)

@@ -7,7 +7,7 @@ import contextlib
 import json
 import socket
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -28,6 +28,7 @@ class Cable:
         self._flowing.set()
         self._server: asyncio.Server | None = None
         self._clog: list[socket.socket] = []
+        self._spoil: list[bytes] = []
         self.session = ""
         self.data_port = 0
         self.connections = 0
@@ -57,6 +58,10 @@ class Cable:
             writer.transport.abort()
         self._flowing.set()
 
+    @property
+    def is_cut(self) -> bool:
+        return self._server is None
+
     async def mend(self) -> None:
         self._server = await asyncio.start_server(self._carry, "127.0.0.1", self.data_port)
         self.data_port = self._server.sockets[0].getsockname()[1]
@@ -67,6 +72,10 @@ class Cable:
 
     def release(self) -> None:
         self._flowing.set()
+
+    def spoil(self, any_of: list[bytes]) -> None:
+        """Turn one bit over in the first of these that comes by on its way to the peer; then no more."""
+        self._spoil = any_of
 
     async def clog(self) -> None:
         """As a firewall that drops: the port takes no connection and refuses none."""
@@ -105,15 +114,24 @@ class Cable:
         with contextlib.suppress(OSError):
             there, back = await asyncio.open_connection(self._host, self._there)
             self._ways.add(back)
-            await asyncio.gather(self._pump(reader, back), self._pump(there, writer))
+            await asyncio.gather(self._pump(reader, back, self._spoiled), self._pump(there, writer))
             self._ways.discard(back)
         self._ways.discard(writer)
         writer.close()
 
-    async def _pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+    def _spoiled(self, data: bytes) -> bytes:
+        for each in self._spoil:
+            if (at := data.find(each)) >= 0:
+                self._spoil = []
+                return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+        return data
+
+    async def _pump(
+        self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, through: Callable[[bytes], bytes] = bytes
+    ) -> None:
         with contextlib.suppress(OSError):
             while data := await source.read(1 << 16):
                 await self._flowing.wait()
-                sink.write(data)
+                sink.write(through(data))
                 await sink.drain()
         sink.close()

@@ -12,6 +12,7 @@ import pytest
 
 from pdctl.core.layout import Region
 from pdctl.core.plan import CopyPlan
+from pdctl.device.cpu import Cpu
 from pdctl.engine.base import Engine, PeerCard
 from pdctl.engine.canary import candidates
 from pdctl.engine.loopback import Directory, open_loopback
@@ -186,7 +187,7 @@ async def mooncake_stage(
 ) -> Stage:
     """Four blocks in flight, one a lane: a hung peer holds a transfer for one stall."""
     small = MooncakeSettings(**{"window": 4, "progress_timeout_s": STALL_S, **settings})
-    engine = await stack.enter_async_context(open_mooncake(small, factory=factory))
+    engine = await stack.enter_async_context(open_mooncake(small, Cpu(), factory=factory))
 
     addresses: dict[str, Address] = {}
 

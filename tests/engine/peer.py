@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from pdctl.core.plan import CopyPlan
+from pdctl.device.cpu import Cpu
 from pdctl.engine.base import Engine
 from pdctl.engine.canary import MAGIC, Canary
 from pdctl.engine.mooncake import MooncakeSettings, open_mooncake
@@ -92,7 +93,7 @@ async def main(settings: MooncakeSettings) -> None:
     reader = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
     made: list[Any] = []
-    async with open_mooncake(settings, factory=lambda: bare(made)) as engine:
+    async with open_mooncake(settings, Cpu(), factory=lambda: bare(made)) as engine:
         commands = Commands(engine, made[0])
         print(json.dumps({"session": engine.session}), flush=True)
         while line := await reader.readline():

@@ -12,11 +12,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
+
+from pdctl import logs
+from pdctl.logs import LogSettings
 
 ROOT = Path(__file__).parents[2]
 _PR_SET_PDEATHSIG = 1
@@ -25,6 +28,29 @@ _PR_SET_PDEATHSIG = 1
 def die_with_parent() -> None:
     """SIGKILL for this process when its parent ends, even a stopped one."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+async def obey(who: object, hello: dict[str, Any]) -> None:
+    """A `Child`'s own side: say hello, then do what each line names and answer it, until there are no more."""
+    reader = asyncio.StreamReader()
+    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+    print(json.dumps(hello), flush=True)
+    while line := await reader.readline():
+        asked = json.loads(line)
+        try:
+            done = await getattr(who, asked.pop("do"))(**asked)
+        except Exception as error:  # told to the test, which fails by it
+            done = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(done), flush=True)
+
+
+def live(main: Coroutine[Any, Any, None]) -> NoReturn:
+    """As a `Child`: no longer than its parent, and no longer than what it does: closed engines keep their threads."""
+    die_with_parent()
+    logs.configure(LogSettings())
+    asyncio.run(main)
+    sys.stdout.flush()
+    os._exit(0)
 
 
 class Child:

@@ -15,6 +15,7 @@ from structlog.testing import capture_logs
 
 from pdctl.core.layout import Region
 from pdctl.core.sessions import Depth
+from pdctl.device.cpu import Cpu
 from pdctl.engine.asking import Asking, ProbeThreads
 from pdctl.engine.base import PeerCard, Proof
 from pdctl.engine.mooncake import MooncakeSettings, by_name
@@ -230,7 +231,7 @@ def test_an_answer_that_comes_after_the_loop_has_closed_troubles_nobody(probing:
 
 
 async def test_the_real_send_probe_answers_of_living_and_dead_peers_and_is_held_by_a_stopped_one(peers: Peers) -> None:
-    probe = by_name(MooncakeSettings())
+    probe = by_name(MooncakeSettings(), Cpu())
     assert probe is not None
     threads = ProbeThreads(probe)
     stopped, living = peers.take(), peers.take()
@@ -275,7 +276,7 @@ class Wheel(ModuleType):
 
 async def test_the_engine_that_asks_by_name_is_made_by_the_first_question_and_only_once() -> None:
     installed, environ = Wheel(), dict[str, str]()
-    probe = by_name(MooncakeSettings(), importer=lambda _: installed, environ=environ)
+    probe = by_name(MooncakeSettings(), Cpu(), importer=lambda _: installed, environ=environ)
     assert probe is not None
     assert installed.opened == []
     threads = ProbeThreads(probe)
@@ -286,4 +287,4 @@ async def test_the_engine_that_asks_by_name_is_made_by_the_first_question_and_on
 def test_a_wheel_without_send_probe_asks_nobody_by_name() -> None:
     installed = Wheel()
     del installed.TransferEngine.send_probe
-    assert by_name(MooncakeSettings(), importer=lambda _: installed) is None
+    assert by_name(MooncakeSettings(), Cpu(), importer=lambda _: installed) is None

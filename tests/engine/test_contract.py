@@ -11,6 +11,7 @@ import pytest
 
 from pdctl.core.layout import Region
 from pdctl.core.plan import CopyPlan
+from pdctl.device.cpu import Cpu
 from pdctl.engine.loopback import Directory, open_loopback
 from pdctl.engine.mooncake import MooncakeSettings, open_mooncake
 from pdctl.errors import BadField, Cause, TransferFailed
@@ -335,7 +336,7 @@ async def test_a_process_that_took_a_dead_peers_place_is_not_written_to_until_fo
 async def test_a_closed_engine_says_so_and_is_nobody_elses_fault() -> None:
     async with open_loopback(Directory()) as closed:
         pass
-    async with open_mooncake(MooncakeSettings()) as shut:
+    async with open_mooncake(MooncakeSettings(), Cpu()) as shut:
         pass
     for engine in (closed, shut):
         error = await failure(engine.write("127.0.0.1:1", CopyPlan.of((1, 1, 1)), deadline_s=1))

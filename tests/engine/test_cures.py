@@ -17,6 +17,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, Literal, cast
 
 import numpy as np
+import psutil
 import pytest
 from structlog.testing import capture_logs
 
@@ -363,6 +364,20 @@ async def test_what_was_held_for_a_life_that_ended_is_let_go_when_another_begins
         (await asyncio.open_connection("127.0.0.1", int(first)))[1].close()
         assert "ended" in (lane_of(stage.engine, old.session).over() or "")
         assert (await failure(stage.engine.write(old.session, stage.plan(old, MIB), deadline_s=5))).settled
+
+
+async def test_what_was_held_for_a_life_that_ended_is_let_go_when_no_other_begins(peers: Peers) -> None:
+    """Up to 17 connections each, half closed: a rank whose decodes all died held them until the next one came."""
+
+    def half_closed() -> int:
+        return sum(each.status == psutil.CONN_CLOSE_WAIT for each in psutil.Process().net_connections("tcp"))
+
+    async with staged(peers) as stage:
+        before, old = half_closed(), await stage.far()
+        await stage.engine.write(old.session, stage.plan(old, block=4096), deadline_s=5)
+        await old.kill()
+        await until(lambda: half_closed() > before + 4)
+        await until(lambda: half_closed() <= before)
 
 
 # --- scratch memory

@@ -21,6 +21,7 @@ import pytest
 
 from pdctl.core.layout import Region
 from pdctl.core.plan import CopyPlan
+from pdctl.device.cpu import Cpu
 from pdctl.engine.environment import MooncakeSettings, environment
 from pdctl.engine.mooncake import open_mooncake
 from pdctl.errors import BadField, Cause, TransferFailed
@@ -372,13 +373,16 @@ def test_h7_the_bare_engine_listens_on_every_interface_whatever_it_was_told() ->
 
 async def test_h7_only_what_was_registered_is_open_and_nothing_after_closing() -> None:
     with Arena(MIB) as arena, Arena(MIB):
-        async with open_mooncake(MooncakeSettings()) as engine, open_mooncake(MooncakeSettings()) as other:
+        async with (
+            open_mooncake(MooncakeSettings(), Cpu()) as engine,
+            open_mooncake(MooncakeSettings(), Cpu()) as other,
+        ):
             await engine.register(arena.region)
             card = await other.probe(engine.session, deadline_s=5)
             assert registered(card) == (arena.region,)
             assert len(card.regions) == 2, "beside the canary"
             session = engine.session
-        async with open_mooncake(MooncakeSettings()) as other:
+        async with open_mooncake(MooncakeSettings(), Cpu()) as other:
             assert (await other.probe(session, deadline_s=5)).regions == ()
 
 
@@ -436,7 +440,7 @@ async def test_h9_opening_and_closing_leaves_the_loop_running(stage: Stage) -> N
     far = await stage.far()
     lag = asyncio.create_task(longest_lag())
     for _ in range(3):
-        async with open_mooncake(MooncakeSettings()) as engine:
+        async with open_mooncake(MooncakeSettings(), Cpu()) as engine:
             await engine.register(stage.arena.region)
             await engine.write(far.session, stage.plan(far), deadline_s=10)
     lag.cancel()
@@ -497,7 +501,7 @@ class Refusing:
 async def test_h10_a_block_that_was_not_taken_is_never_asked_about(far: Child) -> None:
     pointer, made = far.ask_now("register", nbytes=MIB)["pointer"], Refusing()
     with Arena(MIB) as arena:
-        async with open_mooncake(MooncakeSettings(), factory=lambda: made) as engine:
+        async with open_mooncake(MooncakeSettings(), Cpu(), factory=lambda: made) as engine:
             await engine.register(arena.region)
             plan = CopyPlan.of((arena.region.pointer, pointer, MIB))
             error = await failure(engine.write(far.session, plan, deadline_s=5))

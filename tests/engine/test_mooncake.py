@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import subprocess
 import sys
 import threading
 import time
 from contextlib import AsyncExitStack
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -15,13 +17,17 @@ import numpy as np
 import pytest
 from structlog.testing import capture_logs
 
+from pdctl.core.device import HOST, DeviceSpec
 from pdctl.core.layout import Region
 from pdctl.core.plan import CopyPlan
+from pdctl.device.cpu import Cpu
 from pdctl.engine import wheel
 from pdctl.engine.environment import MooncakeSettings, environment, prepare
 from pdctl.engine.mooncake import _Calls, open_mooncake
-from pdctl.errors import Cause, ConfigError, EngineUnavailable
+from pdctl.errors import Cause, ConfigError, DeviceUnavailable, EngineUnavailable
 from pdctl.memory import Arena
+from tests.device.paper import build
+from tests.device.recording import Recording
 from tests.engine.conftest import STALL_S, mooncake_stage
 from tests.engine.processes import ROOT, Peers
 from tests.engine.test_contract import failure
@@ -86,6 +92,13 @@ def test_an_ipv6_host_makes_the_engine_speak_ipv6() -> None:
         prepare(MooncakeSettings(), {"MC_USE_IPV6": "1"}, loaded=False)
 
 
+def test_intra_node_nvlink_is_asked_for_as_the_wheel_reads_it() -> None:
+    block = environment(MooncakeSettings(protocol="nvlink_intra"))
+    assert block["MC_INTRANODE_NVLINK"] == "1"
+    assert "MC_FORCE_TCP" not in block
+    assert "MC_INTRANODE_NVLINK" not in environment(MooncakeSettings())
+
+
 def test_an_operators_own_value_wins_where_no_promise_hangs_on_it() -> None:
     environ = {"MC_LOG_LEVEL": "INFO", "MC_TCP_PROGRESS_TIMEOUT_SEC": "300", "MC_MIN_RPC_PORT": "20000"}
     prepare(MooncakeSettings(), environ, loaded=False)
@@ -147,8 +160,40 @@ async def test_without_a_wheel_opening_is_an_operators_error() -> None:
         raise ModuleNotFoundError(f"No module named {name!r}")
 
     with pytest.raises(EngineUnavailable, match=r"pdctl\[cpu\]"):
-        async with open_mooncake(MooncakeSettings(), importer=importer, environ={}):
+        async with open_mooncake(MooncakeSettings(), Cpu(), importer=importer, environ={}):
             pass
+
+
+def test_a_cuda_runtime_that_pip_has_installed_is_found_where_no_loader_looks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = tmp_path / "nvidia/cuda_runtime/lib/libcudart.so.12"
+    info = tmp_path / "nvidia_cuda_runtime_cu12-1.dist-info"
+    library.parent.mkdir(parents=True)
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: nvidia-cuda-runtime-cu12\nVersion: 1\n")
+    (info / "RECORD").write_text("nvidia/cuda_runtime/lib/libcudart.so.12,,\n")
+    shutil.copy(build(tmp_path), library)
+    monkeypatch.syspath_prepend(tmp_path)
+    asked = 0
+
+    def importer(name: str) -> ModuleType:
+        nonlocal asked
+        asked += 1
+        if str(library) not in Path("/proc/self/maps").read_text():
+            raise ImportError("libcudart.so.12: cannot open shared object file")
+        return ModuleType(name)
+
+    assert wheel.load(importer).__name__ == "mooncake.engine"
+    assert asked == 2
+
+
+def test_a_cuda_runtime_that_is_nowhere_says_what_to_install() -> None:
+    def importer(name: str) -> ModuleType:
+        raise ImportError("libcudart.so.13: cannot open shared object file")
+
+    with pytest.raises(EngineUnavailable, match=r"libcudart\.so\.13, which is not on this host: pip install nvidia"):
+        wheel.load(importer)
 
 
 def test_a_wheel_whose_voice_cannot_be_lowered_is_used_all_the_same() -> None:
@@ -157,7 +202,7 @@ def test_a_wheel_whose_voice_cannot_be_lowered_is_used_all_the_same() -> None:
 
 async def test_an_old_wheel_is_warned_of_once_and_refuses_only_what_it_cannot() -> None:
     with capture_logs() as logged:
-        async with open_mooncake(MooncakeSettings(), factory=Refusing, environ={}) as engine:
+        async with open_mooncake(MooncakeSettings(), Cpu(), factory=Refusing, environ={}) as engine:
             assert not engine.capabilities.send_probe
             assert not engine.capabilities.async_read
             with Arena(4096) as arena:
@@ -176,7 +221,7 @@ async def test_a_wheel_too_old_to_write_is_an_operators_error() -> None:
             return 0
 
     with pytest.raises(EngineUnavailable, match="transfer_submit_write"):
-        async with open_mooncake(MooncakeSettings(), factory=Ancient, environ={}):
+        async with open_mooncake(MooncakeSettings(), Cpu(), factory=Ancient, environ={}):
             pass
 
 
@@ -186,34 +231,84 @@ async def test_an_engine_that_does_not_initialize_says_with_what_it_was_asked_to
             return -1
 
     with pytest.raises(EngineUnavailable, match=r"'tcp'.*code -1"):
-        async with open_mooncake(MooncakeSettings(), factory=Unwilling, environ={}):
+        async with open_mooncake(MooncakeSettings(), Cpu(), factory=Unwilling, environ={}):
             pass
 
 
 # --- threads
 
 
-async def test_the_device_is_bound_on_the_thread_that_will_move_bytes_before_the_engine_is_made() -> None:
-    seen: list[tuple[str, str]] = []
+async def test_the_device_is_set_on_each_thread_of_ours_before_the_engine_is_made_or_memory_registered() -> None:
+    device = Recording()
 
-    def make() -> Refusing:
-        seen.append(("made", threading.current_thread().name))
-        return Refusing()
+    class Made(Refusing):
+        def __init__(self) -> None:
+            super().__init__()
+            device.note("made")
 
-    def bind() -> None:
-        seen.append(("bound", threading.current_thread().name))
+        def initialize(self, host: str, metadata: str, protocol: str, rdma_device: str) -> int:
+            device.note("initialized")
+            return 0
 
-    async with open_mooncake(MooncakeSettings(), factory=make, environ={}, bind_device=bind):
-        assert seen == [("bound", "pdctl-mover"), ("made", "pdctl-mover")]
+        def register_memory(self, pointer: int, nbytes: int) -> int:
+            device.note("registered")
+            return 0
+
+    async with open_mooncake(MooncakeSettings(), device, factory=Made, environ={}) as engine:
+        with Arena(4096) as arena:
+            await engine.register(arena.region)
+            await engine.unregister(arena.region)
+    mover = [what for what, thread in device.seen if thread == "pdctl-mover"]
+    registering = [what for what, thread in device.seen if thread.startswith("pdctl-register")]
+    assert mover == ["bound", "made", "initialized"]
+    assert registering[:4] == ["bound", "registered", "bound", "registered"]  # the canary, the arena
+    assert len(mover) + len(registering) == len(device.seen)  # on no other thread
 
 
-async def test_a_device_that_cannot_be_bound_fails_the_opening() -> None:
-    def bind() -> None:
-        raise OSError("no such device")
+async def test_the_engine_is_told_the_name_that_its_device_wants_and_peers_see_an_address() -> None:
+    told: list[tuple[str, ...]] = []
 
-    with pytest.raises(OSError, match="no such device"):
-        async with open_mooncake(MooncakeSettings(), factory=Refusing, environ={}, bind_device=bind):
+    class Made(Refusing):
+        def initialize(self, *given: str) -> int:
+            told.append(given)
+            return 0
+
+    class Npu(Recording):
+        def engine_name(self, host: str, port: int | None = None) -> str:
+            return f"{host}:1:npu_5"
+
+        def check_protocol(self, protocol: str) -> None: ...
+
+    async with open_mooncake(MooncakeSettings(protocol="ascend"), Npu(), factory=Made, environ={}) as engine:
+        assert engine.session == f"127.0.0.1:{Made().get_rpc_port()}"
+    assert told == [("127.0.0.1:1:npu_5", "P2PHANDSHAKE", "ascend", "")]
+
+
+async def test_a_device_that_cannot_be_set_fails_the_opening() -> None:
+    class Lost(Recording):
+        def bind(self) -> None:
+            raise DeviceUnavailable("npu:0 cannot be set (aclrtSetDevice failed, ret: 107001)")
+
+    with pytest.raises(DeviceUnavailable, match="107001"):
+        async with open_mooncake(MooncakeSettings(), Lost(), factory=Refusing, environ={}):
             pass
+
+
+async def test_a_protocol_that_cannot_move_the_devices_memory_is_refused_before_an_engine_is_made() -> None:
+    with pytest.raises(ConfigError, match=r"engine\.protocol is ascend but the device is cpu"):
+        async with open_mooncake(MooncakeSettings(protocol="ascend"), Cpu(), factory=lambda: 1 // 0, environ={}):
+            pass
+
+
+@pytest.mark.parametrize(("protocol", "flag"), [("tcp", "SUPPORT_CUDA"), ("nvlink_intra", "SUPPORT_INTRA_NVLINK")])
+def test_a_wheel_that_cannot_move_the_devices_memory_is_refused(protocol: str, flag: str) -> None:
+    """It would register any pointer, and each transfer would end as its peer's failure."""
+    module, device = ModuleType("mooncake.engine"), DeviceSpec.parse("cuda:0")
+    wheel.check_can_move(module, device, protocol)  # an old wheel does not say
+    setattr(module, flag, False)
+    with pytest.raises(EngineUnavailable, match=rf"{flag} is False.*pdctl\[cuda13\]"):
+        wheel.check_can_move(module, device, protocol)
+    wheel.check_can_move(module, HOST, "tcp")
 
 
 async def test_an_engine_that_raises_ends_its_transfers_instead_of_leaving_them_waiting(peers: Peers) -> None:
@@ -224,7 +319,7 @@ async def test_an_engine_that_raises_ends_its_transfers_instead_of_leaving_them_
     far = peers.take()
     pointer = far.ask_now("register", nbytes=4096)["pointer"]
     with Arena(4096) as arena, capture_logs() as logged:
-        async with open_mooncake(MooncakeSettings(), factory=Broken, environ={}) as engine:
+        async with open_mooncake(MooncakeSettings(), Cpu(), factory=Broken, environ={}) as engine:
             await engine.register(arena.region)
             plan = CopyPlan.of((arena.region.pointer, pointer, 8))
             assert (await failure(engine.write(far.session, plan, deadline_s=5))).cause is Cause.LOCAL
@@ -242,7 +337,7 @@ def test_memory_is_not_taken_back_from_an_engine_that_is_no_more() -> None:
 
 
 async def test_no_thread_of_an_engine_outlives_it() -> None:
-    async with open_mooncake(MooncakeSettings()):
+    async with open_mooncake(MooncakeSettings(), Cpu()):
         assert any(thread.name == "pdctl-mover" for thread in threading.enumerate())
     for thread in threading.enumerate():
         if thread.name.startswith("pdctl-"):
@@ -279,7 +374,7 @@ async def test_blocks_that_do_not_come_to_rest_cost_the_engine_its_life(peers: P
     with Arena(64 << 20) as arena, capture_logs() as logged:
         memory = arena.array(64 << 20, np.uint8)
         memory[:] = 1
-        async with open_mooncake(settings) as engine:
+        async with open_mooncake(settings, Cpu()) as engine:
             await engine.register(arena.region)
             await engine.write(far.session, CopyPlan.of((arena.region.pointer, pointer, 1)), deadline_s=5)
             far.stop()
@@ -305,9 +400,10 @@ def test_a_process_that_used_an_engine_exits_at_once_and_silently() -> None:
 
 QUICK = """
 import asyncio, time
+from pdctl.device.cpu import Cpu
 from pdctl.engine.mooncake import MooncakeSettings, open_mooncake
 async def main():
-    async with open_mooncake(MooncakeSettings()) as a, open_mooncake(MooncakeSettings()) as b:
+    async with open_mooncake(MooncakeSettings(), Cpu()) as a, open_mooncake(MooncakeSettings(), Cpu()) as b:
         await a.probe(b.session, deadline_s=5)
 asyncio.run(main())
 print(time.monotonic())
@@ -344,11 +440,12 @@ import asyncio
 import numpy as np
 from pdctl.core.layout import Region
 from pdctl.core.plan import CopyPlan
+from pdctl.device.cpu import Cpu
 from pdctl.engine.mooncake import MooncakeSettings, open_mooncake
 from pdctl.memory import Arena
 async def main():
     settings = MooncakeSettings(host="::1")
-    async with open_mooncake(settings) as a, open_mooncake(settings) as b:
+    async with open_mooncake(settings, Cpu()) as a, open_mooncake(settings, Cpu()) as b:
         with Arena(4096) as here, Arena(4096) as there:
             here.array(4096, np.uint8)[:] = 5
             await a.register(here.region)

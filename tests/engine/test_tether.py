@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from pdctl.core.plan import CopyPlan
+from pdctl.device.cpu import Cpu
 from pdctl.engine import handshake
 from pdctl.engine.blocks import Lane
 from pdctl.engine.mooncake import MooncakeSettings, open_mooncake
@@ -345,7 +346,7 @@ async def test_a_wheel_that_cannot_read_greets_nobody_and_writes_all_the_same(pe
     pointer = far.ask_now("register", nbytes=MIB)["pointer"]
     async with AsyncExitStack() as stack:
         settings = MooncakeSettings()
-        engine = await stack.enter_async_context(open_mooncake(settings, factory=Made))
+        engine = await stack.enter_async_context(open_mooncake(settings, Cpu(), factory=Made))
         assert not engine.capabilities.async_read
         from pdctl.memory import Arena
 

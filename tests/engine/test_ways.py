@@ -15,8 +15,8 @@ import pytest
 
 from pdctl.engine import handshake
 from pdctl.engine.handshake import Kind
-from pdctl.engine.ways import Introduction, Serial, spelled
-from pdctl.errors import Cause, TransferFailed
+from pdctl.engine.ways import Introduction, Serial, n_spellings, spelled
+from pdctl.errors import Cause, LimitReached, TransferFailed
 
 SOUND = {
     "name": "127.0.0.1:16001",
@@ -44,16 +44,24 @@ def test_every_spelling_leads_to_the_same_place(host: str) -> None:
 def test_no_two_spellings_are_alike_until_they_come_round(host: str, count: int) -> None:
     some = range(min(count, 20_000))
     assert len({spelled(host, n) for n in some}) == len(some)
+    assert n_spellings(host) == count
     assert spelled(host, count) == spelled(host, 0)
 
 
 def test_no_name_is_given_twice_though_ports_are_free_again() -> None:
     """The engine caches by name for ever: a name given again would lead to the peer that had it before."""
     serial = Serial()
-    names = [serial.name("::1", 40_001) for _ in range(3_000)]
-    serial._count = itertools.count()  # as if all spellings had come round
-    names += [serial.name("::1", 40_001) for _ in range(10)]
-    assert len(set(names)) == 3_010
+    names = [serial.name("::1", port) for _ in range(1_000) for port in (40_001, 40_002)]
+    assert len(set(names)) == 2_000
+
+
+def test_a_port_whose_names_are_all_given_says_so() -> None:
+    serial, host = Serial(), "1111:2222:3333:4444:5555:6666:777:8"
+    names = {serial.name(host, 1) for _ in range(n_spellings(host))}
+    assert len(names) == 8
+    with pytest.raises(LimitReached, match="all 8 names of port 1 at 1111:"):
+        serial.name(host, 1)
+    assert serial.name(host, 2) not in names
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ import psutil
 from mooncake.engine import TransferEngine
 
 from pdctl.core.layout import Region
+from pdctl.device.cpu import Cpu
 from pdctl.engine.mooncake import MooncakeSettings, open_mooncake
 from tests.engine.processes import die_with_parent
 from tests.faults.reuse import reuse_addresses
@@ -101,7 +102,7 @@ def stock(saying: int, region: Region, rpc: int | None) -> None:
 
 
 async def ours(saying: int, region: Region, rpc: int | None) -> None:
-    async with open_mooncake(MooncakeSettings()) as engine:
+    async with open_mooncake(MooncakeSettings(), Cpu()) as engine:
         at = int(engine.session.rpartition(":")[2])
         if rpc in (None, at):
             await engine.register(region)

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from pdctl.core.plan import CopyPlan
+from pdctl.device.cpu import Cpu
 from pdctl.engine.base import Engine
 from pdctl.engine.mooncake import MooncakeSettings, open_mooncake
 from pdctl.errors import TransferFailed
@@ -161,7 +162,7 @@ class Writer:
 
 async def soak(kills: int, kind: str, seed: int, folder: Path) -> Tally:
     chance, tally = random.Random(seed), Tally()
-    async with Lineage.beginning(folder, kind) as lineage, open_mooncake(MooncakeSettings()) as engine:
+    async with Lineage.beginning(folder, kind) as lineage, open_mooncake(MooncakeSettings(), Cpu()) as engine:
         with Arena(SLICES * NBYTES) as arena:
             await engine.register(arena.region)
             writer = Writer(engine, arena, lineage, tally)

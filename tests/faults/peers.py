@@ -14,6 +14,7 @@ import os
 import sys
 from contextlib import AsyncExitStack
 
+from pdctl.device.cpu import Cpu
 from pdctl.engine.mooncake import MooncakeSettings, open_mooncake
 from pdctl.memory import Arena
 from tests.engine.processes import die_with_parent
@@ -23,7 +24,7 @@ NBYTES = 1 << 16
 
 async def main(n: int) -> None:
     async with AsyncExitStack() as stack:
-        engines = [await stack.enter_async_context(open_mooncake(MooncakeSettings())) for _ in range(n)]
+        engines = [await stack.enter_async_context(open_mooncake(MooncakeSettings(), Cpu())) for _ in range(n)]
         arenas = [stack.enter_context(Arena(NBYTES)) for _ in engines]
         for engine, arena in zip(engines, arenas, strict=True):
             await engine.register(arena.region)

@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry
 from pdctl.core.layout import Region
 from pdctl.core.plan import CopyPlan
 from pdctl.core.sessions import Depth, ProbePolicy, SessionTable
+from pdctl.device.cpu import Cpu
 from pdctl.engine.asking import Asking
 from pdctl.engine.base import Engine, PeerCard
 from pdctl.engine.canary import NBYTES as CANARY_NBYTES
@@ -39,7 +40,7 @@ def arena() -> Iterator[Arena]:
 
 @pytest.fixture
 async def engine(arena: Arena) -> AsyncIterator[Engine]:
-    async with open_mooncake(MooncakeSettings()) as engine:
+    async with open_mooncake(MooncakeSettings(), Cpu()) as engine:
         await engine.register(arena.region)
         yield engine
 

@@ -25,7 +25,9 @@ surroundings.install()
 from sglang.srt.disaggregation.common.conn import KVTransferError  # noqa: E402
 from sglang.srt.disaggregation.mooncake.conn import MooncakeKVReceiver, MooncakeKVSender  # noqa: E402
 
+from tests.e2e.model import Model, Split  # noqa: E402
 from tests.wire.stock import ranks  # noqa: E402
+from tests.wire.stock.instances import Instance  # noqa: E402
 
 JSON = dict[str, Any]
 PAGES, PAGE_NBYTES, ENTRIES = 16, 2048, 4
@@ -39,6 +41,25 @@ class Child:
         self.managers: dict[str, Any] = {}
         self.pools: dict[str, ranks.Pool] = {}
         self.rooms: dict[int, Any] = {}
+        self.instance: Instance | None = None
+
+    def seat(self, role: str, registry: str, model: JSON, split: JSON, seed: int = 0, **more: Any) -> int:
+        """Build all ranks of an instance, of which there is one at a time; `seed` fills a prefill's pages."""
+        given = Model(**model | {"lens": tuple(model["lens"])})
+        self.instance = Instance(role, registry, given, Split(**split), **more)
+        if role == "prefill":
+            self.instance.fill(seed)
+        return len(self.instance.seated)
+
+    def instance_does(self, what: str, **given: Any) -> Any:
+        """What the seated instance does."""
+        assert self.instance is not None
+        return getattr(self.instance, what)(**given)
+
+    def unseat(self) -> None:
+        assert self.instance is not None
+        self.instance.close()
+        self.instance = None
 
     def rank(self, name: str, role: str, registry: str, moves: bool = False, **parallel: Any) -> JSON:
         """Build a manager; a prefill one PUTs itself to `registry` (host:port) while it is built."""

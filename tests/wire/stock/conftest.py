@@ -11,12 +11,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
 import pytest
+
+from tests.engine.processes import Child
+from tests.wire.stock.across import StockInstance
 
 ROOT = Path(__file__).parents[3]
 CACHE = ROOT / ".cache"
@@ -142,6 +145,18 @@ async def running(folder: Path) -> AsyncIterator[Stock]:
         if process.returncode is None:
             process.kill()
         await process.wait()
+
+
+@pytest.fixture(scope="module")
+def stock_child(stock_folder: Path) -> Iterator[Child]:
+    """One process for all tests of a module: starting one takes longer than most of them."""
+    with Child("tests.wire.stock.child", environ=environment(stock_folder)) as one:
+        yield one
+
+
+@pytest.fixture
+def stock_instance(stock_child: Child) -> StockInstance:
+    return StockInstance(stock_child)
 
 
 @pytest.fixture

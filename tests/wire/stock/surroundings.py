@@ -27,6 +27,15 @@ OPENED = ("sglang", "sglang.srt", "sglang.srt.utils", "sglang.srt.distributed", 
 STOOD_IN: dict[str, tuple[str, ...]] = {
     "torch": ("Tensor",),
     "torch.distributed": (),
+    # kernels for a GPU, in modules of which the head and DCP paths take plain arithmetic
+    "triton": (),
+    "triton.language": ("constexpr",),
+    "sglang.kernels": (),
+    "sglang.kernels.ops": (),
+    "sglang.kernels.ops.kvcache": (),
+    "sglang.kernels.ops.kvcache.pd_dcp_gather": ("copy_mla_rows_into_pack",),
+    "sglang.kernels.ops.memory": (),
+    "sglang.kernels.ops.memory.ptr_table": ("make_ptr_table",),
     "sglang.srt.configs.model_config": ("get_dsa_mtp_topk_width", "is_deepseek_dsa"),
     "sglang.srt.distributed.parallel_state": ("GroupCoordinator",),
     "sglang.srt.mem_cache.page_interleave": ("get_kv_shard_group",),
@@ -51,6 +60,7 @@ PARALLEL: dict[str, Any] = {
     "num_dp_ranks": 1,
     "pp_size": 1,
     "pp_group": None,
+    "kv_shard_group": None,
     "world_group": None,
     "nnodes": 1,
     "dist_init_addr": None,
@@ -122,14 +132,21 @@ def _answers() -> dict[str, dict[str, Any]]:
     """The stand-ins that must work, not merely exist."""
     getters: dict[str, Any] = {f"get_{name}": _say(name) for name in told}
     getters["linear_attn_tp_size"] = lambda: told["parallel"].attn_tp_size
+    getters["max_prefill_buffer_tokens"] = lambda: 0
     trace = {"mooncake_trace_func": _as_it_is, "mooncake_trace_slice": lambda *a, **k: None}
     return {
         "sglang.srt.runtime_context": getters,
         "sglang.srt.distributed.parallel_state": {"get_mooncake_transfer_engine": _use_engine},
         "sglang.srt.observability.trace": {"TraceNullContext": _NullTrace},
         "sglang.srt.observability.mooncake_trace": trace,
+        "sglang.srt.mem_cache.page_interleave": {"get_kv_shard_group": lambda mla: told["parallel"].kv_shard_group},
         "sglang.srt.utils": {"is_npu": lambda: False},
-        "sglang.srt.utils.common": {"run_with_deadline": _run_with_deadline},
+        "sglang.srt.utils.common": {
+            "run_with_deadline": _run_with_deadline,
+            "ceil_align": lambda number, unit: -(-number // unit) * unit,
+        },
+        "torch": {"device": lambda name: types.SimpleNamespace(type=name.partition(":")[0])},
+        "triton": {"jit": lambda kernel: kernel},
     }
 
 

@@ -10,7 +10,7 @@ import signal
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,9 @@ from pdctl.client import RegistryClient
 from pdctl.core.layout import Pool, RankPools
 from pdctl.core.route import Announcement, Seat, Shape
 from pdctl.core.sessions import ProbePolicy, SessionTable
+from pdctl.core.sums import Checksum
 from pdctl.core.transfer import RoomTimeouts
+from pdctl.device.cpu import Cpu
 from pdctl.engine.asking import Asking
 from pdctl.engine.base import Engine
 from pdctl.engine.mooncake import MooncakeSettings, open_mooncake
@@ -32,14 +34,17 @@ from pdctl.peer import PeerLink, open_link
 from pdctl.prober import Prober
 from pdctl.receiver import Receiver
 from pdctl.sender import Sender
+from tests.room_rig import Released
 from tests.wire.stock.conftest import Stock
 
 ENTRIES, PAGES, PAGE_NBYTES, ROWS = 4, 16, 2048, 4
 AUX_NBYTES = (64, 16)
 SEED = 20260
 BOOTSTRAPPING, WAITING, TRANSFERRING, SUCCESS, FAILED = 1, 2, 3, 4, 0
-# checksum: a stock peer must never see a trace of it
-TIMEOUTS = RoomTimeouts(bootstrap_s=20, waiting_s=20, transfer_s=20, release_s=10, drain_margin_s=0.1, checksum=True)
+# checksum: rooms with a stock peer go as without
+TIMEOUTS = RoomTimeouts(
+    bootstrap_s=20, waiting_s=20, transfer_s=20, release_s=10, drain_margin_s=0.1, checksum=Checksum.OFFERED
+)
 SEAT, SHAPE = Seat(0, 0, 0, 0), Shape(1, 1, 1, 1, 16, "bfloat16")
 WITHIN_S = 30
 
@@ -75,7 +80,7 @@ async def ours(metrics: Metrics) -> AsyncIterator[Ours]:
     kv = [arena.array((PAGES, PAGE_NBYTES), np.uint8) for _ in range(ENTRIES)]
     aux = [arena.array((ROWS, nbytes), np.uint8) for nbytes in AUX_NBYTES]
     async with (
-        open_mooncake(MooncakeSettings(progress_timeout_s=2, handshake_timeout_s=2.0)) as engine,
+        open_mooncake(MooncakeSettings(progress_timeout_s=2, handshake_timeout_s=2.0), Cpu()) as engine,
         open_link("127.0.0.1", metrics=metrics) as link,
     ):
         await engine.register(arena.region)
@@ -84,21 +89,26 @@ async def ours(metrics: Metrics) -> AsyncIterator[Ours]:
 
 
 @pytest.fixture
-async def receiver(ours: Ours, metrics: Metrics) -> AsyncIterator[Receiver]:
+def timeouts() -> RoomTimeouts:
+    return TIMEOUTS
+
+
+@pytest.fixture
+async def receiver(ours: Ours, metrics: Metrics, timeouts: RoomTimeouts) -> AsyncIterator[Receiver]:
     one = Receiver(
         ours.engine.session, ours.link.send, ours.link.endpoint, RankPools(ours.kv_pool, ours.aux_pool), 0, 1,
-        TIMEOUTS, time.monotonic, metrics, ours.link.is_gone,
+        timeouts, time.monotonic, metrics, ours.link.is_gone,
     )  # fmt: skip
     async with beside(link=ours.link.serve(one.handle)), one:
         yield one
 
 
 @pytest.fixture
-async def sender(ours: Ours, metrics: Metrics) -> AsyncIterator[Sender]:
+async def sender(ours: Ours, metrics: Metrics, timeouts: RoomTimeouts) -> AsyncIterator[Sender]:
     table: SessionTable[Any] = SessionTable(ProbePolicy(interval_s=0.1), lambda: 0.5)
     prober = Prober(table, Asking(ours.engine), clock=time.monotonic, metrics=metrics)
     pools = RankPools(ours.kv_pool, ours.aux_pool)
-    one = Sender(ours.engine, ours.link.send, pools, 0, prober, TIMEOUTS, time.monotonic, metrics)
+    one = Sender(ours.engine, ours.link.send, pools, 0, prober, timeouts, time.monotonic, metrics)
     async with beside(link=ours.link.serve(one.handle), prober=prober.run()), one:
         yield one
 
@@ -263,3 +273,33 @@ async def test_a_stopped_stock_decode_is_blocked_and_served_again_when_it_goes_o
     assert decoded(await stock("page_bytes", name="d", pages=[5])) == [array[[0]].tobytes() for array in ours.kv]
     await stock("poll_until", room=third, status=[FAILED])
     assert "is blocked" in await stock("reason", room=third)
+
+
+SUMS_REQUIRED = pytest.mark.parametrize("timeouts", [replace(TIMEOUTS, checksum=Checksum.REQUIRED)], ids=["required"])
+
+
+@SUMS_REQUIRED
+async def test_a_decode_that_requires_checksums_refuses_a_stock_prefill_before_it_is_told_of_a_page(
+    stock: Stock, client: RegistryClient, receiver: Receiver, address: str
+) -> None:
+    room, given_back = next(rooms), Released()
+    async with stock_prefill(stock, address) as sending:
+        await sending(room, 1, 0)
+        arriving = receiver.open(room, await client.rank(SEAT), [4], 0, release=given_back)
+        with pytest.raises(RoomFailed, match=r"gives no checksums, and room\.checksum is required here"):
+            await asyncio.wait_for(arriving.__aenter__(), 5)
+        assert given_back.now == [[4]]
+        assert await stock("poll_until", room=room, status=[BOOTSTRAPPING, WAITING]) == BOOTSTRAPPING
+    assert (receiver.prefills, receiver.quarantine) == ((), ())
+
+
+@SUMS_REQUIRED
+async def test_a_prefill_that_requires_checksums_refuses_a_stock_decode_and_says_why(
+    stock: Stock, client: RegistryClient, ours: Ours, sender: Sender, address: str
+) -> None:
+    await stock_decode(stock, client, ours, address)
+    room = await named_by_stock(stock, address, [1, 2], 0)
+    with pytest.raises(RoomFailed, match=r"asks for no checksums, and room\.checksum is required here"):
+        await asyncio.wait_for(one_page(sender, room), WITHIN_S)
+    await stock("poll_until", room=room, status=[FAILED])
+    assert "asks for no checksums" in await stock("reason", room=room)

@@ -1,0 +1,1 @@
+"""Mooncake's distributed store behind a port: `base` says what is promised, the others keep it."""

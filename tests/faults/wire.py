@@ -1,0 +1,76 @@
+"""A TCP port in front of another one that a test can cut, silence and mend: the way to a peer's control link."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from pdctl.core.address import Endpoint
+
+
+class Wire:
+    """`here` stands for `there`."""
+
+    def __init__(self, there: Endpoint) -> None:
+        self._there = there
+        self._is_cut = False
+        self._flowing = asyncio.Event()
+        self._flowing.set()
+        self._ways: set[asyncio.StreamWriter] = set()
+        self._carrying: set[asyncio.Task[Any]] = set()
+        self.here: Endpoint
+
+    @classmethod
+    @asynccontextmanager
+    async def to(cls, there: Endpoint) -> AsyncIterator[Wire]:
+        it = cls(there)
+        async with await asyncio.start_server(it._carry, "127.0.0.1", 0) as server:
+            it.here = Endpoint(*server.sockets[0].getsockname())
+            try:
+                yield it
+            finally:
+                it.cut()
+                if it._carrying:
+                    await asyncio.wait(it._carrying, timeout=5)
+
+    def cut(self) -> None:
+        """Every connection breaks, and each new one at once. The port listens on: nobody there has ended."""
+        self._is_cut = True
+        for writer in list(self._ways):
+            writer.transport.abort()
+        self._flowing.set()
+
+    def silence(self) -> None:
+        """It takes connections and bytes, and not one goes on."""
+        self._flowing.clear()
+
+    def mend(self) -> None:
+        self._is_cut = False
+        self._flowing.set()
+
+    async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task
+        self._carrying.add(task)
+        task.add_done_callback(self._carrying.discard)
+        with contextlib.suppress(OSError):
+            if not self._is_cut:
+                there, back = await asyncio.open_connection(self._there.host, self._there.port)
+                self._ways |= {writer, back}
+                await asyncio.gather(self._pump(reader, back), self._pump(there, writer))
+                self._ways.discard(back)
+        self._ways.discard(writer)
+        writer.transport.abort()
+
+    async def _pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await source.read(1 << 16):
+                await self._flowing.wait()
+                if self._is_cut:
+                    break
+                sink.write(data)
+                await sink.drain()
+        sink.close()
