@@ -50,12 +50,18 @@ def _read(body: bytes) -> Any:
 
 
 def claim(
-    at: Service, instance: str, tp: int = 0, *, port: int = 0, size: int = 2, ttl_s: float | None = 5.0
+    at: Service,
+    instance: str,
+    tp: int = 0,
+    *,
+    port: int = 0,
+    size: int = 2,
+    ttl_s: float | None = 5.0,
+    timeout_s: float = 10.0,
 ) -> Answer:
     rank = {"host": "127.0.0.1", "port": port or 4000 + tp, "ttl_s": ttl_s, "role": "prefill"}
-    return call(
-        "PUT", f"{at.url}/v1/instances/{instance}/ranks/tp{tp}", rank | {"shape": SHAPE | {"attn_tp_size": size}}
-    )
+    url = f"{at.url}/v1/instances/{instance}/ranks/tp{tp}"
+    return call("PUT", url, rank | {"shape": SHAPE | {"attn_tp_size": size}}, timeout_s)
 
 
 def renew(at: Service, instance: str, tp: int, epoch: int) -> Answer:
