@@ -3,6 +3,8 @@ A real etcd, one node or several, on free ports of this machine; each test takes
 
     with cluster(directory) as etcd:          with cluster(directory, 3) as etcd:
         etcd.url("name")                          etcd.nodes[0].kill()
+
+`flags` are etcd's own, for a node that wants certificates: it then speaks TLS to clients.
 """
 
 from __future__ import annotations
@@ -38,11 +40,14 @@ class Node:
     directory: Path
     client: int
     peer: int
+    health: int
     members: str
+    flags: tuple[str, ...] = ()
     process: subprocess.Popen[Any] | None = field(default=None, repr=False)
 
     def start(self) -> None:
-        mine, peers = f"http://127.0.0.1:{self.client}", f"http://127.0.0.1:{self.peer}"
+        scheme = "https" if self.flags else "http"
+        mine, peers = f"{scheme}://127.0.0.1:{self.client}", f"http://127.0.0.1:{self.peer}"
         log = (self.directory.parent / f"{self.name}.log").open("ab")
         self.process = subprocess.Popen(
             [
@@ -50,7 +55,8 @@ class Node:
                 *("--listen-client-urls", mine, "--advertise-client-urls", mine),
                 *("--listen-peer-urls", peers, "--initial-advertise-peer-urls", peers),
                 *("--initial-cluster", self.members, "--heartbeat-interval", "50", "--election-timeout", "500"),
-                *("--logger", "zap", "--log-outputs", "stderr"),
+                *("--listen-metrics-urls", f"http://127.0.0.1:{self.health}"),
+                *("--logger", "zap", "--log-outputs", "stderr", *self.flags),
             ],
             stdout=log,
             stderr=log,
@@ -74,7 +80,7 @@ class Node:
     @property
     def is_healthy(self) -> bool:
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.client}/health", timeout=1) as answer:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.health}/health", timeout=1) as answer:
                 return b'"true"' in answer.read()
         except OSError:
             return False
@@ -96,10 +102,12 @@ class Cluster:
 
 
 @contextmanager
-def cluster(directory: Path, n: int = 1) -> Iterator[Cluster]:
-    ports = _free_ports(2 * n)
+def cluster(directory: Path, n: int = 1, flags: tuple[str, ...] = ()) -> Iterator[Cluster]:
+    ports = _free_ports(3 * n)
     members = ",".join(f"n{k}=http://127.0.0.1:{ports[n + k]}" for k in range(n))
-    nodes = [Node(f"n{k}", directory / f"n{k}", ports[k], ports[n + k], members) for k in range(n)]
+    nodes = [
+        Node(f"n{k}", directory / f"n{k}", ports[k], ports[n + k], ports[2 * n + k], members, flags) for k in range(n)
+    ]
     with ExitStack() as stack:
         for node in nodes:
             node.start()

@@ -1,0 +1,233 @@
+"""The journal in a real etcd: several writers, what they tell each other, who is let in, and what is thrown away."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import grpc
+import pytest
+import pytest_asyncio
+import trustme
+from aetcd import rpc
+
+from pdctl.core.lives import ChangeKind, Record
+from pdctl.errors import Behind, ConfigError, JournalUnusable
+from pdctl.persistence import etcd as module
+from pdctl.persistence.base import Learned, Shared
+from pdctl.persistence.etcd import EtcdJournal, open_etcd_journal
+from pdctl.persistence.etcd_place import EtcdPlace, EtcdSettings
+from tests.persistence.etcd import Cluster, cluster
+from tests.persistence.rows import change, claim, life, records
+
+DEADLINE_S = 15.0
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")  # gRPC's own threads outlive a loop, and complain of its end
+
+
+async def until(what: Callable[[], Awaitable[bool]]) -> None:
+    """Wait for what only a look at another writer can tell."""
+    async with asyncio.timeout(DEADLINE_S):
+        while not await what():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def etcd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with cluster(tmp_path_factory.mktemp("etcd")) as made:
+        yield made
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def writers(etcd: Cluster, tmp_path: Path) -> AsyncIterator[list[EtcdJournal]]:
+    async with AsyncExitStack() as stack:
+        opened = [open_etcd_journal(etcd.url(str(tmp_path)), EtcdSettings(), rooms_kept_s=60.0) for _ in range(2)]
+        yield [await stack.enter_async_context(each) for each in opened]
+
+
+class Ears:
+    """What a writer was told of the others."""
+
+    def __init__(self, journal: EtcdJournal) -> None:
+        self.learned: list[Learned] = []
+        self.pulses: list[tuple[Record, float | None]] = []
+        self._news = asyncio.Event()
+        journal.subscribe(self._hear, self._pulse)
+
+    def _hear(self, learned: Learned) -> None:
+        self.learned.append(learned)
+        self._news.set()
+
+    def _pulse(self, record: Record, over_in_s: float | None) -> None:
+        self.pulses.append((record, over_in_s))
+        self._news.set()
+
+    async def until(self, n_learned: int = 0, n_pulses: int = 0) -> None:
+        async with asyncio.timeout(DEADLINE_S):
+            while len(self.learned) < n_learned or len(self.pulses) < n_pulses:
+                self._news.clear()
+                await self._news.wait()
+
+
+async def test_it_is_a_shared_journal_and_says_so(writers: list[EtcdJournal]) -> None:
+    assert all(isinstance(each, Shared) for each in writers)
+
+
+async def test_what_one_writes_the_other_is_told_whole_and_in_order(writers: list[EtcdJournal]) -> None:
+    a, b = writers
+    ears = Ears(b)
+    await a.append([change(life(1), 1), change(life(2, claim(1)), 2)])
+    gone = replace(change(life(1), 3, ChangeKind.LEFT), why="said goodbye")
+    await a.append([gone])
+    await a.append([], [(7, 1), (2**70, 2)])
+    await a.note([("keys", "k", b"v"), ("keys", "short", b"")])
+    await a.note([("keys", "short", None)])
+    await ears.until(5)
+    first, second, rooms, notes, struck = ears.learned
+    assert [record.epoch for record in first.records["default"]] == [1, 2]
+    assert [record.epoch for record in second.records["default"]] == [2]
+    assert [(word.kind, word.epoch, word.why) for word in second.words] == [("left", 1, "said goodbye")]
+    assert list(rooms.rooms) == [(7, 1), (2**70, 2)]
+    assert list(notes.notes) == [("keys", "k", b"v"), ("keys", "short", b"")]
+    assert list(struck.notes) == [("keys", "short", None)]
+    assert (second.last_epoch, await records(b)) == (2, [life(2, claim(1)).record()])
+    assert Ears(a).learned == []  # its own
+
+
+async def test_who_decided_on_less_than_there_is_is_told_so_and_nothing_is_written(writers: list[EtcdJournal]) -> None:
+    a, b = writers
+    ears = Ears(b)
+    outcomes = await asyncio.gather(
+        a.append([change(life(1), 1)]), b.append([change(life(1, claim(1)), 1)]), return_exceptions=True
+    )
+    behind = [isinstance(each, Behind) for each in outcomes]
+    if behind == [False, True]:
+        assert [record.epoch for record in ears.learned[0].records["default"]] == [1]
+    assert behind in ([False, True], [True, False])
+    await writers[behind.index(True)].append([change(life(2, claim(1)), 2)])
+
+    async def agree() -> bool:
+        return [[record.epoch for record in await records(each)] for each in writers] == [[1, 2], [1, 2]]
+
+    await until(agree)
+
+
+async def test_a_lease_lasts_while_any_writer_hears_its_holder_and_no_longer(writers: list[EtcdJournal]) -> None:
+    a, b = writers
+    ears = Ears(a)
+    await a.append([change(life(1, claim(ttl_s=2.0)), 1)])
+    await until(held_by(b, True))
+    began = asyncio.get_running_loop().time()
+    while asyncio.get_running_loop().time() - began < 6.0:  # three leases
+        b.heard(1)
+        await asyncio.sleep(0.3)
+        assert a.is_held(1)
+    await until(held_by(a, False))
+    record, over_in_s = ears.pulses[-1]
+    assert (record.epoch, over_in_s) == (1, 3.0)
+
+
+def held_by(journal: EtcdJournal, held: bool) -> Callable[[], Awaitable[bool]]:
+    async def is_so() -> bool:
+        return journal.is_held(1) is held
+
+    return is_so
+
+
+async def test_an_instance_of_thousands_is_one_group(writers: list[EtcdJournal]) -> None:
+    a, b = writers
+    ears = Ears(b)
+    await a.append([change(life(n, claim(n, size=4096)), n) for n in range(1, 4001)])
+    await ears.until(1)
+    assert len(ears.learned[0].records["default"]) == 4000
+
+
+async def test_history_that_etcd_has_thrown_away_is_not_needed(etcd: Cluster, writers: list[EtcdJournal]) -> None:
+    a, b = writers
+    ears = Ears(b)
+    for n in range(1, 6):
+        await a.append([change(life(n, claim(n)), n)])
+    async with grpc.aio.insecure_channel(str(EtcdPlace.parse(etcd.url("x")).endpoints[0])) as channel:
+        kv = rpc.KVStub(channel)
+        now = (await kv.Range(rpc.RangeRequest(key=b"x"))).header.revision
+        await kv.Compact(rpc.CompactionRequest(revision=now))
+    await a.append([change(life(6, claim(6)), 6)])
+    await ears.until(6)
+    assert [record.epoch for record in await records(b)] == [1, 2, 3, 4, 5, 6]
+
+
+async def test_without_etcd_nothing_is_served_from_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "START_S", 0.5)
+    with pytest.raises(JournalUnusable, match=r"etcd at 127\.0\.0\.1:1 does not answer"):
+        async with open_etcd_journal("etcd://127.0.0.1:1", EtcdSettings(timeout_s=0.2), rooms_kept_s=1.0):
+            pass
+
+
+async def test_who_has_the_certificate_and_the_password_is_let_in_and_nobody_else(tmp_path: Path) -> None:
+    ca = trustme.CA()
+    server, client = ca.issue_cert("127.0.0.1"), ca.issue_cert("client@example.org")
+    files = {name: tmp_path / f"{name}.pem" for name in ("ca", "server", "server_key", "client", "client_key")}
+    ca.cert_pem.write_to_path(str(files["ca"]))
+    for name, issued in (("server", server), ("client", client)):
+        issued.cert_chain_pems[0].write_to_path(str(files[name]))
+        issued.private_key_pem.write_to_path(str(files[f"{name}_key"]))
+    flags = (
+        *("--cert-file", str(files["server"]), "--key-file", str(files["server_key"])),
+        *("--trusted-ca-file", str(files["ca"]), "--client-cert-auth"),
+    )
+    proper = EtcdSettings(ca=files["ca"], cert=files["client"], key=files["client_key"])
+    with cluster(tmp_path, flags=flags) as secret:
+        await _want_a_password(secret, proper)
+        allowed = replace(proper, username="root", password="open")
+        async with open_etcd_journal(secret.url("p"), allowed, rooms_kept_s=60.0) as journal:
+            await journal.append([change(life(1, claim(ttl_s=60.0)), 1)], [(5, 0)])
+            assert [record.epoch for record in await records(journal)] == [1]
+        for wrong in (EtcdSettings(ca=files["ca"]), EtcdSettings(), replace(allowed, password="shut"), proper):
+            await _is_kept_out(secret, wrong)
+
+
+async def _want_a_password(secret: Cluster, settings: EtcdSettings) -> None:
+    ca, key, cert = settings.read()
+    credentials = grpc.ssl_channel_credentials(ca, key, cert)
+    async with grpc.aio.secure_channel(str(EtcdPlace.parse(secret.url("x")).endpoints[0]), credentials) as channel:
+        auth = rpc.AuthStub(channel)
+        await auth.UserAdd(rpc.AuthUserAddRequest(name="root", password="open"))
+        await auth.UserGrantRole(rpc.AuthUserGrantRoleRequest(user="root", role="root"))
+        await auth.AuthEnable(rpc.AuthEnableRequest())
+
+
+async def _is_kept_out(secret: Cluster, settings: EtcdSettings) -> None:
+    opening = open_etcd_journal(secret.url("p"), replace(settings, timeout_s=0.5), rooms_kept_s=60.0)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(2.0), opening:
+            pytest.fail("it was let in")
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("etcd://", "give etcd://HOST:PORT"),
+        ("etcd://h:1/path", "give etcd://HOST:PORT"),
+        ("etcd://h:1,h", "has no port"),
+        ("etcd://h:1?prefix=", "give etcd://HOST:PORT"),
+        ("etcd://h:1?tls=1", "give etcd://HOST:PORT"),
+    ],
+)
+async def test_a_url_that_is_none_is_refused(url: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        EtcdPlace.parse(url)
+
+
+async def test_a_url_has_members_and_a_prefix() -> None:
+    place = EtcdPlace.parse("etcd://10.0.0.1:2379,[::1]:2379?prefix=/a/b/")
+    assert ([str(each) for each in place.endpoints], place.prefix) == (["10.0.0.1:2379", "[::1]:2379"], "a/b")
+    assert EtcdPlace.parse("etcd://h:1").prefix == "pdctl"
+
+
+@pytest.mark.parametrize("half", [{"username": "u"}, {"password": "p"}, {"cert": Path("c")}, {"timeout_s": 0.0}])
+async def test_settings_that_are_half_are_refused(half: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match="etcd"):
+        EtcdSettings(**half)  # type: ignore[arg-type]
