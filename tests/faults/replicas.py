@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,3 +96,49 @@ def fleet(where: Path, n_replicas: int = 2, n_nodes: int = 1) -> Iterator[Fleet]
 
 def signalled(process: Service, how: signal.Signals) -> None:
     os.kill(process.pid, how)
+
+
+class Relay:
+    """A port that leads to another one, until it is cut: then connections hang as they do behind a firewall."""
+
+    def __init__(self, to: int) -> None:
+        self._to = to
+        self._sock = socket.create_server(("127.0.0.1", 0))
+        self._flows = threading.Event()
+        self._flows.set()
+        self._ends: list[socket.socket] = []
+        self.port: int = self._sock.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def cut(self) -> None:
+        """Nothing passes any more, and nobody is told."""
+        self._flows.clear()
+
+    def mend(self) -> None:
+        """What was connected is reset; what comes now passes."""
+        for end in self._ends:
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+        self._ends.clear()
+        self._flows.set()
+
+    def close(self) -> None:
+        self._sock.close()
+        self.mend()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                here, _ = self._sock.accept()
+                there = socket.create_connection(("127.0.0.1", self._to))
+                self._ends += [here, there]
+                for one, other in ((here, there), (there, here)):
+                    threading.Thread(target=self._carry, args=(one, other), daemon=True).start()
+
+    def _carry(self, one: socket.socket, other: socket.socket) -> None:
+        with suppress(OSError):
+            while data := one.recv(65536):
+                self._flows.wait()
+                other.sendall(data)
+        for end in (one, other):
+            end.close()

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from tests.faults.replicas import Fleet, call, claim, fleet, renew, seen, signalled
+from pdctl.client import RegistryClient
+from pdctl.core.exchange import Exchange
+from tests.faults.replicas import Fleet, Relay, call, claim, fleet, renew, seen, signalled
+from tests.persistence.etcd import cluster
 from tests.service import service, until
 
 
@@ -125,6 +131,39 @@ def test_a_registry_that_was_stopped_says_how_old_its_answers_are_and_ends_nobod
     two.agree("p", {held})
     two.agree("q", {new})
     assert renew(b, "p", 0, held).status == 200
+
+
+def test_a_registry_that_is_cut_off_alone_says_so_and_a_client_of_both_asks_the_other(tmp_path: Path) -> None:
+    with cluster(tmp_path) as etcd:
+        relay = Relay(etcd.nodes[0].client)
+        url = etcd.url("fleet")
+        behind = url.replace(str(etcd.nodes[0].client), str(relay.port))
+        with (
+            closing(relay),
+            service(tmp_path / "cut.log", "--journal", behind) as cut,
+            service(tmp_path / "well.log", "--journal", url) as well,
+        ):
+            both = Fleet(etcd, [cut, well])
+            epoch = claim(cut, "p", 0, ttl_s=2.0).body["epoch"]
+            both.agree("p", {epoch})
+            relay.cut()
+            until(lambda: renew(cut, "p", 0, epoch).age_s >= 4)
+            seat = f"{cut.url},{well.url}"
+            asyncio.run(held_at(seat, epoch, well.url))
+            until(lambda: not seen(well, "p"))  # who speaks to nobody but the cut one is gone, and told when it is back
+            assert set(seen(cut, "p")) == {epoch}
+            relay.mend()
+            both.agree("p", set())
+            assert renew(cut, "p", 0, epoch).status == 404
+
+
+async def held_at(urls: str, epoch: int, well: str) -> None:
+    """One renewal by a client of several registries."""
+    async with RegistryClient(urls) as client:
+        said = await client.tell(
+            Exchange("renewal", "POST", "/v1/instances/p/ranks/tp0/renew", json.loads, body={"epoch": epoch})
+        )
+        assert (said["standing"], client.url) == ("alive", well)
 
 
 @pytest.fixture
