@@ -225,7 +225,7 @@ async def test_a_success_that_is_said_twice_does_not_end_the_check(clock: Clock)
 
 def sums_of(pool: int, start: int, entry: int, n: int) -> Sums:
     spans = Spans(np.array([entry]), np.array([0]), np.array([8]))
-    return Sums(pool, start, spans, np.zeros(n, np.uint32), np.arange(n))
+    return Sums(pool, spans, np.arange(start, start + n), np.arange(n), np.zeros(n, np.uint32))
 
 
 @pytest.mark.parametrize(
@@ -234,9 +234,9 @@ def sums_of(pool: int, start: int, entry: int, n: int) -> Sums:
         (sums_of(9, 0, 0, 1), "a pool that is not here"),
         (sums_of(KV, 0, 3, 1), r"entries \[3\]"),
         (sums_of(KV, 1, 0, 2), "page 3, 2 were named"),
-        (sums_of(KV, 0, 0, 1), r"pages \[4\], of which"),
+        (sums_of(KV, 1, 0, 1), r"page 4 \(0 at the prefill\): not what"),
     ],
-    ids=["pool", "entry", "page", "nothing of the page"],
+    ids=["pool", "entry", "page", "other bytes"],
 )
 async def test_sums_that_cannot_be_compared_fail_the_room_and_say_why(clock: Clock, sums: Sums, said: str) -> None:
     async with rig_of(clock) as rig, rig.receiver.open(5, PREFILL, [9, 4], 3) as room:
@@ -331,8 +331,11 @@ async def test_pages_that_come_without_sums_are_not_used_where_they_are_required
         assert rig.count("absent") == 1
 
 
-async def test_pages_that_no_rank_speaks_of_are_not_used_where_sums_are_required(clock: Clock) -> None:
-    async with rig_of(clock, REQUIRED, REQUIRED) as rig, rig.receiver.open(5, PREFILL, [9, 4], 3) as room:
+@pytest.mark.parametrize("timeouts", [CHECKED, REQUIRED], ids=["offered", "required"])
+async def test_pages_that_no_rank_speaks_of_are_not_used_where_each_gives_sums(
+    clock: Clock, timeouts: RoomTimeouts
+) -> None:
+    async with rig_of(clock, timeouts, timeouts) as rig, rig.receiver.open(5, PREFILL, [9, 4], 3) as room:
         rig.receiver.handle(Status(5, Phase.SUCCESS, 0, sums=()).to_frames())
         with pytest.raises(RoomFailed, match=r"no prefill rank gives a checksum of pages \[9, 4\]"):
             await asyncio.wait_for(room.arrived(), 5)

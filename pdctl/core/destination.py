@@ -71,7 +71,7 @@ class Destination:
             heads,
             named,
             tokens,
-            said.wants_sums and tokens.is_all and ours.layout.pages.is_all,  # sums are of whole neighbouring pages
+            said.wants_sums,
         )
         it.chunk(np.empty(0, np.int64), 0)  # refuses what no chunk could be sent to
         return it
@@ -102,19 +102,21 @@ class Destination:
         return -(-n // self.tokens.size)
 
     def chunk_summands(self, source: Ints, start: int, layers: range | None = None) -> list[Summand]:
-        """What `chunk` copies, page by page; to be summed only after it has raised nothing."""
-        pairs, layout = self._pairs_of(layers), self.ours.layout
+        """What `chunk` copies, page by page, or token by token; to be summed only after it has raised nothing."""
+        pairs, layout, kv = self._pairs_of(layers), self.ours.layout, self.ours.kv
+        if not len(source) or not len(pairs):
+            return []
+        if not self.tokens.is_all:
+            per = layout.page_size
+            kv, every = by_token(kv, per, "KV"), np.arange(len(self.named.pages))
+            here, numbers = dealt_tokens(source, start, every, self.tokens, per)
+            return [Summand(KV, numbers, kv, here, *item_spans(kv, pairs), per)] if len(here) else []
+        held, at = (source, np.arange(len(source))) if layout.pages.is_all else held_pages(source, layout.pages)
         if layout.heads is None or self.heads is None:
-            spans: tuple[Spans, Spans] | None = item_spans(self.ours.kv, pairs)
+            spans: tuple[Spans, Spans] | None = item_spans(kv, pairs)
         else:
-            spans = head_spans(
-                self.ours.kv, self.kv, pairs, page_size=layout.page_size, ours=layout.heads, theirs=self.heads
-            )
-        return (
-            []
-            if spans is None or not len(source) or not len(pairs)
-            else [Summand(KV, start, self.ours.kv, source, *spans)]
-        )
+            spans = head_spans(kv, self.kv, pairs, page_size=layout.page_size, ours=layout.heads, theirs=self.heads)
+        return [] if spans is None or not len(held) else [Summand(KV, start + at, kv, held, *spans)]
 
     def last_summands(self, aux_row: int | None, state_rows: Sequence[npt.ArrayLike] = ()) -> list[Summand]:
         """What `last` copies, row by row; to be summed only after it has raised nothing."""
@@ -122,10 +124,14 @@ class Destination:
         for group, rows in enumerate(self.named.state_rows):
             if rows:
                 ours, items = self.ours.states[group], np.asarray(state_rows[group], np.int64).ravel()
-                found += [Summand(STATE + group, 0, ours, items, *spans) for spans in self.states[group].spans(ours)]
+                numbers = np.arange(len(items))
+                found += [
+                    Summand(STATE + group, numbers, ours, items, *spans) for spans in self.states[group].spans(ours)
+                ]
         if aux_row is not None and self.named.aux_row is not None and len(self.ours.aux):
             spans = item_spans(self.ours.aux, same_entries(len(self.ours.aux)))
-            found.append(Summand(AUX, 0, self.ours.aux, np.array([aux_row], np.int64), *spans))
+            row = np.array([aux_row], np.int64)
+            found.append(Summand(AUX, np.zeros_like(row), self.ours.aux, row, *spans))
         return found
 
     def _pairs_of(self, layers: range | None) -> Pairs:

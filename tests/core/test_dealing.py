@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,9 @@ from pdctl.core.address import Endpoint
 from pdctl.core.dealing import by_token
 from pdctl.core.destination import Destination
 from pdctl.core.layout import Heads, Kind, KvLayout, Pool, RankPools, Share, Slices
+from pdctl.core.sums import Sums, pack, unpack
 from pdctl.core.wire import Metadata, RegisterBuffers
+from pdctl.engine.checksums import sums
 from pdctl.errors import LayoutMismatch
 
 REPLY, AUX = Endpoint("10.0.0.1", 40000), Pool((500,), (8,), 4)
@@ -119,11 +122,49 @@ def test_shares_that_cannot_be_are_refused() -> None:
         KvLayout(Kind.MHA, tokens=Share(2, 0))
 
 
-def test_what_is_dealt_out_is_not_summed() -> None:
-    whole = Destination.of(registered(12, wants_sums=True), named([0]), mla(2))
-    dealt = Destination.of(registered(12, wants_sums=True, dcp_size=2), named([0]), mla(2))
-    shared = Destination.of(registered(12, wants_sums=True), named([0]), mla(2, Share(2, 0)))
-    assert (whole.wants_sums, dealt.wants_sums, shared.wants_sums) == (True, False, False)
+@settings(max_examples=40)
+@given(requests, st.permutations(range(N_PAGES)), st.integers(1, 4), st.integers(2, 3), st.integers(0, 12), st.data())
+def test_what_is_dealt_out_is_summed_where_it_went_and_each_byte_of_it(
+    source: list[int], theirs: list[int], page_size: int, size: int, cut: int, data: st.DataObject
+) -> None:
+    nbytes, dcp, rank = page_size * TOKEN_NBYTES, data.draw(st.booleans()), data.draw(st.integers(0, size - 1))
+    rng = np.random.default_rng(cut)
+    near, far = (rng.integers(0, 256, (N_PAGES, nbytes), np.uint8) for _ in range(2))
+    pages = theirs[: -(-len(source) // size)] if dcp else theirs[: len(source)]
+    layout = KvLayout(Kind.MLA, page_size, pages=Share() if dcp else Share(size, rank))
+    ours = RankPools(Pool((near.ctypes.data,), (nbytes,), N_PAGES), AUX, layout)
+    share = {"dcp_size": size, "dcp_rank": rank} if dcp else {}
+    said = registered(nbytes, kv_pointers=(far.ctypes.data,), wants_sums=True, **share)
+    to, start, given_sums = Destination.of(said, named(pages), ours), 0, []
+    before = far.copy()
+    for chunk in cut_up(source, cut):
+        plan, numbers = to.chunk(np.array(chunk, np.int64), start), np.array(chunk, np.int64)
+        for src, dst, n in zip(plan.src.tolist(), plan.dst.tolist(), plan.nbytes.tolist(), strict=True):
+            ctypes.memmove(dst, src, n)
+        summands = to.chunk_summands(numbers, start)
+        assert sum(len(each.items) * each.ours.nbytes for each in summands) == plan.total
+        given_sums += [each.to(sums(each.source, each.items, each.ours)) for each in summands]
+        start += len(chunk)
+    there = RankPools(Pool((far.ctypes.data,), (nbytes,), N_PAGES), AUX)
+    assert to.wants_sums
+    assert compared(given_sums, there, pages) == []
+    touched = np.flatnonzero((far != before).ravel())
+    if len(touched):
+        at = int(data.draw(st.sampled_from(touched.tolist())))
+        far.ravel()[at] ^= 1
+        (wrong,) = compared(given_sums, there, pages)
+        assert wrong.startswith(f"page {at // nbytes} (")
+
+
+def compared(said: list[Sums], there: RankPools, pages: list[int]) -> list[str]:
+    found = []
+    for each in list(unpack(pack(said))):
+        pool, items = each.pool_of(there), each.items(np.array(pages, np.int64))
+        assert pool is not None
+        assert each.spans.problem(pool) is None
+        assert each.end <= len(pages)
+        found.append(each.differ(sums(pool, items, each.spans), items))
+    return [each for each in found if each is not None]
 
 
 # State over TP ranks
