@@ -473,6 +473,11 @@ async def _rank(
     settings: Settings, given: Device | None, arena: Region | Sequence[Region], name: str, role: str
 ) -> AsyncIterator[_Rank]:
     host, metrics = settings.node.host, Metrics()
+    if settings.engine.protocol == "nvlink_intra":
+        raise ConfigError(
+            "engine.protocol nvlink_intra registers device memory alone, and a rank's aux rows are on the host: set "
+            "protocol tcp or rdma; nvlink_intra is for an engine by itself (open_mooncake)"
+        )
     door = open_door(settings.access, metrics)
     sock = server.bind(host, settings.node.http_port)
     with closing(sock), logs.rank_bound(name, role=role):

@@ -68,6 +68,14 @@ async def test_the_accelerator_of_the_settings_is_opened_and_its_absence_is_said
             pass
 
 
+async def test_a_rank_is_not_opened_over_what_cannot_register_its_aux_rows() -> None:
+    settings = config.load({"engine.protocol": "nvlink_intra"})
+    with pools() as (its, arena):
+        opening = decode_node(settings, pools=its, arena=arena, shape=SHAPE, device=Recording())
+        with pytest.raises(ConfigError, match="nvlink_intra registers device memory alone"):
+            await opening.__aenter__()
+
+
 def test_an_accelerator_that_is_none_is_a_settings_error() -> None:
     with pytest.raises(ConfigError, match=r"node: accelerator is 'gpu:0': give cpu, cuda:N"):
         config.load({"node.accelerator": "gpu:0"})
