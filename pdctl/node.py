@@ -30,7 +30,7 @@ from pdctl.core.draining import DrainPolicy
 from pdctl.core.layout import RankPools, Region
 from pdctl.core.lives import ERA, Life
 from pdctl.core.naming import SESSION_KEY
-from pdctl.core.pairing import Paired, dp_rank_of, pair, rank_id
+from pdctl.core.pairing import Paired, check_rank, dp_rank_of, pair, rank_id
 from pdctl.core.registry import Registry
 from pdctl.core.rooms import EXTENSIONS, RoomBook
 from pdctl.core.route import Announcement, Seat, Shape
@@ -294,6 +294,7 @@ async def prefill_node(
     the link stops, and is `registered` only while the registry says so. Raises EngineUnavailable, AddressTaken,
     RegistrationGaveUp, Superseded, ...
     """
+    check_rank(pools.layout, seat, shape, prefill=True)
     async with _rank(settings, device, arena, str(seat), "prefill") as rank:
         pools = pools.placed(rank.device.where)
         asking = Asking(rank.engine, by_name(replace(settings.engine, host=settings.node.host), rank.device))
@@ -386,6 +387,7 @@ async def decode_node(
     as `prefill_node`.
     """
     seat = Seat(0, 0, tp_rank, pp_rank)
+    check_rank(pools.layout, seat, shape, prefill=False)
     async with _rank(settings, device, arena, str(seat), "decode") as rank:
         pools = pools.placed(rank.device.where)
         receiver = Receiver(
