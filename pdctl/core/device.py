@@ -24,6 +24,11 @@ def is_uuid(text: str) -> bool:
     return _UUID.fullmatch(text) is not None
 
 
+def same_device(one: str, other: str) -> bool:
+    """Whether two UUIDs mean one device: a part of one (MIG) is `MIG-` to nvidia-smi, and to the driver a UUID."""
+    return one.partition("-")[2] == other.partition("-")[2]
+
+
 class DeviceKind(StrEnum):
     CPU = "cpu"
     CUDA = "cuda"
