@@ -114,8 +114,12 @@ def mooncake_means(
             plan, make, version=version, keep=keep, bind_device=device.bind, spares=spares
         ),
         claim=lambda plan, rank: offloading(plan, rank, environment(), segments, patience.offload),
-        pieces_at_once=min(ATTACHED.pieces_at_once, pieces_at_once(environment())),
+        pieces_at_once=_pieces_a_call(),
     )
+
+
+def _pieces_a_call() -> int:
+    return max(1, min(ATTACHED.pieces_at_once, pieces_at_once(environment()) // ATTACHED.calls_at_once))
 
 
 @dataclass(frozen=True, slots=True)
