@@ -31,7 +31,7 @@ import ctypes
 import itertools
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Self
 
@@ -63,6 +63,7 @@ from pdctl.errands import Errands
 from pdctl.errors import BadFrames, CallerError, ChecksumsMissing, LayoutMismatch, RoomFailed, Unreachable
 from pdctl.lag import Alarm
 from pdctl.metrics import Metrics
+from pdctl.retry import RetryPolicy, retrying
 
 log = structlog.get_logger(__name__)
 
@@ -71,6 +72,7 @@ IsGone = Callable[[Endpoint], Awaitable[bool]]
 Release = Callable[[Ints], None]
 
 _FLUSH_S = 1.0  # what a peer is allowed for taking a last abort
+_AGAIN = RetryPolicy(first_wait_s=0.2, max_wait_s=2.0)
 _MAX_PREFILLS = 4096  # prefill ranks of which is remembered that they know our memory
 
 
@@ -304,11 +306,13 @@ class Receiver:
             )
 
     def matched(self, prefill: Endpoint, room: int) -> None:
-        """Tell a prefill rank that what has arrived is what its sums say."""
+        """Tell a prefill rank that what has arrived is what its sums say: for as long as it waits to hear it."""
+        frames = Matched(room, self.session).to_frames()
+        policy = replace(_AGAIN, give_up_after_s=self.timeouts.transfer_s)
 
         async def tell() -> None:
             try:
-                await self._send(prefill, Matched(room, self.session).to_frames())
+                await retrying(policy, lambda: self._send(prefill, frames), is_permanent=_is_defect)
             except Unreachable as error:
                 log.warning("prefill rank not told of a match", room=room, to=str(prefill), why=str(error))
 
@@ -664,6 +668,10 @@ def _registration(
         state_dims=pools.state_dims,
         wants_sums=wants_sums,
     )
+
+
+def _is_defect(error: Exception) -> bool:
+    return not isinstance(error, Unreachable)
 
 
 def _cancel(timer: asyncio.TimerHandle | Alarm | None) -> None:

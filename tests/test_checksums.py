@@ -18,7 +18,7 @@ from pdctl.core.plan import CopyPlan
 from pdctl.core.sums import KV, Checksum, Spans, Sums
 from pdctl.core.transfer import Phase, RoomTimeouts
 from pdctl.core.wire import SUMS, Matched, RegisterBuffers, Status, parse_to_prefill
-from pdctl.errors import BadFrames, CallerError, RoomFailed
+from pdctl.errors import BadFrames, CallerError, RoomFailed, Unreachable
 from pdctl.metrics import Metrics
 from pdctl.receiver import Receiver
 from pdctl.sender import Sender
@@ -59,6 +59,7 @@ class Rig:
     to_prefill: list[list[bytes]] = field(default_factory=list)
     to_decode: list[list[bytes]] = field(default_factory=list)
 
+    on_the_way: Callable[[Sequence[bytes]], None] = lambda frames: None
     sent_why: str = ""
 
     async def move(self, room: int, chunks: Sequence[Sequence[int]], pages: Sequence[int], release: Released) -> None:
@@ -104,6 +105,7 @@ async def rig_of(
     ours, theirs, engine, metrics = memory(lens, seed=1), memory(lens), Careless(), Metrics()
 
     async def to_prefill(_: Endpoint, frames: Sequence[bytes]) -> None:
+        rig.on_the_way(frames)
         rig.to_prefill.append(list(frames))
         rig.sender.handle(frames)
 
@@ -347,6 +349,21 @@ async def test_a_prefill_that_hears_no_word_of_the_comparison_fails_its_room_in_
         await rig.move(5, [[1]], [9], Released())
         assert f"no word from decode session {rig.receiver.session} within 0.1 s whether what arrived" in rig.sent_why
         assert rig.sender.rooms == ()
+
+
+async def test_a_word_of_a_match_that_no_connection_takes_is_said_when_one_does(clock: Clock) -> None:
+    async with rig_of(clock) as rig:
+        cut = [b"PDCTL_MATCHED"]
+
+        def lose(frames: Sequence[bytes]) -> None:
+            if frames[0] in cut:
+                cut.clear()
+                raise Unreachable("the way is cut for a moment")
+
+        rig.on_the_way = lose
+        await rig.move(5, [[1]], [9], Released())
+        assert rig.sent_why == ""
+        assert not cut
 
 
 async def test_a_word_of_a_match_before_there_were_sums_is_none(clock: Clock) -> None:
