@@ -43,7 +43,7 @@ from pdctl.engine.mover import Mover
 from pdctl.engine.promises import PromisedEngine, outlast
 from pdctl.engine.tether import Tether
 from pdctl.engine.ways import Introduction, Serial
-from pdctl.errors import BadField, Cause, EngineUnavailable, TransferFailed
+from pdctl.errors import BadField, Cause, DeviceUnavailable, EngineUnavailable, TransferFailed
 
 __all__ = ["MooncakeSettings", "by_name", "environment", "open_mooncake"]
 
@@ -382,6 +382,8 @@ class _Carrier:
                 self._device.where(span)
         except BadField as cause:
             return f"the memory of this side that it was to move is not there any more: {cause}"
+        except DeviceUnavailable as cause:
+            return f"this side's device does not answer: {cause}"
         except OSError as cause:
             return own_fault(cause) or f"this process cannot look at its own memory: {cause}"
         return None
