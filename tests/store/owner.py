@@ -1,8 +1,8 @@
 """
 The owner of all bytes hangs while pages are read from it, and goes on later: does anything land after the call failed?
 
-`python -m tests.store.owner PIECES STALL_S` reads 64 pages of 1 MiB in calls of so many, and says what it saw. Where all
-are in one call and MC_TCP_LANES_PER_PEER=4, at 5 s, the wheel gives up after 60 s, and 24 MiB land after that.
+`python -m tests.store.owner PIECES STALL_S` reads 64 pages of 1 MiB in calls of so many, and says what it saw. With
+all in one call and MC_TCP_LANES_PER_PEER=4, at 5 s, the wheel gives up after 60 s, and 24 MiB land after that.
 """
 
 from __future__ import annotations
