@@ -27,10 +27,13 @@ from pdctl.core.layout import (
     pair_entries,
     same_entries,
 )
+from pdctl.core.parts import part_spans, span_plan
 from pdctl.core.plan import CopyPlan, Ints, head_plan, item_plan, page_plan
 from pdctl.core.sums import AUX, KV, STATE, Spans, Summand, head_spans, item_spans
 from pdctl.core.wire import Metadata, RegisterBuffers
 from pdctl.errors import CallerError, LayoutMismatch
+
+Alike = tuple[Pairs, Slices, Slices] | tuple[Pairs, None, None]
 
 _REMEDY = "start both with the same page size, and count from the same prefix"
 
@@ -184,13 +187,15 @@ class State:
     ours and theirs; None where items are copied whole."""
 
     pool: Pool
-    parts: tuple[tuple[Pairs, Slices, Slices] | tuple[Pairs, None, None], ...]
+    parts: tuple[Alike, ...]
 
     def plan(self, source: Pool, src: npt.ArrayLike, dst: npt.ArrayLike, what: str) -> CopyPlan:
         return CopyPlan.join(
             *(
                 page_plan(source, self.pool, pairs, src, dst, what)
                 if mine is None or far is None
+                else span_plan(source, self.pool, part_spans(source, self.pool, pairs, mine, far, what), src, dst, what)
+                if mine.parts
                 else head_plan(
                     source,
                     self.pool,
@@ -211,6 +216,8 @@ class State:
         found = [
             item_spans(source, pairs)
             if mine is None or far is None
+            else part_spans(source, self.pool, pairs, mine, far, "state")
+            if mine.parts
             else head_spans(source, self.pool, pairs, page_size=mine.rows, ours=mine.heads, theirs=far.heads)
             for pairs, mine, far in self.parts
         ]
@@ -301,11 +308,12 @@ def _state_pairs(said: RegisterBuffers, ours: RankPools, group: int, pool: Pool)
     return same_entries(len(source))
 
 
-def _alike(pairs: Pairs, slices: Sequence[Slices], said: RegisterBuffers) -> Iterator[tuple[Pairs, Slices, Slices]]:
+def _alike(pairs: Pairs, slices: Sequence[Slices], said: RegisterBuffers) -> Iterator[Alike]:
     """Pairs whose entries of ours are split in one way, and how the decode rank's are."""
     for mine in dict.fromkeys(slices):
         heads = Heads(mine.heads.total, said.tp_size, said.tp_rank % said.tp_size)
-        yield pairs[[slices[entry] == mine for entry in pairs[:, 0]]], mine, replace(mine, heads=heads)
+        some = pairs[[slices[entry] == mine for entry in pairs[:, 0]]]
+        yield (some, None, None) if heads == mine.heads else (some, mine, replace(mine, heads=heads))
 
 
 def _share(said: RegisterBuffers, named: Metadata, ours: RankPools) -> Share:

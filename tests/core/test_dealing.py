@@ -208,5 +208,51 @@ def test_state_of_other_channels_is_refused_before_it_moves() -> None:
         RankPools(mla(2).kv, AUX, states=(Pool((1, 2), (8, 8)),), state_slices=((Slices(Heads(1, 1, 0)),),))
 
 
+@settings(max_examples=30)
+@given(
+    st.lists(st.integers(1, 2), min_size=2, max_size=3), st.integers(1, 3), st.sampled_from([(1, 2), (2, 1), (4, 2)])
+)
+def test_parts_are_split_each_by_itself(sizes: list[int], rows: int, tps: tuple[int, int]) -> None:
+    parts, unit, item = tuple(4 * n for n in sizes), 3, 2
+    came: list[dict[int, tuple[int, int, int]]] = [{} for _ in range(tps[1])]
+
+    def meaning(tp_size: int, rank: int, base: int) -> dict[int, tuple[int, int, int]]:
+        """Row, unit of the whole row and byte of it, by address."""
+        held = [
+            sum(parts[:n]) + each
+            for n, size in enumerate(parts)
+            for each in range(size // tp_size * rank, size // tp_size * (rank + 1))
+        ]
+        places = [(row, number, byte) for row in range(rows) for number in held for byte in range(unit)]
+        return {base + item * len(places) + at: place for at, place in enumerate(places)}
+
+    for here in range(tps[0]):
+        slices = Slices(Heads(sum(parts), tps[0], here), rows, parts)
+        nbytes = rows * sum(parts) * unit // tps[0]
+        ours = RankPools(mla(2).kv, AUX, KvLayout(Kind.MLA, 2), (Pool((20_000,), (nbytes,), 4),), (), ((slices,),))
+        for there in range(tps[1]):
+            if here * tps[1] // tps[0] != there and there * tps[0] // tps[1] != here:
+                continue  # not paired
+            state = {"state_pointers": ((60_000,),), "state_item_lens": ((rows * sum(parts) * unit // tps[1],),)}
+            said = registered(12, tp_size=tps[1], tp_rank=there, **state)
+            to = Destination.of(said, named([0], state_rows=((item,),)), ours)
+            plan, means = to.last(1, None, [[item]]), meaning(tps[0], here, 20_000)
+            for src, dst, n in zip(plan.src.tolist(), plan.dst.tolist(), plan.nbytes.tolist(), strict=True):
+                for byte in range(n):
+                    assert dst + byte not in came[there]
+                    came[there][dst + byte] = means[src + byte]
+            (summand,) = to.last_summands(None, [[item]])
+            assert summand.ours.nbytes == summand.theirs.nbytes == plan.total
+            assert summand.theirs.problem(Pool((60_000,), state["state_item_lens"][0])) is None
+    assert came == [meaning(tps[1], there, 60_000) for there in range(tps[1])]
+
+
+def test_parts_that_do_not_divide_are_refused() -> None:
+    with pytest.raises(LayoutMismatch, match="parts of"):
+        Slices(Heads(8, 2, 0), parts=(3, 5))
+    with pytest.raises(LayoutMismatch, match="not the 8 of a row"):
+        Slices(Heads(8, 2, 0), parts=(2, 4))
+
+
 def test_dims_are_announced_as_stock_does() -> None:
     assert with_state(2, 1).state_dims == ((4, 0),)

@@ -36,11 +36,14 @@ SPLITS = [
 ]
 
 MAMBA = Model(state=12, state_units=4)
+GDN = Model(state=6, state_units=8, state_parts=(2, 2, 4), state_rows=3)
 WINDOW = Model(state=12, state_units=2, state_rows=4, state_ids=False)
 STATES = [
     pytest.param(MAMBA, Split(pp=2), Split(), "mamba", id="PP 2 to 1"),
     pytest.param(MAMBA, Split(tp=2), Split(), "mamba", id="channels, TP 2 to 1"),
     pytest.param(MAMBA, Split(), Split(tp=2), "mamba", id="channels, TP 1 to 2"),
+    pytest.param(GDN, Split(tp=2), Split(), "mamba", id="parts of channels, TP 2 to 1"),
+    pytest.param(GDN, Split(), Split(tp=2), "mamba", id="parts of channels, TP 1 to 2"),
     pytest.param(Model(state=12), Split(tp=2), Split(), "mamba", id="the same on all, TP 2 to 1"),
     pytest.param(
         Model(state=12, state_units=2, state_rows=4, state_ids=False),
