@@ -25,7 +25,7 @@ import numpy as np
 from pdctl.core.device import DeviceSpec
 from pdctl.core.kvstore import KVStoreConfig, StoreRank
 from pdctl.device.open import open_device
-from pdctl.kvstore import open_store
+from pdctl.kvstore import StorePatience, open_store
 from pdctl.memory import Arena
 from pdctl.store.attachment import Attachment
 from pdctl.store.base import Ints
@@ -62,11 +62,10 @@ class Rank:
             text=True,
             preexec_fn=die_with_parent,
         )
-        try:
-            self.opening = self._answer()
-        except ValueError:  # it has ended
-            self.end()
-            raise
+        self._answer()  # it is there, and has opened nothing
+
+    def open(self) -> dict[str, Any]:
+        return self.ask("open", 0)
 
     def ask(self, what: str, n: int) -> dict[str, Any]:
         assert self.process.stdin is not None
@@ -91,6 +90,7 @@ class Rank:
 
 @contextmanager
 def rank(at: Master, directory: Path, size: Size) -> Iterator[Rank]:
+    """There, with nothing open yet: what takes seconds is behind it."""
     made = Rank(at, directory, size)
     try:
         yield made
@@ -101,6 +101,7 @@ def rank(at: Master, directory: Path, size: Size) -> Iterator[Rank]:
 def proof(size: Size, flags: tuple[str, ...], directory: Path) -> dict[str, Any]:
     """Write all, read all."""
     with master(*flags, "--default_kv_lease_ttl=500") as at, rank(at, directory, size) as one:
+        one.open()
         wrote = one.ask("write", size.n)
         read = one.ask("read", size.n)
     on_disk = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
@@ -110,17 +111,18 @@ def proof(size: Size, flags: tuple[str, ...], directory: Path) -> dict[str, Any]
 def killed_and_back(size: Size, directory: Path, *, ttl_s: int) -> dict[str, Any]:
     """Write all, die, come back at once, and read again when the master would have dropped everything."""
     flags = (*ON_EVICT, "--default_kv_lease_ttl=500", f"--client_ttl={ttl_s}")
-    with master(*flags) as at:
+    with master(*flags) as at, rank(at, directory, size) as again:
         with rank(at, directory, size) as one:
+            one.open()
             wrote_first = one.ask("write", size.n)
         died = time.monotonic()
-        with rank(at, directory, size) as again:
-            waited_s = time.monotonic() - died
-            first = again.ask("read", size.n)
-            time.sleep(ttl_s + 2.0)
-            later = again.ask("read", size.n)
-            wrote = again.ask("write", size.n)
-            last = again.ask("read", size.n)
+        again.open()
+        waited_s = time.monotonic() - died
+        first = again.ask("read", size.n)
+        time.sleep(ttl_s + 2.0)
+        later = again.ask("read", size.n)
+        wrote = again.ask("write", size.n)
+        last = again.ask("read", size.n)
     return {
         "wrote_first": wrote_first,
         "waited_s": waited_s,
@@ -144,7 +146,13 @@ async def serve(rpc: int, http: int, directory: str, segment: int, nbytes: int) 
         enable_ssd_offload=True,
         ssd_offload_path=directory,
     )
-    async with open_device(DeviceSpec.parse("cpu")) as device, open_store(config, StoreRank(), device) as opened:
+    say(there=True)
+    await asyncio.to_thread(sys.stdin.readline)
+    at_once = StorePatience(rehearsal_s=0.0)
+    async with (
+        open_device(DeviceSpec.parse("cpu")) as device,
+        open_store(config, StoreRank(), device, patience=at_once) as opened,
+    ):
         with Arena(2 * BATCH * nbytes) as arena:
             await opened.store.register(arena.region)
             objects = Objects(opened.attachment, arena, nbytes)
