@@ -18,7 +18,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -507,9 +507,7 @@ class Scene:
         began, child = time.monotonic(), getattr(self, side)
         for moment in MOMENTS:
             expected = getattr(self.ends[moment], side_of(side))
-            found = await ask(
-                child, "end", key=self.key(moment, side), within_s=began + self.bounds.end_s - time.monotonic()
-            )
+            found = await end(child, self.key(moment, side), began + self.bounds.end_s - time.monotonic())
             cell = f"{self.fault}, {moment}, {side}: {found}"
             assert found["over"], f"not over within its bound of {self.bounds.end_s} s: {cell}"
             assert (found["defect"], found["wrong"]) == ("", []), cell
@@ -521,9 +519,10 @@ class Scene:
     async def every_rank_is_well(self) -> None:
         """What is over has spoiled nothing: each rank takes a room of its own, by the same ways."""
         for at, (session, _) in enumerate(self.ways.of_ranks):
-            assert await ask(self.prefill, "served", session=session, within_s=self.bounds.end_s) == {
-                "blocked": None
-            }, self.fault
+            served = await until(
+                self.prefill, "served", lambda found: not found["blocked"], self.bounds.end_s, session=session
+            )
+            assert not served["blocked"], (self.fault, served)
             room = self.rooms[MOMENTS[at]] + 500
             where = {"at": at, "room": room, "moment": Moment.TELLING, "number": 1}
             await ask(self.prefill, "send", room=room, moment=Moment.TELLING, at=at, number=1)
@@ -531,7 +530,7 @@ class Scene:
         for at in range(len(MOMENTS)):
             room = self.rooms[MOMENTS[at]] + 500
             for child, key in ((self.prefill, str(room)), (self.decode, f"{at}/{room}")):
-                found = await ask(child, "end", key=key, within_s=self.bounds.end_s)
+                found = await end(child, key, self.bounds.end_s)
                 assert (found["phase"], found["wrong"]) == (Phase.SUCCESS.name, []), (self.fault, MOMENTS[at], found)
 
 
@@ -539,7 +538,7 @@ async def assert_clean(prefill: Child, decode: Child, bounds: Bounds, after: str
     """The one judge of leaks, after every scenario, in every process that lives; and of bytes where none may be."""
     for child in (prefill, decode):
         if child.is_alive:
-            left = (await ask(child, "left", within_s=bounds.empty_s))["left"]
+            left = (await until(child, "left", lambda found: not found["left"], bounds.empty_s))["left"]
             assert left == [], f"after {after}, at the {'prefill' if child is prefill else 'decode'}: {left}"
     if decode.is_alive:
         scribbled = (await ask(decode, "scribbled"))["scribbled"]
@@ -560,6 +559,21 @@ async def ask(child: Child, do: str, **arguments: object) -> dict:
     told = await child.ask(do, **arguments)
     assert "error" not in told, f"{do}: {told}"
     return told
+
+
+async def end(child: Child, key: str, within_s: float) -> dict:
+    """How the room has ended there, as soon as it has."""
+    return await until(child, "end", lambda found: bool(found["over"]), within_s, key=key)
+
+
+async def until(child: Child, do: str, well: Callable[[dict], bool], within_s: float, **arguments: object) -> dict:
+    """The first answer that is well, or the last before the time is over. A child is given up that says nothing for
+    longer than it is asked to wait here at a time."""
+    by = time.monotonic() + within_s
+    while True:
+        found = await ask(child, do, within_s=max(0.0, min(10.0, by - time.monotonic())), **arguments)
+        if well(found) or time.monotonic() >= by:
+            return found
 
 
 async def soak(rounds: int, folder: Path) -> Tally:
