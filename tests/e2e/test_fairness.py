@@ -50,15 +50,24 @@ async def small_rooms_beside(prefill: Child, decode: Child, others: set[int], at
 
 
 async def test_small_rooms_of_a_decode_pass_by_its_large_ones() -> None:
+    """Named while the prefill stands still, the large first, so that they all begin in one moment and in this order."""
+    pages = {next(rooms): some for some in (*(LARGE[n::3] for n in range(3)), *([page] for page in SMALL))}
+    *_, first, second = pages
     with rank("prefill", BIG) as prefill, rank("decode", BIG) as decode:
-        large = [await begin(prefill, decode, LARGE[n::5], row=2 + n) for n in range(5)]
-        small = [await begin(prefill, decode, [page], row=n) for n, page in enumerate(SMALL)]
-        for room in small:
+        await assert_succeeds(prefill, decode, await begin(prefill, decode, [0]))
+        for room, named in pages.items():
+            await prefill.ask("send", room=room, chunks=[named], row=1)
+        prefill.stop()
+        for room, named in pages.items():
+            await decode.ask("receive", room=room, prefill=prefill.hello["link"], pages=named, row=room % 8)
+        for room in pages:
+            await decode.ask("is_named", room=room)
+        prefill.resume()
+        for room in pages:
             await assert_succeeds(prefill, decode, room)
-        assert await under_way(prefill) & set(large), "160 MiB that began before them are still on their way"
-        for room in large:
-            await assert_succeeds(prefill, decode, room)
-        assert await digest(decode, LARGE + SMALL, 1) == await digest(prefill, LARGE + SMALL, 1)
+        order = (await prefill.ask("order"))["rooms"]
+        assert set(order[1:3]) == {first, second}, "4 MiB each, before the first of three that had begun, of 52"
+        assert await digest(decode, LARGE + SMALL, max(pages) % 8) == await digest(prefill, LARGE + SMALL, 1)
         await assert_empty(prefill, decode)
 
 
