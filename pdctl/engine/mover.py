@@ -44,7 +44,7 @@ Submit = Callable[[str, int, int, int], int]
 
 # Between two looks at a peer, so that a quarter to a half of what is in flight has ended meanwhile: of 64 blocks of
 # 4 KiB, 200 us let only 8 end, and each look costs a question a block and takes a core from the engine's own thread.
-_SHORTEST_S, _LONGEST_S = 50e-6, 600e-6
+_SHORTEST_S, _LONGEST_S = 50e-6, 300e-6
 _CALM_S, _CALM_AFTER_S = 2e-3, 50e-3  # where nothing has moved for so long
 _GOODBYE_S = 0.1
 # How old a look at the tether may be when a block goes: a process takes 20 times as long to start and to take a port.
