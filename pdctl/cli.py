@@ -110,7 +110,7 @@ def parser() -> argparse.ArgumentParser:
 def _add_serve(commands: Commands) -> None:
     """`pdctl serve`: the sidecar."""
     command = _command(commands, "serve", _serve, _always, "serve the bootstrap registry, and what stands beside it")
-    command.set_defaults(loop=uvloop.new_event_loop)  # the others move little over sockets of ours
+    command.set_defaults(loop=uvloop.new_event_loop)
     command.add_argument("--host", dest="serve.host", help="address to listen at (127.0.0.1)")
     command.add_argument("--port", dest="serve.port", help="port to listen at; 0 takes any free one (8998)")
     command.add_argument(
@@ -179,6 +179,7 @@ def _add_register(commands: Commands) -> None:
 def _add_agent(commands: Commands) -> None:
     """`pdctl agent`: moves KV for engines in other processes."""
     command = _command(commands, "agent", _agent, _always, "move KV for engines in other processes: docs/agent.md")
+    command.set_defaults(loop=uvloop.new_event_loop)  # the others move little over sockets of ours
     command.add_argument(
         "--socket", dest="agent.sockets", action="append", metavar="PATH",
         help="where an engine hands its pool over; give one for each rank (agent.sock in the runtime directory)",
@@ -337,6 +338,11 @@ async def _agent(settings: Settings, args: argparse.Namespace) -> int:
     return 0
 
 
+def _agent_is_ready() -> None:
+    gc.freeze()  # as in `_serve`
+    print("ready", flush=True)
+
+
 async def _one_agent(settings: Settings, inherited: str) -> NoReturn:
     """One rank, and then this process ends whatever is left in it: that is what lets the pool go."""
     try:
@@ -344,7 +350,7 @@ async def _one_agent(settings: Settings, inherited: str) -> NoReturn:
             settings,
             succession.inherited(inherited),
             hurry=lambda: asyncio.get_running_loop().call_later(_CLOSING_S, os._exit, 0),
-            ready=lambda: print("ready", flush=True),
+            ready=_agent_is_ready,
         )
     except asyncio.CancelledError:  # told to stop, and done with it
         os._exit(0)

@@ -26,7 +26,8 @@ from pdctl.core.seconds import check_seconds
 from pdctl.core.warmup import Report, Result, Step, is_never, key_of, likely, value_of
 from pdctl.device.base import Device
 from pdctl.engine import wheel
-from pdctl.engine.store_wheel import store_class
+from pdctl.engine.environment import pieces_at_once
+from pdctl.engine.store_wheel import environment, store_class
 from pdctl.errors import ConfigError, StoreCause, StoreFailed, StoreNotReady, StoreUnusable
 from pdctl.metrics import StoreMetrics, StoreTrafficMetrics
 from pdctl.retry import Failure, RetryPolicy, retrying
@@ -34,7 +35,7 @@ from pdctl.store import master, rehearsal
 from pdctl.store.attachment import Attachment, AttachPolicy, attached
 from pdctl.store.base import Store, StoreAbility
 from pdctl.store.mooncake import ability_of, open_mooncake_store
-from pdctl.store.offloading import Claim, OffloadPatience
+from pdctl.store.offloading import Claim, OffloadPatience, offloading
 
 log = structlog.get_logger(__name__)
 
@@ -112,7 +113,13 @@ def mooncake_means(
         open=lambda plan: open_mooncake_store(
             plan, make, version=version, keep=keep, bind_device=device.bind, spares=spares
         ),
+        claim=lambda plan, rank: offloading(plan, rank, environment(), segments, patience.offload),
+        pieces_at_once=_pieces_a_call(),
     )
+
+
+def _pieces_a_call() -> int:
+    return max(1, min(ATTACHED.pieces_at_once, pieces_at_once(environment()) // ATTACHED.calls_at_once))
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,7 @@ from pdctl.core.draining import DrainPolicy
 from pdctl.core.layout import RankPools, Region
 from pdctl.core.lives import ERA, Life
 from pdctl.core.naming import SESSION_KEY
-from pdctl.core.pairing import Paired, dp_rank_of, pair, rank_id
+from pdctl.core.pairing import Paired, check_rank, dp_rank_of, pair, rank_id
 from pdctl.core.registry import Registry
 from pdctl.core.rooms import EXTENSIONS, RoomBook
 from pdctl.core.route import Announcement, Seat, Shape
@@ -315,6 +315,7 @@ async def prefill_node(
     the link stops, and is `registered` only while the registry says so. Raises EngineUnavailable, AddressTaken,
     RegistrationGaveUp, Superseded, ...
     """
+    check_rank(pools.layout, seat, shape, prefill=True)
     async with _rank(settings, device, arena, str(seat), "prefill") as rank:
         pools = pools.placed(rank.device.where)
         asking = Asking(rank.engine, by_name(replace(settings.engine, host=settings.node.host), rank.device))
@@ -407,6 +408,7 @@ async def decode_node(
     as `prefill_node`.
     """
     seat = Seat(0, 0, tp_rank, pp_rank)
+    check_rank(pools.layout, seat, shape, prefill=False)
     async with _rank(settings, device, arena, str(seat), "decode") as rank:
         pools = pools.placed(rank.device.where)
         receiver = Receiver(
@@ -494,6 +496,11 @@ async def _rank(
     settings: Settings, given: Device | None, arena: Region | Sequence[Region], name: str, role: str
 ) -> AsyncIterator[_Rank]:
     host, metrics = settings.node.host, Metrics()
+    if settings.engine.protocol == "nvlink_intra":
+        raise ConfigError(
+            "engine.protocol nvlink_intra registers device memory alone, and a rank's aux rows are on the host: set "
+            "protocol tcp or rdma; nvlink_intra is for an engine by itself (open_mooncake)"
+        )
     door = open_door(settings.access, metrics)
     sock = server.bind(host, settings.node.http_port)
     with closing(sock), logs.rank_bound(name, role=role):

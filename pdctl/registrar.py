@@ -15,10 +15,10 @@ here and nowhere else. No wire is spoken here: the dialects translate.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Collection, Generator, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Generic, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 import structlog
 
@@ -44,6 +44,7 @@ from pdctl.errors import (
 )
 from pdctl.metrics import Found, Lookup, Metrics, Refusal
 from pdctl.persistence.base import Journal, Kept, Learned, Note, Room, Shared
+from pdctl.waiting import Command, Decide, Offered, Told, Waiting, decided, settle
 
 SWEEP_EVERY_S = 0.5
 SWEEP_BUDGET = 250  # rows; about half a ms, 2 at worst, before the loop serves somebody else
@@ -60,63 +61,9 @@ MOST_BEHIND = 200
 """A group that has lost to other registries so often is refused."""
 
 T = TypeVar("T")
-Told = Callable[[BaseException | None], None]
-"""Called once, maybe at once: with None when what was offered holds and is journalled, or with why it does not."""
-Decide = Callable[[Registry, float], tuple[T, list[Change]]]
 Hear = Callable[[Sequence[Change]], None]
 
 log = structlog.get_logger(__name__)
-
-
-class _Waiting(Generic[T]):
-    """A command, and what somebody waits for."""
-
-    __slots__ = ("_future", "decide", "refusal", "result")
-
-    def __init__(self, decide: Decide[T]) -> None:
-        self.decide = decide
-        self.result: T | None = None
-        self.refusal: PdctlError | None = None
-        self._future: asyncio.Future[T | None] = asyncio.get_running_loop().create_future()
-
-    def __await__(self) -> Generator[Any, None, T]:
-        return self._future.__await__()  # type: ignore[return-value]  # None only where T has it
-
-    def done(self) -> bool:
-        return self._future.done()
-
-    def tell(self) -> None:
-        """What was decided."""
-        if self.refusal is not None:
-            self.fail(self.refusal)
-        elif not self._future.done():
-            self._future.set_result(self.result)
-
-    def fail(self, error: BaseException) -> None:
-        """What was decided has not happened."""
-        if not self._future.done():
-            self._future.set_exception(error) if isinstance(error, Exception) else self._future.cancel()
-
-
-class _Offered:
-    """A command of somebody who does not wait: `told` is called."""
-
-    __slots__ = ("_told", "decide", "refusal", "result")
-
-    def __init__(self, decide: Decide[Any], told: Told) -> None:
-        self.decide = decide
-        self.result: Any = None
-        self.refusal: PdctlError | None = None
-        self._told = told
-
-    def done(self) -> bool:
-        return False
-
-    def tell(self) -> None:
-        self._told(self.refusal)
-
-    def fail(self, error: BaseException) -> None:
-        self._told(error)
 
 
 class Registrar:
@@ -145,8 +92,8 @@ class Registrar:
         self._clock = clock
         self._hearers: list[Hear] = []
         self._note_hearers: list[Callable[[Sequence[Note]], None]] = []
-        self._observations: list[_Waiting[Any] | _Offered] = []
-        self._commands: list[_Waiting[Any] | _Offered] = []
+        self._observations: list[Command] = []
+        self._commands: list[Command] = []
         self._new_rooms: list[tuple[Room, Told]] = []
         self._unwritten: dict[int, Change] = {}  # by epoch; what was observed and is in no journal yet
         self._writing: asyncio.Task[None] | None = None
@@ -206,13 +153,13 @@ class Registrar:
         check_advertised(claim.address, claim.owner.host)
         known = self._registry.repeats(claim)
         if known is None:
-            self._commands.append(_Offered(lambda registry, now: registry.claim(claim, now), told))
+            self._commands.append(Offered(lambda registry, now: registry.claim(claim, now), told))
             self._write_soon()
         elif self.heard(claim):
             told(None)
         else:
             place = claim.instance, claim.seat, known.epoch, claim.owner
-            self._note(_Offered(lambda registry, now: registry.renew(*place, now), told))
+            self._note(Offered(lambda registry, now: registry.renew(*place, now), told))
 
     async def renew(self, instance: str, seat: Seat, epoch: int, owner: Owner | None, rooms: int | None = None) -> Life:
         """The life goes on, whatever the disk does. `rooms` as in the registry.
@@ -242,7 +189,7 @@ class Registrar:
     async def announce_room(self, room: int, dp_rank: int) -> None:
         """Raises LimitReached, JournalUnavailable."""
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.offer_room(room, dp_rank, partial(_settle, done))
+        self.offer_room(room, dp_rank, partial(settle, done))
         await done
 
     def offer_room(self, room: int, dp_rank: int, told: Told) -> None:
@@ -398,7 +345,7 @@ class Registrar:
             tell(registry.number())
             return None, []
 
-        self._observations.append(_Waiting(decide))
+        self._observations.append(Waiting(decide))
         if self._writing is None:
             self._take_note()
 
@@ -413,17 +360,17 @@ class Registrar:
     # How it is done
 
     async def _command(self, decide: Decide[T]) -> T:
-        waiting = _Waiting(decide)
+        waiting = Waiting(decide)
         self._commands.append(waiting)
         self._write_soon()
         return await waiting
 
     async def _observe(self, decide: Decide[T]) -> T:
-        waiting = _Waiting(decide)
+        waiting = Waiting(decide)
         self._note(waiting)
         return await waiting
 
-    def _note(self, waiting: _Waiting[Any] | _Offered) -> None:
+    def _note(self, waiting: Command) -> None:
         self._observations.append(waiting)
         if self._writing is None:
             self._take_note()
@@ -450,7 +397,7 @@ class Registrar:
         self._take_learned()
         observed, self._observations = self._observations, []
         for waiting in observed:
-            changes = _decide(waiting, self._registry, self._clock())
+            changes = decided(waiting, self._registry, self._clock())
             waiting.tell()
             for change in changes:
                 if change.is_kept:
@@ -465,7 +412,7 @@ class Registrar:
         rooms, self._new_rooms = self._new_rooms, []
         observed, draft = list(self._unwritten.values())[:limit], self._registry.draft()
         try:
-            changes = [change for waiting in commands for change in _decide(waiting, draft, self._clock())]
+            changes = [change for waiting in commands for change in decided(waiting, draft, self._clock())]
             kept = [change for change in (*observed, *changes) if change.is_kept]
             if kept or rooms:
                 await self._journal.append(kept, [room for room, _ in rooms])
@@ -491,9 +438,7 @@ class Registrar:
             waiting.tell()
         self._take_rooms(rooms)
 
-    def _decide_again(
-        self, commands: Sequence[_Waiting[Any] | _Offered], rooms: Sequence[tuple[Room, Told]], error: Behind
-    ) -> None:
+    def _decide_again(self, commands: Sequence[Command], rooms: Sequence[tuple[Room, Told]], error: Behind) -> None:
         """Another registry was faster, and what it has written is taken note of first."""
         self._n_behind += 1
         if self._n_behind <= MOST_BEHIND:
@@ -564,27 +509,6 @@ def _log(change: Change, **more: object) -> None:
 
 def _tell_nobody(error: BaseException | None) -> None:
     """A room that another registry has taken, and that is too many here."""
-
-
-def _settle(done: asyncio.Future[None], error: BaseException | None) -> None:
-    if done.done():  # whoever waited has gone
-        return
-    if error is None:
-        done.set_result(None)
-    else:
-        done.set_exception(error) if isinstance(error, Exception) else done.cancel()
-
-
-def _decide(waiting: _Waiting[Any] | _Offered, registry: Registry, now: float) -> list[Change]:
-    """What it changes; nothing when whoever asked has gone, or is refused."""
-    if waiting.done():
-        return []
-    try:
-        waiting.result, changes = waiting.decide(registry, now)
-    except PdctlError as error:
-        waiting.refusal = error
-        return []
-    return changes
 
 
 _EVENTS = {

@@ -18,7 +18,7 @@ from pdctl.core.plan import CopyPlan
 from pdctl.core.sums import KV, Checksum, Spans, Sums
 from pdctl.core.transfer import Phase, RoomTimeouts
 from pdctl.core.wire import SUMS, Matched, RegisterBuffers, Status, parse_to_prefill
-from pdctl.errors import BadFrames, CallerError, RoomFailed
+from pdctl.errors import BadFrames, CallerError, RoomFailed, Unreachable
 from pdctl.metrics import Metrics
 from pdctl.receiver import Receiver
 from pdctl.sender import Sender
@@ -59,6 +59,7 @@ class Rig:
     to_prefill: list[list[bytes]] = field(default_factory=list)
     to_decode: list[list[bytes]] = field(default_factory=list)
 
+    on_the_way: Callable[[Sequence[bytes]], None] = lambda frames: None
     sent_why: str = ""
 
     async def move(self, room: int, chunks: Sequence[Sequence[int]], pages: Sequence[int], release: Released) -> None:
@@ -104,6 +105,7 @@ async def rig_of(
     ours, theirs, engine, metrics = memory(lens, seed=1), memory(lens), Careless(), Metrics()
 
     async def to_prefill(_: Endpoint, frames: Sequence[bytes]) -> None:
+        rig.on_the_way(frames)
         rig.to_prefill.append(list(frames))
         rig.sender.handle(frames)
 
@@ -225,7 +227,7 @@ async def test_a_success_that_is_said_twice_does_not_end_the_check(clock: Clock)
 
 def sums_of(pool: int, start: int, entry: int, n: int) -> Sums:
     spans = Spans(np.array([entry]), np.array([0]), np.array([8]))
-    return Sums(pool, start, spans, np.zeros(n, np.uint32), np.arange(n))
+    return Sums(pool, spans, np.arange(start, start + n), np.arange(n), np.zeros(n, np.uint32))
 
 
 @pytest.mark.parametrize(
@@ -234,9 +236,9 @@ def sums_of(pool: int, start: int, entry: int, n: int) -> Sums:
         (sums_of(9, 0, 0, 1), "a pool that is not here"),
         (sums_of(KV, 0, 3, 1), r"entries \[3\]"),
         (sums_of(KV, 1, 0, 2), "page 3, 2 were named"),
-        (sums_of(KV, 0, 0, 1), r"pages \[4\], of which"),
+        (sums_of(KV, 1, 0, 1), r"page 4 \(0 at the prefill\): not what"),
     ],
-    ids=["pool", "entry", "page", "nothing of the page"],
+    ids=["pool", "entry", "page", "other bytes"],
 )
 async def test_sums_that_cannot_be_compared_fail_the_room_and_say_why(clock: Clock, sums: Sums, said: str) -> None:
     async with rig_of(clock) as rig, rig.receiver.open(5, PREFILL, [9, 4], 3) as room:
@@ -331,8 +333,11 @@ async def test_pages_that_come_without_sums_are_not_used_where_they_are_required
         assert rig.count("absent") == 1
 
 
-async def test_pages_that_no_rank_speaks_of_are_not_used_where_sums_are_required(clock: Clock) -> None:
-    async with rig_of(clock, REQUIRED, REQUIRED) as rig, rig.receiver.open(5, PREFILL, [9, 4], 3) as room:
+@pytest.mark.parametrize("timeouts", [CHECKED, REQUIRED], ids=["offered", "required"])
+async def test_pages_that_no_rank_speaks_of_are_not_used_where_each_gives_sums(
+    clock: Clock, timeouts: RoomTimeouts
+) -> None:
+    async with rig_of(clock, timeouts, timeouts) as rig, rig.receiver.open(5, PREFILL, [9, 4], 3) as room:
         rig.receiver.handle(Status(5, Phase.SUCCESS, 0, sums=()).to_frames())
         with pytest.raises(RoomFailed, match=r"no prefill rank gives a checksum of pages \[9, 4\]"):
             await asyncio.wait_for(room.arrived(), 5)
@@ -344,6 +349,21 @@ async def test_a_prefill_that_hears_no_word_of_the_comparison_fails_its_room_in_
         await rig.move(5, [[1]], [9], Released())
         assert f"no word from decode session {rig.receiver.session} within 0.1 s whether what arrived" in rig.sent_why
         assert rig.sender.rooms == ()
+
+
+async def test_a_word_of_a_match_that_no_connection_takes_is_said_when_one_does(clock: Clock) -> None:
+    async with rig_of(clock) as rig:
+        cut = [b"PDCTL_MATCHED"]
+
+        def lose(frames: Sequence[bytes]) -> None:
+            if frames[0] in cut:
+                cut.clear()
+                raise Unreachable("the way is cut for a moment")
+
+        rig.on_the_way = lose
+        await rig.move(5, [[1]], [9], Released())
+        assert rig.sent_why == ""
+        assert not cut
 
 
 async def test_a_word_of_a_match_before_there_were_sums_is_none(clock: Clock) -> None:

@@ -215,6 +215,46 @@ def test_the_demo_keeps_the_callers_directory_and_arguments(checkout: Path, tmp_
     assert said.stdout == f"{tmp_path}\n<demo><--trace><a file>"
 
 
+# --- a GPU
+
+
+def test_a_machine_without_a_driver_is_told_what_is_missing(checkout: Path) -> None:
+    said = with_functions(checkout, 'driver_cuda "$VENV/bin/python"; echo went on')
+    if said.returncode == 0:
+        pytest.skip("this machine has a driver")
+    assert said.stdout == ""
+    assert said.stderr == (
+        "[dev] there is no NVIDIA driver here (libcuda.so.1): install one; ./dev gpu --rehearse goes without\n"
+    )
+
+
+@pytest.mark.parametrize(("version", "wheel"), [("12040", "12"), ("13000", "13"), ("14010", "13"), ("11080", "")])
+def test_the_wheel_is_chosen_by_the_drivers_cuda(checkout: Path, tmp_path: Path, version: str, wheel: str) -> None:
+    source = f"int cuDriverGetVersion(int *v) {{ *v = {version}; return 0; }}"
+    if shutil.which("cc") is None:
+        pytest.skip("no C compiler here")
+    library = str(tmp_path / "libcuda.so.1")
+    command = ["cc", "-shared", "-fPIC", "-xc", "-", "-o", library]
+    subprocess.run(command, input=source, text=True, check=True, timeout=60)
+    said = with_functions(checkout, f'export LD_LIBRARY_PATH="{tmp_path}"; driver_cuda "$VENV/bin/python"')
+    assert said.stdout.strip() == wheel
+    assert said.returncode == (0 if wheel else 1)
+    assert wheel or "the driver is for CUDA 11: Mooncake's wheels want one for 12 or 13" in said.stderr
+
+
+def test_the_locks_for_a_gpu_are_the_development_one_with_another_wheel_of_the_same_version() -> None:
+    dev_lock = {pin(each) for each in requirements(ROOT / "deploy/lock/dev.txt")}
+    (cpu,) = {each for each in dev_lock if each.startswith("mooncake-")}
+    for major, wheel, runtime in (
+        ("12", "mooncake-transfer-engine", "nvidia-cuda-runtime-cu12"),
+        ("13", "mooncake-transfer-engine-cuda13", "nvidia-cuda-runtime"),
+    ):
+        lock = {pin(each) for each in requirements(ROOT / f"deploy/lock/cuda{major}.txt")}
+        assert dev_lock - lock == {cpu}
+        assert {each.partition("==")[0] for each in lock - dev_lock} == {wheel, runtime}
+        assert f"{wheel}=={cpu.partition('==')[2]}" in lock
+
+
 # --- the lock
 
 

@@ -64,6 +64,7 @@ FLOORS = {
     "pdctl.lag": 2,
     "pdctl.lanes": 2,
     "pdctl.shortcut": 2,
+    "pdctl.waiting": 2,
     "pdctl.core": 1,
     "pdctl.errors": 0,
 }

@@ -819,19 +819,20 @@ async def test_leaving_early_fails_the_room_and_tells_decode(rig: Rig) -> None:
     rig.assert_empty()
 
 
-async def test_cancelled_twice_the_room_is_left_and_its_pages_wait_for_the_engine(rig: Rig) -> None:
-    decode, given_back = rig.decode(), Released()
+async def one_page(rig: Rig, release: Released) -> None:
+    decode = rig.decode()
     decode.register()
+    async with rig.sender.open(5, release=release) as room:
+        decode.name(5, [1])
+        await room.peers_ready()
+        await room.send([3])
 
-    async def work() -> None:
-        async with rig.sender.open(5, release=given_back) as room:
-            decode.name(5, [1])
-            await room.peers_ready()
-            await room.send([3])
 
+async def test_cancelled_twice_the_room_is_left_and_its_pages_wait_for_the_engine(rig: Rig) -> None:
+    given_back = Released()
     rig.engine.hold.clear()
     rig.engine.rest.clear()
-    task = asyncio.create_task(work())
+    task = asyncio.create_task(one_page(rig, given_back))
     await until_busy(rig)
     for _ in range(3):
         task.cancel()
@@ -847,17 +848,9 @@ async def test_cancelled_twice_the_room_is_left_and_its_pages_wait_for_the_engin
 
 
 async def test_a_cancelled_send_comes_to_rest_before_the_room_is_left(rig: Rig) -> None:
-    decode, given_back = rig.decode(), Released()
-    decode.register()
-
-    async def work() -> None:
-        async with rig.sender.open(5, release=given_back) as room:
-            decode.name(5, [1])
-            await room.peers_ready()
-            await room.send([3])
-
+    given_back = Released()
     rig.engine.hold.clear()
-    task = asyncio.create_task(work())
+    task = asyncio.create_task(one_page(rig, given_back))
     await until_busy(rig)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):

@@ -27,10 +27,13 @@ from pdctl.core.layout import (
     pair_entries,
     same_entries,
 )
+from pdctl.core.parts import part_spans, span_plan
 from pdctl.core.plan import CopyPlan, Ints, head_plan, item_plan, page_plan
 from pdctl.core.sums import AUX, KV, STATE, Spans, Summand, head_spans, item_spans
 from pdctl.core.wire import Metadata, RegisterBuffers
 from pdctl.errors import CallerError, LayoutMismatch
+
+Alike = tuple[Pairs, Slices, Slices] | tuple[Pairs, None, None]
 
 _REMEDY = "start both with the same page size, and count from the same prefix"
 
@@ -71,7 +74,7 @@ class Destination:
             heads,
             named,
             tokens,
-            said.wants_sums and tokens.is_all and ours.layout.pages.is_all,  # sums are of whole neighbouring pages
+            said.wants_sums,
         )
         it.chunk(np.empty(0, np.int64), 0)  # refuses what no chunk could be sent to
         return it
@@ -102,19 +105,21 @@ class Destination:
         return -(-n // self.tokens.size)
 
     def chunk_summands(self, source: Ints, start: int, layers: range | None = None) -> list[Summand]:
-        """What `chunk` copies, page by page; to be summed only after it has raised nothing."""
-        pairs, layout = self._pairs_of(layers), self.ours.layout
+        """What `chunk` copies, page by page, or token by token; to be summed only after it has raised nothing."""
+        pairs, layout, kv = self._pairs_of(layers), self.ours.layout, self.ours.kv
+        if not len(source) or not len(pairs):
+            return []
+        if not self.tokens.is_all:
+            per = layout.page_size
+            kv, every = by_token(kv, per, "KV"), np.arange(len(self.named.pages))
+            here, numbers = dealt_tokens(source, start, every, self.tokens, per)
+            return [Summand(KV, numbers, kv, here, *item_spans(kv, pairs), per)] if len(here) else []
+        held, at = (source, np.arange(len(source))) if layout.pages.is_all else held_pages(source, layout.pages)
         if layout.heads is None or self.heads is None:
-            spans: tuple[Spans, Spans] | None = item_spans(self.ours.kv, pairs)
+            spans: tuple[Spans, Spans] | None = item_spans(kv, pairs)
         else:
-            spans = head_spans(
-                self.ours.kv, self.kv, pairs, page_size=layout.page_size, ours=layout.heads, theirs=self.heads
-            )
-        return (
-            []
-            if spans is None or not len(source) or not len(pairs)
-            else [Summand(KV, start, self.ours.kv, source, *spans)]
-        )
+            spans = head_spans(kv, self.kv, pairs, page_size=layout.page_size, ours=layout.heads, theirs=self.heads)
+        return [] if spans is None or not len(held) else [Summand(KV, start + at, kv, held, *spans)]
 
     def last_summands(self, aux_row: int | None, state_rows: Sequence[npt.ArrayLike] = ()) -> list[Summand]:
         """What `last` copies, row by row; to be summed only after it has raised nothing."""
@@ -122,10 +127,14 @@ class Destination:
         for group, rows in enumerate(self.named.state_rows):
             if rows:
                 ours, items = self.ours.states[group], np.asarray(state_rows[group], np.int64).ravel()
-                found += [Summand(STATE + group, 0, ours, items, *spans) for spans in self.states[group].spans(ours)]
+                numbers = np.arange(len(items))
+                found += [
+                    Summand(STATE + group, numbers, ours, items, *spans) for spans in self.states[group].spans(ours)
+                ]
         if aux_row is not None and self.named.aux_row is not None and len(self.ours.aux):
             spans = item_spans(self.ours.aux, same_entries(len(self.ours.aux)))
-            found.append(Summand(AUX, 0, self.ours.aux, np.array([aux_row], np.int64), *spans))
+            row = np.array([aux_row], np.int64)
+            found.append(Summand(AUX, np.zeros_like(row), self.ours.aux, row, *spans))
         return found
 
     def _pairs_of(self, layers: range | None) -> Pairs:
@@ -178,13 +187,15 @@ class State:
     ours and theirs; None where items are copied whole."""
 
     pool: Pool
-    parts: tuple[tuple[Pairs, Slices, Slices] | tuple[Pairs, None, None], ...]
+    parts: tuple[Alike, ...]
 
     def plan(self, source: Pool, src: npt.ArrayLike, dst: npt.ArrayLike, what: str) -> CopyPlan:
         return CopyPlan.join(
             *(
                 page_plan(source, self.pool, pairs, src, dst, what)
                 if mine is None or far is None
+                else span_plan(source, self.pool, part_spans(source, self.pool, pairs, mine, far, what), src, dst, what)
+                if mine.parts
                 else head_plan(
                     source,
                     self.pool,
@@ -205,6 +216,8 @@ class State:
         found = [
             item_spans(source, pairs)
             if mine is None or far is None
+            else part_spans(source, self.pool, pairs, mine, far, "state")
+            if mine.parts
             else head_spans(source, self.pool, pairs, page_size=mine.rows, ours=mine.heads, theirs=far.heads)
             for pairs, mine, far in self.parts
         ]
@@ -295,11 +308,12 @@ def _state_pairs(said: RegisterBuffers, ours: RankPools, group: int, pool: Pool)
     return same_entries(len(source))
 
 
-def _alike(pairs: Pairs, slices: Sequence[Slices], said: RegisterBuffers) -> Iterator[tuple[Pairs, Slices, Slices]]:
+def _alike(pairs: Pairs, slices: Sequence[Slices], said: RegisterBuffers) -> Iterator[Alike]:
     """Pairs whose entries of ours are split in one way, and how the decode rank's are."""
     for mine in dict.fromkeys(slices):
         heads = Heads(mine.heads.total, said.tp_size, said.tp_rank % said.tp_size)
-        yield pairs[[slices[entry] == mine for entry in pairs[:, 0]]], mine, replace(mine, heads=heads)
+        some = pairs[[slices[entry] == mine for entry in pairs[:, 0]]]
+        yield (some, None, None) if heads == mine.heads else (some, mine, replace(mine, heads=heads))
 
 
 def _share(said: RegisterBuffers, named: Metadata, ours: RankPools) -> Share:

@@ -16,12 +16,17 @@ from pdctl.errors import BadField, ConfigError
 
 _UUID = re.compile(r"(?:GPU|MIG)-[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _NUMBER = re.compile(r"\d{1,4}")
-NPUS = "ASCEND_RT_VISIBLE_DEVICES"
+NPUS, NPU = "ASCEND_RT_VISIBLE_DEVICES", "ASCEND_NPU_PHY_ID"
 
 
 def is_uuid(text: str) -> bool:
     """Whether it is what names a CUDA device, or a part of one (MIG), in every process."""
     return _UUID.fullmatch(text) is not None
+
+
+def same_device(one: str, other: str) -> bool:
+    """Whether two UUIDs mean one device: a part of one (MIG) is `MIG-` to nvidia-smi, and to the driver a UUID."""
+    return one.partition("-")[2] == other.partition("-")[2]
 
 
 class DeviceKind(StrEnum):
@@ -62,11 +67,17 @@ HOST = DeviceSpec(DeviceKind.CPU)
 """Memory that a processor may read and write by its pointer."""
 
 
-def physical_npu(index: int, visible: str | None) -> int:
-    """The number that the host has for this process's NPU `index`; `visible` as ASCEND_RT_VISIBLE_DEVICES says it.
+def physical_npu(index: int, visible: str | None, told: str | None = None) -> int:
+    """The number that the host has for this process's NPU `index`.
 
-    The engine must be told the host's number (its name for the card in `host:port:npu_N`), the runtime wants ours.
+    `visible`: as ASCEND_RT_VISIBLE_DEVICES says it; `told`: ASCEND_NPU_PHY_ID, by which operators of SGLang say it
+    outright (-1: they do not). The engine must be told the host's number (its name for the card in `host:port:npu_N`),
+    the runtime wants ours.
     """
+    if told and told != "-1":
+        if not _NUMBER.fullmatch(told):
+            raise ConfigError(f"{NPU}={told} is no number: give the host's own of the card, or unset it")
+        return int(told)
     if visible is None:
         return index
     seen = [part.strip() for part in visible.split(",") if part.strip()]

@@ -173,6 +173,8 @@ class Offer:
         instance: str | None = None,
     ) -> Offer:
         """What an engine has, by its own pointers. Raises BadField for a pool outside of `memory`."""
+        if any(each.parts for slices in pools.state_slices for each in slices):
+            raise BadField("state_slices", "has entries of several parts: only a rank of this process can have those")
         return cls(
             role,
             tuple(handed.memory for handed in memory),

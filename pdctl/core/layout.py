@@ -201,14 +201,25 @@ class KvLayout:
 class Slices:
     """How an item of a state's entry is split over TP ranks: `rows` one after another, in each those units that `heads`
     says. One row of its channels (Mamba); a row for each token of a page (sliding windows). `Heads(1, ...)`: the same
-    on every rank."""
+    on every rank. `parts`: where a row is several after another, each split by itself, the units of each over all ranks
+    (the convolution state of GDN: q, k, v)."""
 
     heads: Heads
     rows: int = 1
+    parts: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.rows < 1:
             raise LayoutMismatch(f"{self.rows} rows in an item of state: there is at least 1")
+        if self.parts and (sum(self.parts) != self.heads.total or any(n % self.heads.tp_size for n in self.parts)):
+            raise LayoutMismatch(
+                f"parts of {self.parts} units are not the {self.heads.total} of a row, or do not divide over "
+                f"{self.heads.tp_size} TP ranks: give all of them, over all ranks"
+            )
+
+    def heads_of_parts(self) -> list[Heads]:
+        """Of each part, the units that this rank holds."""
+        return [Heads(n, self.heads.tp_size, self.heads.tp_rank) for n in self.parts]
 
     @property
     def dim(self) -> int:

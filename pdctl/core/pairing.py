@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pdctl.core.address import Endpoint
-from pdctl.core.layout import Kind, Share
+from pdctl.core.layout import Kind, KvLayout, Share
 from pdctl.core.route import Seat, Shape
 from pdctl.errors import LayoutMismatch
 
@@ -92,6 +92,23 @@ def check_shapes(prefill: Shape, decode: Shape, kind: Kind, dcp_size: int = 1) -
     """Raises LayoutMismatch for the first field that keeps the two apart."""
     for name, theirs, ours, fix in _obstacles(prefill, decode, kind, dcp_size):
         raise LayoutMismatch(f"{name} is {theirs!r} at the prefill and {ours!r} at this decode: {fix}")
+
+
+def check_rank(layout: KvLayout, seat: Seat, shape: Shape, *, prefill: bool) -> None:
+    """Raises LayoutMismatch where a rank's layout is not what its seat in its own instance says: peers plan by the
+    shape, so bytes would go astray and nobody would hear of it. `page_size` only where pages are cut into tokens."""
+    heads = layout.heads
+    said: list[tuple[str, object, object]] = []
+    if heads is not None:
+        said.append(("heads", (heads.tp_rank, heads.tp_size), (seat.tp, shape.attn_tp_size)))
+    if heads is not None or not layout.tokens.is_all:
+        said.append(("page_size", layout.page_size, shape.page_size))
+    said.append(("pages", layout.pages, pages_of(seat, shape, layout.kind) if prefill else Share()))
+    for name, ours, wanted in said:
+        if ours != wanted:
+            raise LayoutMismatch(
+                f"the layout's {name} are {ours} and the rank's seat {seat} and shape say {wanted}: give both the same"
+            )
 
 
 def rank_id(seat: Seat, shape: Shape) -> int:

@@ -155,6 +155,25 @@ def head_nbytes(
     return found[0]
 
 
+def item_addresses(
+    source: Pool,
+    destination: Pool,
+    ours: Ints,
+    theirs: Ints,
+    src_items: npt.ArrayLike,
+    dst_items: npt.ArrayLike,
+    what: str,
+) -> tuple[Ints, Ints]:
+    """Where items begin, in entries `ours` of the source and `theirs` of the destination: both shape (entries, items).
+    Raises as `page_plan` for items that are none."""
+    src, dst = _checked_pages(source, destination, src_items, dst_items, what)
+    here, there = (
+        _pointers(pool)[entries][:, None] + items * lengths(pool)[entries][:, None]
+        for pool, entries, items in ((source, ours, src), (destination, theirs, dst))
+    )
+    return here, there
+
+
 def _checked_pages(
     source: Pool, destination: Pool, src_pages: npt.ArrayLike, dst_pages: npt.ArrayLike, what: str
 ) -> tuple[Ints, Ints]:

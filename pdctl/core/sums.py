@@ -15,6 +15,7 @@ from enum import StrEnum
 import numpy as np
 import numpy.typing as npt
 
+from pdctl.core.dealing import by_token
 from pdctl.core.layout import Heads, Pairs, Pool, RankPools, lengths
 from pdctl.core.plan import Ints, head_nbytes
 
@@ -24,7 +25,7 @@ KV, AUX, STATE = 0, 1, 2
 """Which pool of a rank: STATE + g is its g-th group of state."""
 
 _WORD = np.dtype("<u4")
-_HEAD = 5  # words before the lists: pool, start, items, parts, entries
+_HEAD = 5  # words before the lists: pool, per, items, parts, entries
 
 
 class Checksum(StrEnum):
@@ -74,49 +75,61 @@ class Spans:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sums:
-    """`crcs[i]` is the sum of item `start + i` of those that decode has named of `pool`, over `spans` at the decode, as
-    it was sent from the prefill's item `sources[i]`."""
+    """`crcs[i]` is the sum of item `numbers[i]` of those that decode has named of `pool`, over `spans` at the decode,
+    as it was sent from the prefill's item `sources[i]`. `per`: so many items are one of those that were named: 1, or
+    the tokens of a page, where they are dealt out over ranks."""
 
     pool: int
-    start: int
     spans: Spans
-    crcs: Crcs = field(repr=False)
+    numbers: Ints = field(repr=False)
     sources: Ints = field(repr=False)
+    crcs: Crcs = field(repr=False)
+    per: int = 1
 
     @property
     def end(self) -> int:
-        return self.start + len(self.crcs)
+        """Above every number, in what was named."""
+        return -(-(int(self.numbers.max(initial=-1)) + 1) // self.per)
 
     @property
     def noun(self) -> str:
         return {KV: "page", AUX: "aux row"}.get(self.pool, f"row of state {self.pool - STATE}")
 
     def pool_of(self, pools: RankPools) -> Pool | None:
+        """Raises LayoutMismatch where its items have no so many parts."""
         known = (pools.kv, pools.aux, *pools.states)
-        return known[self.pool] if self.pool < len(known) else None
+        if self.pool >= len(known):
+            return None
+        return known[self.pool] if self.per == 1 else by_token(known[self.pool], self.per, self.noun)
+
+    def items(self, named: Ints) -> Ints:
+        """Which items of that pool they are."""
+        return named[self.numbers // self.per] * self.per + self.numbers % self.per
 
     def differ(self, found: Crcs, items: Ints) -> str | None:
         """What to say where the bytes at `items`, summed as `found`, are not what was sent; None where they are."""
         wrong = np.flatnonzero(self.crcs != found)
         if not len(wrong):
             return None
-        here, there = _some(items[wrong]), _some(self.sources[wrong])
-        return f"{self.noun}{'' if len(wrong) == 1 else 's'} {here} ({there} at the prefill)"
+        here, there = (list(dict.fromkeys((each[wrong] // self.per).tolist())) for each in (items, self.sources))
+        return f"{self.noun}{'' if len(here) == 1 else 's'} {_some(here)} ({_some(there)} at the prefill)"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Summand:
-    """What one write brings to one decode rank, to be summed at our side: `items` of our `source`, over `ours`."""
+    """What one write brings to one decode rank, to be summed at our side: `items` of our `source`, over `ours`, into
+    those of the `numbers` that decode has named. `per` as in Sums."""
 
     pool: int
-    start: int
+    numbers: Ints
     source: Pool
     items: Ints
     ours: Spans
     theirs: Spans
+    per: int = 1
 
     def to(self, crcs: Crcs) -> Sums:
-        return Sums(self.pool, self.start, self.theirs, crcs, self.items)
+        return Sums(self.pool, self.theirs, self.numbers, self.items, crcs, self.per)
 
 
 def item_spans(source: Pool, pairs: Pairs) -> tuple[Spans, Spans]:
@@ -147,18 +160,19 @@ def spoken(sums: Sequence[Sums], named: int) -> npt.NDArray[np.bool_]:
     found = np.zeros(named, bool)
     for each in sums:
         if each.pool == KV:
-            found[each.start : each.end] = True
+            pages = each.numbers // each.per
+            found[pages[pages < named]] = True
     return found
 
 
 def pack(sums: Sequence[Sums]) -> bytes:
-    """Little-endian words: of each of `sums` pool, start, n, parts, k; entries, offsets and widths (k); crcs and
-    sources (n)."""
+    """Little-endian words: of each of `sums` pool, per, n, parts, k; entries, offsets and widths (k); numbers, sources
+    and crcs (n)."""
     words: list[npt.ArrayLike] = []
     for each in sums:
         spans = each.spans
-        words.append([each.pool, each.start, len(each.crcs), spans.parts, len(spans.entries)])
-        words += [spans.entries, spans.offsets, spans.widths, each.crcs, each.sources]
+        words.append([each.pool, each.per, len(each.crcs), spans.parts, len(spans.entries)])
+        words += [spans.entries, spans.offsets, spans.widths, each.numbers, each.sources, each.crcs]
     return b"".join(np.asarray(part).astype(_WORD).tobytes() for part in words)
 
 
@@ -168,18 +182,16 @@ def unpack(raw: bytes) -> Iterator[Sums]:
         raise ValueError(f"{len(raw)} bytes are no whole number of words")
     words, at = np.frombuffer(raw, _WORD).astype(np.int64), 0
     while at < len(words):
-        pool, start, n, parts, k = (
-            (int(word) for word in words[at : at + _HEAD]) if at + _HEAD <= len(words) else [0] * 5
-        )
+        pool, per, n, parts, k = (int(word) for word in words[at : at + _HEAD]) if at + _HEAD <= len(words) else [0] * 5
         at += _HEAD
-        if not k or not parts or at + 3 * k + 2 * n > len(words):
+        if not k or not parts or not per or at + 3 * k + 3 * n > len(words):
             raise ValueError(f"the sums break off at word {at} of {len(words)}")
         lists = words[at : at + 3 * k].reshape(3, k)
         at += 3 * k
-        crcs, sources = words[at : at + 2 * n].reshape(2, n)
-        at += 2 * n
-        yield Sums(pool, start, Spans(lists[0], lists[1], lists[2], parts), crcs.astype(np.uint32), sources)
+        numbers, sources, crcs = words[at : at + 3 * n].reshape(3, n)
+        at += 3 * n
+        yield Sums(pool, Spans(lists[0], lists[1], lists[2], parts), numbers, sources, crcs.astype(np.uint32), per)
 
 
-def _some(items: Ints) -> str:
-    return ", ".join(map(str, items[:16].tolist())) + (f" and {len(items) - 16} more" if len(items) > 16 else "")
+def _some(items: Sequence[int]) -> str:
+    return ", ".join(map(str, items[:16])) + (f" and {len(items) - 16} more" if len(items) > 16 else "")

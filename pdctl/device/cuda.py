@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 import structlog
 
-from pdctl.core.device import HOST, DeviceKind, DeviceSpec
+from pdctl.core.device import HOST, DeviceKind, DeviceSpec, same_device
 from pdctl.core.handover import Handed, Mapped, Memory, Store
 from pdctl.core.layout import Region
 from pdctl.device.cpu import Cpu
@@ -210,7 +210,7 @@ class Cuda:
         return Handed(Memory(Store.CUDA_IPC, text, region.nbytes, region.pointer - base, self.uuid), region)
 
     def open_shared(self, memory: Memory, field: str) -> Mapped:
-        if memory.device != self.uuid:
+        if not same_device(memory.device, self.uuid):
             raise BadField(f"{field}.device", f"is {memory.device}, and {self.spec} is {self.uuid}: open that device")
         if memory.name in self._shared:
             raise BadField(f"{field}.handle", "is of this process's own memory: reach it by its pointer")
@@ -293,8 +293,9 @@ def _find(driver: Driver, wanted: DeviceSpec) -> int:
             "check CUDA_VISIBLE_DEVICES, which numbers them anew"
         )
     seen = [_uuid(driver, driver.number("cuDeviceGet", index)) for index in range(n)]
-    if wanted.uuid in seen:
-        return seen.index(wanted.uuid)
+    for index, uuid_there in enumerate(seen):
+        if same_device(uuid_there, wanted.uuid):
+            return index
     raise DeviceUnavailable(
         f"{wanted} is not there: this process sees {', '.join(seen) or 'no CUDA device'}: check CUDA_VISIBLE_DEVICES"
     )

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
-from pdctl.core.device import NPUS, DeviceKind, DeviceSpec, physical_npu
+from pdctl.core.device import NPU, NPUS, DeviceKind, DeviceSpec, physical_npu
 from pdctl.device.ascend import Ascend
 from pdctl.device.base import Device
 from pdctl.device.cpu import Cpu
@@ -32,7 +32,8 @@ async def open_device(
     """The device `spec`, set on this thread. Raises BadField, ConfigError, and DeviceUnavailable that says what to
     install.
 
-    `environ`: an NPU's physical number is read there (ASCEND_RT_VISIBLE_DEVICES); the CUDA driver reads its own.
+    `environ`: an NPU's physical number is read there (ASCEND_NPU_PHY_ID, else
+    ASCEND_RT_VISIBLE_DEVICES); the CUDA driver reads its own.
     """
     wanted = DeviceSpec.parse(spec) if isinstance(spec, str) else spec
     if wanted.kind is DeviceKind.CPU:
@@ -48,4 +49,4 @@ async def open_device(
 def _ascend(wanted: DeviceSpec, environ: Mapping[str, str] | None, load: Load) -> Ascend:
     if environ is None:
         raise ConfigError(f"{wanted} needs environ=os.environ: {NPUS} says which physical card it is, if it is set")
-    return Ascend.opened(wanted, physical_npu(wanted.index, environ.get(NPUS)), load)
+    return Ascend.opened(wanted, physical_npu(wanted.index, environ.get(NPUS), environ.get(NPU)), load)

@@ -27,8 +27,9 @@ from pdctl.dialects import sglang_openapi as docs
 from pdctl.dialects.edge import MIB, owner_of, parsed, peer_host, received, text_answer
 from pdctl.errors import BadField, PdctlError, TooLarge
 from pdctl.metrics import Lookup
-from pdctl.registrar import Registrar, Told
+from pdctl.registrar import Registrar
 from pdctl.shortcut import Answer, Answered, Beside, Promise
+from pdctl.waiting import Told
 
 ROUTE_LIMIT = MIB
 ROOM_LIMIT = MIB

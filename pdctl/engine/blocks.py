@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -17,8 +18,18 @@ from pdctl.core.plan import CopyPlan
 from pdctl.errors import Cause
 
 Verdict = tuple[Cause, str]
-_AT_ONCE = 1024
-Block = tuple[int, int, int]
+AT_ONCE = 1024
+
+
+class Source(Protocol):
+    """Bytes of ours that lie in several places."""
+
+    def into(self, stage: Any) -> int:
+        """Put them together in a buffer of its kind; the address of the first. Raises OSError."""
+
+
+Block = tuple[int | Source, int, int]
+"""Local, remote, nbytes."""
 
 
 class Direction(Enum):
@@ -30,25 +41,28 @@ class Direction(Enum):
 class Way:
     """What one block at a time goes by: a name under which the engine knows the peer.
 
-    `sure`: a connection stands behind it, and to the life that is meant.
+    `sure`: a connection stands behind it, and to the life that is meant. `stage`: what its block was put together in,
+    where it lies in several places: nothing else is, while it is on its way.
     """
 
     name: str
     sure: bool
+    stage: Any = None
 
 
 @dataclass(slots=True, eq=False)
 class Lane:
     """One life of a peer, as the carrier knows it, and alone writes it.
 
-    `failures` counts failed blocks; `proven`: a block has landed since the last of them. `engine`: by which of the
-    carrier's engine objects; 0 is the one that peers know. `idle`: ways that no block is on; `names`: for more of them,
-    without end. `greets`: a new way is tried by reading one byte, before a block may go by it. `over`: how the life
-    ended, in words, None while it has not; `was_cut`: whether it may live on all the same.
+    `most`: ways at once. `failures` counts failed blocks; `proven`: a block has landed since the last of them.
+    `engine`: by which of the carrier's engine objects; 0 is the one that peers know. `idle`: ways that no block is on;
+    `names`: for more of them, without end. `greets`: a new way is tried by reading one byte, before a block may go by
+    it. `over`: how the life ended, in words, None while it has not; `was_cut`: whether it may live on all the same.
     """
 
     names: Iterator[str]
     engine: int = 0
+    most: int = 1024
     failures: int = 0
     proven: bool = False
     greets: bool = False
@@ -63,7 +77,7 @@ class Lane:
 
 @dataclass(slots=True, eq=False)
 class Transfer:
-    """Blocks (local, remote, nbytes) to or from one peer. `verdict`: the first cause to stop; None while all is well.
+    """Blocks to or from one peer. `verdict`: the first cause to stop; None while all is well.
 
     `faith`: what `lane.failures` was when the peer was last proven well. `rest` is resolved, with the verdict, when no
     block is in the carrier's hands and none will be.
@@ -103,8 +117,8 @@ class Transfer:
 
 def blocks(plan: CopyPlan) -> Iterator[Block]:
     """Numbers are made as they are needed, by the thread that needs them: half a million at once take 0.1 s."""
-    for first in range(0, len(plan), _AT_ONCE):
-        part = slice(first, first + _AT_ONCE)
+    for first in range(0, len(plan), AT_ONCE):
+        part = slice(first, first + AT_ONCE)
         yield from zip(plan.src[part].tolist(), plan.dst[part].tolist(), plan.nbytes[part].tolist(), strict=True)
 
 

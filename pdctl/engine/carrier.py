@@ -28,6 +28,10 @@ class Carrier(Protocol):
     @property
     def is_open(self) -> bool: ...
 
+    @property
+    def gathers(self) -> bool:
+        """Whether what is written may be put together first: it is host memory, and so may be what it is sent from."""
+
     async def register(self, region: Region) -> int: ...
 
     async def unregister(self, region: Region) -> int: ...

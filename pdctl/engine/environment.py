@@ -137,7 +137,7 @@ def _defaults(settings: MooncakeSettings) -> dict[str, str]:
 
 
 def pieces_at_once(environ: Mapping[str, str]) -> int:
-    """How many pieces a call on a store may have, so that all have ended before the wheel gives the call up.
+    """How many pieces all calls on a store may have, so that all have ended before the wheel gives a call up.
 
     It does so after 60 s. Pieces to an owner that hangs end one stall after another, as many at once as there are
     lanes; what was still queued lands when the owner goes on, in memory that nobody keeps for it any more (24 of 64

@@ -170,6 +170,10 @@ class _Carrier:
         raise TransferFailed(Cause.PEER_GONE, session, "it was killed before it answered")
 
     @property
+    def gathers(self) -> bool:
+        return False
+
+    @property
     def engines(self) -> int:
         return 1
 
@@ -224,6 +228,7 @@ class _Carrier:
 
     async def _carry_one(self, transfer: Transfer, peer: _Life) -> None:
         local, remote, nbytes = next(transfer.blocks)
+        assert isinstance(local, int), "nothing is put together for a memmove"  # noqa: S101
         transfer.submitted += 1
         transfer.in_flight += 1
         failure = await self._obstacle(peer, Region(remote, nbytes))

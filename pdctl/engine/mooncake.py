@@ -15,6 +15,7 @@ import contextlib
 import importlib
 import itertools
 import os
+import resource
 import sys
 import threading
 from collections import Counter, deque
@@ -42,13 +43,14 @@ from pdctl.engine.mover import Mover
 from pdctl.engine.promises import PromisedEngine, outlast
 from pdctl.engine.tether import Tether
 from pdctl.engine.ways import Introduction, Serial
-from pdctl.errors import BadField, Cause, EngineUnavailable, TransferFailed
+from pdctl.errors import BadField, Cause, DeviceUnavailable, EngineUnavailable, TransferFailed
 
 __all__ = ["MooncakeSettings", "by_name", "environment", "open_mooncake"]
 
 log = structlog.get_logger(__name__)
 
 _MOST_ENGINES = 3  # in a process: each costs two threads, five descriptors and two open ports until it exits
+_FEW_WAYS = 16  # to a peer, where there are so many of them that more would take the process's descriptors
 _LOOKED_AT = 64  # lanes, each time that one is made: 0.1 ms, and the dead never outnumber the living for long
 _TIDY_EVERY_S = 2.0  # where none is made: each that died keeps up to 17 connections half closed, and their ports
 _KEEP_ALIVE_EVERY_S = 30.0  # connections that idle are looked for: of 4,000 descriptors in 10 ms, on a thread
@@ -273,6 +275,11 @@ class _Carrier:
         return not self._first.gone.done()
 
     @property
+    def gathers(self) -> bool:
+        """RDMA sends from registered memory only, and costs nothing a block that a copy would save."""
+        return self._settings.forces_tcp and self._device.spec.is_host
+
+    @property
     def engines(self) -> int:
         """Over RDMA memory belongs to the engine that registered it, and the wedge is one of the TCP transport."""
         return _MOST_ENGINES if self._settings.forces_tcp else 1
@@ -319,7 +326,7 @@ class _Carrier:
         except BaseException:
             tether.close()
             raise
-        lane = Lane(introduction.names, engine, greets=self.capabilities.async_read)
+        lane = Lane(introduction.names, engine, self._most_ways(), greets=self.capabilities.async_read)
         lane.over, lane.was_cut = lambda: tether.over, lambda: tether.was_cut
         lane.close = lambda: self._leave(lane, tether, introduction, found.card.data_port)
         self._tethered.append(lane)
@@ -328,6 +335,13 @@ class _Carrier:
             self._tidy_later()
         self._next_look = 0.0  # at the next tidying: then its first ways are there
         return lane
+
+    def _most_ways(self) -> int:
+        """Of one lane more. Each way is a descriptor here and one at the peer, and the engine gives none back."""
+        may_have, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        window = self._settings.window
+        lanes = len(self._tethered) + 1
+        return window if may_have < 0 or lanes * window <= may_have // 4 else min(window, _FEW_WAYS)
 
     def _tidy_later(self) -> None:
         self._tidy()
@@ -368,6 +382,8 @@ class _Carrier:
                 self._device.where(span)
         except BadField as cause:
             return f"the memory of this side that it was to move is not there any more: {cause}"
+        except DeviceUnavailable as cause:
+            return f"this side's device does not answer: {cause}"
         except OSError as cause:
             return own_fault(cause) or f"this process cannot look at its own memory: {cause}"
         return None

@@ -28,7 +28,9 @@ from dataclasses import dataclass, field
 
 import structlog
 
+from pdctl.engine.blame import own_fault
 from pdctl.engine.blocks import Block, Direction, Lane, Transfer, Verdict, Way
+from pdctl.engine.gather import Stages
 from pdctl.errors import Cause
 
 log = structlog.get_logger(__name__)
@@ -37,11 +39,12 @@ DONE, PENDING = 1, 0
 # Greetings are read to here, and nothing is ever read from here. Not the mover's own: an engine outlives its mover.
 _NOWHERE = ctypes.create_string_buffer(64)
 _NO_MEMORY = 8  # an address that no peer has registered: asked for it, the peer hangs up, and so the way is closed
+_GONE = "memory of this side that it was to move is not there any more"
 Submit = Callable[[str, int, int, int], int]
 
 # Between two looks at a peer, so that a quarter to a half of what is in flight has ended meanwhile: of 64 blocks of
 # 4 KiB, 200 us let only 8 end, and each look costs a question a block and takes a core from the engine's own thread.
-_SHORTEST_S, _LONGEST_S = 50e-6, 600e-6
+_SHORTEST_S, _LONGEST_S = 50e-6, 300e-6
 _CALM_S, _CALM_AFTER_S = 2e-3, 50e-3  # where nothing has moved for so long
 _GOODBYE_S = 0.1
 # How old a look at the tether may be when a block goes: a process takes 20 times as long to start and to take a port.
@@ -79,6 +82,7 @@ class Mover:
         self._news = threading.Event()
         self._ending = False
         self._windows: dict[Lane, _Window] = {}
+        self._stages = Stages()
         self._carried: set[Transfer] = set()
         self._over: Verdict | None = None
         self._quiet_since = 0.0
@@ -138,7 +142,9 @@ class Mover:
             transfer = self._inbox.popleft()
             self._carried.add(transfer)
             if transfer.lane not in self._windows:
-                self._windows[transfer.lane] = _Window(self._window, self._stall_s, self._calls, self._tell)
+                self._windows[transfer.lane] = _Window(
+                    self._window, self._stall_s, self._calls, self._tell, self._stages
+                )
             self._windows[transfer.lane].add(transfer)
 
     def _part_from_all(self) -> None:
@@ -191,6 +197,7 @@ class _Window:
     stall_s: float
     calls: Calls
     tell: Callable[[Transfer], None]
+    stages: Stages = field(default_factory=Stages)
     waiting: deque[Transfer] = field(default_factory=deque)
     flying: list[_Flight] = field(default_factory=list)
     nbytes: int = 0
@@ -255,7 +262,8 @@ class _Window:
         # SIGSTOP, 27 of 46 failed a block at once when several came together, 0 of 42 when one came first.
         if not lane.proven:
             return not self.flying
-        return len(self.flying) < self.size and (self.nbytes < _IN_FLIGHT or len(self.flying) < _AT_LEAST)
+        n = len(self.flying)
+        return n < self.size and n < lane.most and (self.nbytes < _IN_FLIGHT or n < _AT_LEAST)
 
     def _give(self, transfer: Transfer) -> None:
         """Submit blocks of it until there is no room, or another's turn comes, or there are no more."""
@@ -273,20 +281,30 @@ class _Window:
                 return
 
     def _send(self, transfer: Transfer, way: Way, block: Block) -> None:
+        local, remote, nbytes = block
+        if not isinstance(local, int):
+            try:
+                way.stage = self.stages.take()
+                local = local.into(way.stage)
+            except OSError as error:
+                self._back(transfer.lane, way)
+                transfer.stop(Cause.LOCAL, own_fault(error) or f"{_GONE} ({error.strerror})")
+                return
         now = time.monotonic()
         if now - self.looked_at > _FRESH_S:
             end = transfer.lane.over()
             if end is not None:
-                transfer.lane.idle.append(way)
+                self._back(transfer.lane, way)
                 self._failed(transfer, Cause.PEER_GONE, end)
                 return
             self.looked_at = now
-        ticket = self.calls.submit[transfer.direction](way.name, *block)
+        ticket = self.calls.submit[transfer.direction](way.name, local, remote, nbytes)
         if not ticket:
+            self._unstage(way)
             self._refused(transfer)
             return
         transfer.in_flight += 1
-        self.nbytes += block[2]
+        self.nbytes += nbytes
         self.flying.append((ticket, transfer, way, now, block, False))
 
     def _greet(self, transfer: Transfer, way: Way, then: Block) -> None:
@@ -319,6 +337,7 @@ class _Window:
             # Not before its turn: a greeting that ended in the same look still has its block to send.
             transfer.in_flight -= 1
             self.nbytes -= block[2]
+            self._unstage(way)
             if status == DONE:
                 self._arrived(transfer, way, block if is_greeting else None)
             else:  # and its connection is closed: the way is not used again
@@ -333,6 +352,16 @@ class _Window:
             self._send(transfer, way, then)
         else:
             transfer.lane.idle.append(way)
+
+    def _back(self, lane: Lane, way: Way) -> None:
+        """No block has gone by it."""
+        self._unstage(way)
+        lane.idle.append(way)
+
+    def _unstage(self, way: Way) -> None:
+        if way.stage is not None:
+            self.stages.give_back(way.stage)
+            way.stage = None
 
     def _diagnosis(self, transfer: Transfer, age_s: float) -> Verdict:
         which = f"one of {transfer.total} blocks"

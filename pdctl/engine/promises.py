@@ -22,6 +22,7 @@ from pdctl.engine.blocks import Direction, Transfer, blocks, split
 from pdctl.engine.canary import Canary, Questions
 from pdctl.engine.carrier import Carrier, Patience
 from pdctl.engine.checks import check_plan, check_region, first_outside
+from pdctl.engine.gather import Gathering
 from pdctl.engine.pins import ATTEMPTS, Pins
 from pdctl.errors import BadField, Cause, TransferFailed
 
@@ -190,7 +191,11 @@ class PromisedEngine:
         self._check_open(session)
         pieces = split(plan, self._patience.block_limit)
         rest: asyncio.Future[Any] = self._loop.create_future()
-        transfer = Transfer(pin.lane, pin.faith, direction, blocks(pieces), len(pieces), rest)
+        moves, total = blocks(pieces), len(pieces)
+        if direction is Direction.WRITE and self._carrier.gathers:
+            gathering = Gathering.of(pieces)
+            moves, total = gathering.blocks(), len(gathering)
+        transfer = Transfer(pin.lane, pin.faith, direction, moves, total, rest)
         self._begin(session, transfer)
         await self._see_through(session, transfer, until, deadline_s)
 

@@ -53,8 +53,8 @@ class AttachPolicy:
                      a killed master 4.4 s
     owner_rest_s     how long to leave it alone when the owner of a segment does not answer: until then each call to
                      that owner costs 1 to 5 s, and after 10 s (client_ttl) the master has forgotten it
-    pieces_at_once   in one call; an object is never cut. What a process's lanes and stall make safe is
-                     `environment.pieces_at_once`; more gain nothing (tests/bench/store_pages.py)
+    pieces_at_once   in one call; an object is never cut. What all calls together may have is
+                     `environment.pieces_at_once`: 96 where a store has its own engine settings
     nbytes_at_once   in one call: with SSD offload all that a call reads from the disk has to fit the offload buffer
                      (64 MiB for all calls together), or none of it comes
     calls_at_once    as many as the store has threads: one more would wait where it cannot be taken back
@@ -182,14 +182,17 @@ class Attachment:
         strict: bool,
     ) -> list[bool]:
         step = self._policy.keys_at_once(nbytes)
-        well: list[bool] = []
-        for at in range(0, len(keys), step):
-            part = slice(at, at + step)
-            each = await self._call(what, len(keys[part]), _Batch(call, keys[part], pointers[part], nbytes[part]))
-            if strict and (failures := [failure for failure in each if failure is not None]):
-                raise failures[0]
-            well += [failure is None for failure in each]
-        return well
+        parts = [slice(at, at + step) for at in range(0, len(keys), step)]
+        batches = [_Batch(call, keys[part], pointers[part], nbytes[part]) for part in parts]
+        try:
+            async with asyncio.TaskGroup() as calls:  # whose end means that the memory is at rest, however it ends
+                made = [calls.create_task(self._call(what, len(batch.keys), batch)) for batch in batches]
+        except BaseExceptionGroup as group:
+            raise group.exceptions[0] from None
+        each = [failure for done in made for failure in done.result()]
+        if strict and (failures := [failure for failure in each if failure is not None]):
+            raise failures[0]
+        return [failure is None for failure in each]
 
     async def _one(self, what: StoreCall, n: int, call: Callable[[], Awaitable[T]], strict: bool) -> T | None:
         made: list[T] = []

@@ -21,7 +21,6 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +65,13 @@ class Done:
 
 @dataclass(slots=True)
 class Place:
-    """A rank's place. `child` changes when it is killed; `open`: requests may be given to it."""
+    """A rank's place. `child` changes when it is killed; `open`: requests may be given to it; `broken`: a fault is."""
 
     name: str
     start: Callable[[], Coroutine[Any, Any, Child]]
     child: Child
     open: asyncio.Event = field(default_factory=asyncio.Event)
+    broken: bool = False
 
     async def restart(self, members: Family) -> None:
         self.open.clear()
@@ -95,6 +95,7 @@ class Fleet:
     rooms: Iterator[int] = field(default_factory=lambda: itertools.count(1))
     turns: Iterator[int] = field(default_factory=itertools.count)
     failures: Counter[str] = field(default_factory=Counter)
+    ending: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def serve(self, asked: Asked) -> Done:
         """One request, by POLICY, to its end."""
@@ -183,12 +184,21 @@ class Fleet:
         spared = [int(url.rpartition(":")[2]) for url in self.registries.values()]
         await place.child.ask("cut", seconds=CUT_S, spared_ports=spared, deadline_s=DEADLINE_S)
 
-    def faults(self, seed: int) -> Iterator[tuple[str, Callable[[], Coroutine[Any, Any, None]]]]:
-        """Each kind of fault at each kind of rank, in turn, without end; which of the two, chance says."""
-        chance = random.Random(seed)
-        for what, kind in itertools.cycle([("kill", "d"), ("stop", "p"), ("cut", "d"), ("kill", "p"), ("stop", "d")]):
-            place = self.places[f"{kind}{chance.randrange(2)}"]
-            yield f"{what} {place.name}", partial({"kill": self.kill, "stop": self.stop, "cut": self.cut}[what], place)
+    async def sound(self, kind: str, chance: random.Random) -> Place:
+        """A rank that serves and that no other fault is at."""
+        there = [place for name, place in self.places.items() if name.startswith(kind)]
+        while not (sound := [place for place in there if place.open.is_set() and not place.broken]):  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+        return chance.choice(sound)
+
+    async def break_one(self, what: str, place: Place) -> None:
+        place.broken = True
+        await {"kill": self.kill, "stop": self.stop, "cut": self.cut}[what](place)
+        place.broken = False
+
+
+FAULTS = (("kill", "d"), ("stop", "p"), ("cut", "d"), ("kill", "p"), ("stop", "d"))
+"""Each kind of fault, and of which rank, in turn without end; which of them, chance says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,22 +261,24 @@ def bench() -> list[Row]:
     return []
 
 
-async def replay(trace: Sequence[Asked], speed: float, fault_every_s: float | None, seed: int) -> Pass:
-    """The whole trace once, through processes of its own."""
+async def replay(
+    trace: Sequence[Asked], speed: float, fault_every_s: float | None, seed: int, n_faults: int | None = None
+) -> Pass:
+    """The whole trace through processes of its own: once, or, where that is said, until there were `n_faults`."""
     async with opened() as fleet:
         for asked in trace[:8]:  # connections are opened, and that is not what is measured
             await fleet.serve(asked)
         fleet.failures.clear()
         broken = Counter[str]()
         began = time.monotonic()
-        breaking = asyncio.create_task(_break(fleet, fault_every_s, seed, broken))
-        done = await _all(fleet, trace, speed, began)
-        seconds = time.monotonic() - began
-        breaking.cancel()
-        await asyncio.wait({breaking})
-        if not breaking.cancelled() and (error := breaking.exception()):
-            raise error
-        await asyncio.gather(*(place.ready() for place in fleet.places.values()))
+        async with asyncio.TaskGroup() as group:
+            if fault_every_s is not None:
+                group.create_task(_break(fleet, fault_every_s, n_faults, seed, broken))
+            done = await _all(fleet, trace, speed, began)
+            while sum(broken.values()) < (n_faults or 0):
+                done += await _all(fleet, trace, speed, time.monotonic())
+            seconds = time.monotonic() - began
+            fleet.ending.set()
         return Pass(done, seconds, broken, fleet.failures, await fleet.left())
 
 
@@ -281,19 +293,18 @@ async def _all(fleet: Fleet, trace: Sequence[Asked], speed: float, began: float)
     return list(await asyncio.gather(*map(one, trace)))
 
 
-async def _break(fleet: Fleet, every_s: float | None, seed: int, broken: Counter[str]) -> None:
-    """One fault after another, each begun `every_s` after the one before, or when that is over; the last is healed."""
-    if every_s is None:
-        return
-    for what, fault in fleet.faults(seed):
-        await asyncio.sleep(every_s)
-        healing = asyncio.create_task(fault(), name=what)
-        try:
-            await asyncio.shield(healing)
-        finally:
-            await asyncio.wait({healing})
-            broken[what.split()[0]] += 1
-        healing.result()
+async def _break(fleet: Fleet, every_s: float, most: int | None, seed: int, broken: Counter[str]) -> None:
+    """A fault every so often, whether or not the one before is healed; all are when this ends."""
+    chance = random.Random(seed)
+    async with asyncio.TaskGroup() as healing:
+        for what, kind in itertools.islice(itertools.cycle(FAULTS), most):
+            await asyncio.sleep(every_s)
+            place = await fleet.sound(kind, chance)
+            if fleet.ending.is_set():
+                return
+            broken[f"{what} {kind}"] += 1
+            healing.create_task(fleet.break_one(what, place), name=f"{what} {place.name}")
+            await asyncio.sleep(0)  # it is broken from now on
 
 
 @asynccontextmanager

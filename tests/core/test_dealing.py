@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,9 @@ from pdctl.core.address import Endpoint
 from pdctl.core.dealing import by_token
 from pdctl.core.destination import Destination
 from pdctl.core.layout import Heads, Kind, KvLayout, Pool, RankPools, Share, Slices
+from pdctl.core.sums import Sums, pack, unpack
 from pdctl.core.wire import Metadata, RegisterBuffers
+from pdctl.engine.checksums import sums
 from pdctl.errors import LayoutMismatch
 
 REPLY, AUX = Endpoint("10.0.0.1", 40000), Pool((500,), (8,), 4)
@@ -119,11 +122,49 @@ def test_shares_that_cannot_be_are_refused() -> None:
         KvLayout(Kind.MHA, tokens=Share(2, 0))
 
 
-def test_what_is_dealt_out_is_not_summed() -> None:
-    whole = Destination.of(registered(12, wants_sums=True), named([0]), mla(2))
-    dealt = Destination.of(registered(12, wants_sums=True, dcp_size=2), named([0]), mla(2))
-    shared = Destination.of(registered(12, wants_sums=True), named([0]), mla(2, Share(2, 0)))
-    assert (whole.wants_sums, dealt.wants_sums, shared.wants_sums) == (True, False, False)
+@settings(max_examples=40)
+@given(requests, st.permutations(range(N_PAGES)), st.integers(1, 4), st.integers(2, 3), st.integers(0, 12), st.data())
+def test_what_is_dealt_out_is_summed_where_it_went_and_each_byte_of_it(
+    source: list[int], theirs: list[int], page_size: int, size: int, cut: int, data: st.DataObject
+) -> None:
+    nbytes, dcp, rank = page_size * TOKEN_NBYTES, data.draw(st.booleans()), data.draw(st.integers(0, size - 1))
+    rng = np.random.default_rng(cut)
+    near, far = (rng.integers(0, 256, (N_PAGES, nbytes), np.uint8) for _ in range(2))
+    pages = theirs[: -(-len(source) // size)] if dcp else theirs[: len(source)]
+    layout = KvLayout(Kind.MLA, page_size, pages=Share() if dcp else Share(size, rank))
+    ours = RankPools(Pool((near.ctypes.data,), (nbytes,), N_PAGES), AUX, layout)
+    share = {"dcp_size": size, "dcp_rank": rank} if dcp else {}
+    said = registered(nbytes, kv_pointers=(far.ctypes.data,), wants_sums=True, **share)
+    to, start, given_sums = Destination.of(said, named(pages), ours), 0, []
+    before = far.copy()
+    for chunk in cut_up(source, cut):
+        plan, numbers = to.chunk(np.array(chunk, np.int64), start), np.array(chunk, np.int64)
+        for src, dst, n in zip(plan.src.tolist(), plan.dst.tolist(), plan.nbytes.tolist(), strict=True):
+            ctypes.memmove(dst, src, n)
+        summands = to.chunk_summands(numbers, start)
+        assert sum(len(each.items) * each.ours.nbytes for each in summands) == plan.total
+        given_sums += [each.to(sums(each.source, each.items, each.ours)) for each in summands]
+        start += len(chunk)
+    there = RankPools(Pool((far.ctypes.data,), (nbytes,), N_PAGES), AUX)
+    assert to.wants_sums
+    assert compared(given_sums, there, pages) == []
+    touched = np.flatnonzero((far != before).ravel())
+    if len(touched):
+        at = int(data.draw(st.sampled_from(touched.tolist())))
+        far.ravel()[at] ^= 1
+        (wrong,) = compared(given_sums, there, pages)
+        assert wrong.startswith(f"page {at // nbytes} (")
+
+
+def compared(said: list[Sums], there: RankPools, pages: list[int]) -> list[str]:
+    found = []
+    for each in list(unpack(pack(said))):
+        pool, items = each.pool_of(there), each.items(np.array(pages, np.int64))
+        assert pool is not None
+        assert each.spans.problem(pool) is None
+        assert each.end <= len(pages)
+        found.append(each.differ(sums(pool, items, each.spans), items))
+    return [each for each in found if each is not None]
 
 
 # State over TP ranks
@@ -165,6 +206,52 @@ def test_state_of_other_channels_is_refused_before_it_moves() -> None:
         Destination.of(told_of_state(1, 0, (32, 8)), named([0], state_rows=((2,),)), with_state(2, 0))
     with pytest.raises(LayoutMismatch, match="2 entries of state has 1 slices: give each one"):
         RankPools(mla(2).kv, AUX, states=(Pool((1, 2), (8, 8)),), state_slices=((Slices(Heads(1, 1, 0)),),))
+
+
+@settings(max_examples=30)
+@given(
+    st.lists(st.integers(1, 2), min_size=2, max_size=3), st.integers(1, 3), st.sampled_from([(1, 2), (2, 1), (4, 2)])
+)
+def test_parts_are_split_each_by_itself(sizes: list[int], rows: int, tps: tuple[int, int]) -> None:
+    parts, unit, item = tuple(4 * n for n in sizes), 3, 2
+    came: list[dict[int, tuple[int, int, int]]] = [{} for _ in range(tps[1])]
+
+    def meaning(tp_size: int, rank: int, base: int) -> dict[int, tuple[int, int, int]]:
+        """Row, unit of the whole row and byte of it, by address."""
+        held = [
+            sum(parts[:n]) + each
+            for n, size in enumerate(parts)
+            for each in range(size // tp_size * rank, size // tp_size * (rank + 1))
+        ]
+        places = [(row, number, byte) for row in range(rows) for number in held for byte in range(unit)]
+        return {base + item * len(places) + at: place for at, place in enumerate(places)}
+
+    for here in range(tps[0]):
+        slices = Slices(Heads(sum(parts), tps[0], here), rows, parts)
+        nbytes = rows * sum(parts) * unit // tps[0]
+        ours = RankPools(mla(2).kv, AUX, KvLayout(Kind.MLA, 2), (Pool((20_000,), (nbytes,), 4),), (), ((slices,),))
+        for there in range(tps[1]):
+            if here * tps[1] // tps[0] != there and there * tps[0] // tps[1] != here:
+                continue  # not paired
+            state = {"state_pointers": ((60_000,),), "state_item_lens": ((rows * sum(parts) * unit // tps[1],),)}
+            said = registered(12, tp_size=tps[1], tp_rank=there, **state)
+            to = Destination.of(said, named([0], state_rows=((item,),)), ours)
+            plan, means = to.last(1, None, [[item]]), meaning(tps[0], here, 20_000)
+            for src, dst, n in zip(plan.src.tolist(), plan.dst.tolist(), plan.nbytes.tolist(), strict=True):
+                for byte in range(n):
+                    assert dst + byte not in came[there]
+                    came[there][dst + byte] = means[src + byte]
+            (summand,) = to.last_summands(None, [[item]])
+            assert summand.ours.nbytes == summand.theirs.nbytes == plan.total
+            assert summand.theirs.problem(Pool((60_000,), state["state_item_lens"][0])) is None
+    assert came == [meaning(tps[1], there, 60_000) for there in range(tps[1])]
+
+
+def test_parts_that_do_not_divide_are_refused() -> None:
+    with pytest.raises(LayoutMismatch, match="parts of"):
+        Slices(Heads(8, 2, 0), parts=(3, 5))
+    with pytest.raises(LayoutMismatch, match="not the 8 of a row"):
+        Slices(Heads(8, 2, 0), parts=(2, 4))
 
 
 def test_dims_are_announced_as_stock_does() -> None:

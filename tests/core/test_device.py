@@ -41,6 +41,16 @@ def test_a_process_number_is_the_hosts_by_what_is_visible(index: int, visible: s
     assert physical_npu(index, visible) == physical
 
 
+@pytest.mark.parametrize(("told", "physical"), [("7", 7), ("-1", 5), ("", 5), (None, 5)])
+def test_a_physical_number_that_is_told_outright_stands(told: str | None, physical: int) -> None:
+    assert physical_npu(1, "4,5", told) == physical
+
+
+def test_a_physical_number_that_is_none_is_refused() -> None:
+    with pytest.raises(ConfigError, match="ASCEND_NPU_PHY_ID=seven is no number"):
+        physical_npu(0, None, "seven")
+
+
 @pytest.mark.parametrize(
     ("index", "visible", "says"),
     [

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdctl.core.layout import Heads, Kind, KvLayout, Pool, Share, pair_entries, same_entries
-from pdctl.core.pairing import Pairing, check_shapes, dp_rank_of, pages_of, pair, rank_id
+from pdctl.core.pairing import Pairing, check_rank, check_shapes, dp_rank_of, pages_of, pair, rank_id
 from pdctl.core.plan import CopyPlan, head_plan, page_plan
 from pdctl.core.route import Seat, Shape
 from pdctl.errors import LayoutMismatch
@@ -329,6 +329,39 @@ def test_of_cp_ranks_that_share_the_layers_each_sends_its_own() -> None:
 
 def test_a_flag_that_says_nothing_to_mha_keeps_nobody_apart() -> None:
     check_shapes(replace(shape(), enable_kv_cache_sharding=True), shape(), Kind.MHA)
+
+
+SHARING = shape(2, enable_kv_cache_sharding=True)
+
+
+@pytest.mark.parametrize(
+    ("layout", "given", "said"),
+    [
+        (KvLayout(page_size=16, heads=Heads(4, 2, 0)), shape(2), r"heads are \(0, 2\) and .* say \(1, 2\)"),
+        (KvLayout(page_size=16, heads=Heads(4, 4, 1)), shape(2), r"heads are \(1, 4\)"),
+        (KvLayout(heads=Heads(4, 2, 1)), shape(2), "page_size are 1 and .* say 16"),
+        (KvLayout(Kind.MLA, tokens=Share(2, 0)), shape(2), "page_size are 1 and .* say 16"),
+        (
+            KvLayout(Kind.MLA),
+            shape(2, enable_kv_cache_sharding=True),
+            r"pages are Share\(size=1, rank=0\) and .*size=2",
+        ),
+    ],
+)
+def test_a_rank_whose_layout_contradicts_its_seat_does_not_open(layout: KvLayout, given: Shape, said: str) -> None:
+    with pytest.raises(LayoutMismatch, match=said):
+        check_rank(layout, Seat(0, 0, 1, 0), given, prefill=True)
+
+
+def test_a_layout_that_says_little_contradicts_nothing() -> None:
+    check_rank(KvLayout(), Seat(0, 0, 1, 0), shape(2), prefill=True)
+    check_rank(
+        KvLayout(Kind.MLA, 16, pages=Share(2, 1)),
+        Seat(0, 0, 1, 0),
+        shape(2, enable_kv_cache_sharding=True),
+        prefill=True,
+    )
+    check_rank(KvLayout(Kind.MLA, 16, tokens=Share(2, 1)), Seat(0, 0, 1, 0), shape(2), prefill=False)
 
 
 def test_rank_ids_differ_within_an_instance() -> None:

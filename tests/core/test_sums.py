@@ -78,7 +78,7 @@ def test_one_byte_that_differs_is_found_and_its_page_named(
     pages, named = np.array(order[:n]), np.array(order[::-1][:n])
     perform(page_plan(pool_of(near), pool_of(far), same_entries(3), pages, named, "KV"))
     ours, theirs = item_spans(pool_of(near), same_entries(3))
-    said = Sums(KV, 0, theirs, sums(pool_of(near), pages, ours), pages)
+    said = Sums(KV, theirs, np.arange(n), pages, sums(pool_of(near), pages, ours))
     assert said.differ(sums(pool_of(far), named, theirs), named) is None
     victim = data.draw(st.sampled_from(named.tolist()))
     far[at // 40][victim, at % 40] ^= 0x10
@@ -98,13 +98,14 @@ def test_sums_survive_the_trip() -> None:
     spans = Spans(np.array([0, 3]), np.array([0, 8]), np.array([16, 2**32 - 1]), 16)
     none = np.array([], np.int64)
     sent = [
-        Sums(KV, 7, spans, np.array([1, 2**32 - 1], np.uint32), np.array([2**31 - 1, 4])),
-        Sums(1, 0, spans, none.astype(np.uint32), none),
+        Sums(KV, spans, np.array([7, 2**31 - 1]), np.array([2**31 - 1, 4]), np.array([1, 2**32 - 1], np.uint32), 16),
+        Sums(1, spans, none, none, none.astype(np.uint32)),
     ]
     back = list(unpack(pack(sent)))
-    assert [(s.pool, s.start, s.spans.parts, s.crcs.tolist(), s.sources.tolist()) for s in back] == [
-        (0, 7, 16, [1, 2**32 - 1], [2**31 - 1, 4]),
-        (1, 0, 16, [], []),
+    assert [(s.pool, s.per, s.spans.parts) for s in back] == [(0, 16, 16), (1, 1, 16)]
+    assert [(s.numbers.tolist(), s.sources.tolist(), s.crcs.tolist()) for s in back] == [
+        ([7, 2**31 - 1], [2**31 - 1, 4], [1, 2**32 - 1]),
+        ([], [], []),
     ]
     assert [s.spans.widths.tolist() for s in back] == [[16, 2**32 - 1]] * 2
     assert [s.spans.offsets.tolist() for s in back] == [[0, 8]] * 2
@@ -119,7 +120,7 @@ def test_strangers_bytes_raise_value_error_or_are_sums(raw: bytes) -> None:
 
 def test_every_way_of_breaking_off_is_found() -> None:
     spans = Spans(np.array([0]), np.array([0]), np.array([16]))
-    whole = pack([Sums(KV, 0, spans, np.array([1, 2], np.uint32), np.array([3, 4]))])
+    whole = pack([Sums(KV, spans, np.array([0, 1]), np.array([3, 4]), np.array([1, 2], np.uint32))])
     for end in range(1, len(whole)):
         with pytest.raises(ValueError, match=r"break off|whole number"):
             list(unpack(whole[:end]))
@@ -146,8 +147,10 @@ def test_spans_outside_our_own_pool_are_never_read(
 
 def test_pages_are_spoken_of_where_a_sum_is_given() -> None:
     spans = Spans(np.array([0]), np.array([0]), np.array([16]))
-    said = [Sums(KV, start, spans, np.zeros(n, np.uint32), np.arange(n)) for start, n in ((0, 2), (4, 1))]
-    said.append(Sums(AUX, 2, spans, np.zeros(1, np.uint32), np.arange(1)))
+    said = [
+        Sums(pool, spans, np.array(numbers), np.array(numbers), np.zeros(len(numbers), np.uint32), per)
+        for pool, numbers, per in ((KV, [1, 0], 1), (KV, [8, 9], 2), (AUX, [2], 1))
+    ]
     assert np.flatnonzero(spoken(said, 6)).tolist() == [0, 1, 4]
     assert sums(pool_of(arrays(1, 16, None)), np.array([], np.int64), spans).tolist() == []
     assert not spoken([], 6).any(), "a rank that writes no heads of these pages"

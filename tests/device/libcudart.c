@@ -1,7 +1,7 @@
 /* The runtime of the driver in libcuda.c: as much of libcudart.so.12 as Mooncake's CUDA wheel links to.
  *
- * What its TCP transport does with a device's memory is done: the pointer is recognised, bytes are copied. The rest
- * answers that it is not supported. Like the real one it needs no context from its caller: it takes device 0's.
+ * What its TCP and intra-node NVLink transports do with a device's memory is done, at once and in order: streams and
+ * events are names. The rest answers that it is not supported. Like the real one it needs no context from its caller.
  */
 #include <stddef.h>
 #include <stdint.h>
@@ -79,24 +79,33 @@ int cudaIpcOpenMemHandle(void **pointer, Handle handle, unsigned flags) {
 }
 int cudaIpcCloseMemHandle(void *pointer) { enter(); return leave(cuIpcCloseMemHandle((uint64_t)pointer)); }
 
+int cudaMemcpyBatchAsync(
+    void **to, void **from, size_t *n, size_t count, void *how, size_t *which, size_t hows, size_t *failed, void *stream) {
+  (void)how, (void)which, (void)hows, (void)stream;
+  for (size_t i = 0; i < count; i++) {
+    int code = cudaMemcpy(to[i], from[i], n[i], 4);
+    if (code) return *failed = i, code;
+  }
+  return OK;
+}
+int cudaLaunchHostFunc(void *stream, void (*function)(void *), void *given) { (void)stream; function(given); return OK; }
+int cudaStreamCreateWithFlags(void **stream, unsigned flags) { (void)flags; *stream = &chosen; return OK; }
+int cudaEventCreateWithFlags(void **event, unsigned flags) { (void)flags; *event = &chosen; return OK; }
+int cudaDeviceCanAccessPeer(int *can, int device, int peer) { *can = device != peer; return OK; }
+
 #define ANSWER(name, code) int name(void) { return code; }
-ANSWER(cudaStreamCreateWithFlags, OK)
 ANSWER(cudaStreamDestroy, OK)
+ANSWER(cudaEventDestroy, OK)
+ANSWER(cudaEventRecord, OK)
+ANSWER(cudaEventSynchronize, OK)
+ANSWER(cudaDeviceEnablePeerAccess, OK)
 ANSWER(cudaStreamQuery, OK)
 ANSWER(cudaStreamSynchronize, OK)
 ANSWER(cudaHostRegister, OK)
 ANSWER(cudaHostUnregister, OK)
-ANSWER(cudaDeviceCanAccessPeer, NOT_SUPPORTED)
-ANSWER(cudaDeviceEnablePeerAccess, NOT_SUPPORTED)
-ANSWER(cudaEventCreateWithFlags, NOT_SUPPORTED)
-ANSWER(cudaEventDestroy, NOT_SUPPORTED)
-ANSWER(cudaEventRecord, NOT_SUPPORTED)
-ANSWER(cudaEventSynchronize, NOT_SUPPORTED)
 ANSWER(cudaFreeHost, NOT_SUPPORTED)
 ANSWER(cudaGetDeviceProperties_v2, NOT_SUPPORTED)
 ANSWER(cudaHostAlloc, NOT_SUPPORTED)
 ANSWER(cudaHostGetDevicePointer, NOT_SUPPORTED)
-ANSWER(cudaLaunchHostFunc, NOT_SUPPORTED)
-ANSWER(cudaMemcpyBatchAsync, NOT_SUPPORTED)
 ANSWER(cudaMemset, NOT_SUPPORTED)
 ANSWER(cudaMemsetAsync, NOT_SUPPORTED)

@@ -97,6 +97,12 @@ async def test_the_card_is_set_before_the_engine_on_the_very_thread_that_makes_i
     assert [what for what, _ in runtime.seen][-2:] == ["aclrtResetDevice", "aclFinalize"]
 
 
+async def test_the_cards_number_that_an_operator_of_sglang_has_set_is_understood() -> None:
+    environ = {"ASCEND_NPU_PHY_ID": "7", "ASCEND_RT_VISIBLE_DEVICES": "0"}
+    async with open_device("npu:0", environ=environ, load=lambda _: Runtime()) as device:
+        assert device.engine_name("10.0.0.7", 12345) == "10.0.0.7:12345:npu_7"
+
+
 async def test_without_the_device_the_same_engine_dies_of_the_fields_bug() -> None:
     """What the order is for: the runtime above does refuse."""
     runtime, answers = Runtime(), list[int]()

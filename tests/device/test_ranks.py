@@ -15,6 +15,7 @@ from pdctl import config
 from pdctl.core.device import DeviceSpec
 from pdctl.core.layout import Pool, RankPools, Region
 from pdctl.core.route import Shape
+from pdctl.engine.mooncake import MooncakeSettings
 from pdctl.errors import BadField, ConfigError, DeviceUnavailable
 from pdctl.memory import Arena
 from pdctl.node import decode_node
@@ -66,6 +67,14 @@ async def test_the_accelerator_of_the_settings_is_opened_and_its_absence_is_said
     with pools() as (its, arena), pytest.raises(DeviceUnavailable, match=r"libcuda\.so\.1 is not on this host|cuda:7"):
         async with decode_node(settings, pools=its, arena=arena, shape=SHAPE):
             pass
+
+
+async def test_a_rank_is_not_opened_over_what_cannot_register_its_aux_rows() -> None:
+    settings = config.load().model_copy(update={"engine": MooncakeSettings(protocol="nvlink_intra")})
+    with pools() as (its, arena):
+        opening = decode_node(settings, pools=its, arena=arena, shape=SHAPE, device=Recording())
+        with pytest.raises(ConfigError, match="nvlink_intra registers device memory alone"):
+            await opening.__aenter__()
 
 
 def test_an_accelerator_that_is_none_is_a_settings_error() -> None:

@@ -144,7 +144,7 @@ def settings_at(registry: str, checksum: Checksum = Checksum.OFFERED) -> Setting
 
 
 async def main(given: dict[str, Any]) -> None:
-    model, split = Model(**given["model"] | {"lens": tuple(given["model"]["lens"])}), Split(**given["split"])
+    model, split = Model.of(given["model"]), Split(**given["split"])
     settings = settings_at(given["registry"], Checksum(given["checksum"]))
     instance = (Prefill if given["role"] == "prefill" else Decode)(model, given["seed"])
     async with AsyncExitStack() as stack:

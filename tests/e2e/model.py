@@ -8,6 +8,7 @@ transfer, ours or stock, knows it without asking the other.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,8 +28,8 @@ class Model:
     """What both instances serve. `lens`: bytes of a head of a token, of K and of V; one number for MLA.
 
     `ids`: whether the entries say their layers. `state`: bytes of a unit of state in each layer, 0 for none; an item
-    has `state_rows` rows of `state_units` units, which TP ranks share; 1 is the same on all. `state_ids`: whether it
-    says its layers.
+    has `state_rows` rows of `state_units` units, which TP ranks share; 1 is the same on all. `state_parts`: the units
+    of parts that are split each by itself. `state_ids`: whether it says its layers.
     """
 
     kind: str = "mha"
@@ -41,7 +42,14 @@ class Model:
     state: int = 0
     state_units: int = 1
     state_rows: int = 1
+    state_parts: tuple[int, ...] = ()
     state_ids: bool = True
+
+    @classmethod
+    def of(cls, body: dict[str, Any]) -> Model:
+        """As JSON brings it."""
+        given: dict[str, Any] = {name: tuple(it) if isinstance(it, list) else it for name, it in body.items()}
+        return cls(**given)
 
 
 @dataclass(frozen=True)
@@ -100,11 +108,14 @@ class Rank:
         self.entries = [(part, first + at) for part in range(len(model.lens)) for at in range(n)]
         heads = Heads(model.heads, split.tp, seat.tp) if model.kind == "mha" else None
         self.heads = range(1) if heads is None else heads.held
-        self.slices = Slices(Heads(model.state_units, split.tp, seat.tp), model.state_rows)
+        self.slices = Slices(Heads(model.state_units, split.tp, seat.tp), model.state_rows, model.state_parts)
+        self.units = [*self.slices.heads.held] if not model.state_parts else []
+        for number, part in enumerate(self.slices.heads_of_parts()):
+            self.units += [sum(model.state_parts[:number]) + unit for unit in part.held]
         self.arena = Arena(1 << 20)
         self.kv = [self.arena.array((model.n_pages, self._nbytes(part)), np.uint8) for part, _ in self.entries]
         self.aux = self.arena.array((N_ROWS, AUX_NBYTES), np.uint8)
-        state_nbytes = model.state * model.state_rows * len(self.slices.heads.held)
+        state_nbytes = model.state * model.state_rows * len(self.units)
         self.state = [self.arena.array((N_ROWS, state_nbytes), np.uint8) for _ in range(n)] if state_nbytes else []
         self.pages = pages_of(seat, split.shape(model), Kind(model.kind))
         self.tokens = Share(split.dcp, seat.tp % split.dcp)
@@ -173,7 +184,7 @@ class Rank:
 
     def _state(self, row: int, at: int) -> Bytes:
         """An item of this rank's state entry number `at`: shape (bytes,)."""
-        rows, units = np.arange(self.model.state_rows)[:, None, None], np.asarray(self.slices.heads.held)[:, None]
+        rows, units = np.arange(self.model.state_rows)[:, None, None], np.asarray(self.units)[:, None]
         start = row * 16 + self.entries[0][1] + at
         values: Bytes = (start + rows * 3 + units * 7 + np.zeros(self.model.state, np.int64)).astype(np.uint8)
         return values.ravel()

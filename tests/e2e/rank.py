@@ -49,16 +49,27 @@ class Rank:
         self.aux = [self.arena.array((N_ROWS, nbytes), np.uint8) for nbytes in AUX]
         self.pools = RankPools(_pool(self.kv), _pool(self.aux))
         self.rooms: dict[int, asyncio.Task[str]] = {}
+        self.ended: list[int] = []
+        self.named: defaultdict[int, asyncio.Event] = defaultdict(asyncio.Event)
         self.released: list[list[int]] = []
         self.given_back = asyncio.Event()
 
     def start(self, room: int, work: Any) -> dict[str, Any]:
-        self.rooms[room] = asyncio.create_task(self._outcome(work))
+        self.rooms[room] = asyncio.create_task(self._outcome(room, work))
         return {}
+
+    async def order(self) -> dict[str, Any]:
+        """In which rooms have ended."""
+        return {"rooms": self.ended}
 
     async def result(self, room: int) -> dict[str, Any]:
         """Empty when all went well, else the reason."""
         return {"why": await self.rooms.pop(room)}
+
+    async def is_named(self, room: int) -> dict[str, Any]:
+        """Wait until its pages have been named: sent at the decode, and heard at the prefill."""
+        await self.named[room].wait()
+        return {}
 
     async def digest(self, pages: list[int], row: int) -> dict[str, Any]:
         digest = hashlib.sha256()
@@ -72,12 +83,13 @@ class Rank:
         self.released.append(pages.tolist())
         self.given_back.set()
 
-    @staticmethod
-    async def _outcome(work: Any) -> str:
+    async def _outcome(self, room: int, work: Any) -> str:
         try:
             await work
         except PdctlError as error:
             return str(error)
+        finally:
+            self.ended.append(room)
         return ""
 
 
@@ -93,16 +105,10 @@ class PrefillRank(Rank):
             array[:] = rng.integers(0, 256, array.shape, np.uint8)
         self.gate = RigGate()
         self.go, self.landed_chunks = asyncio.Semaphore(0), asyncio.Semaphore(0)
-        self.named: defaultdict[int, asyncio.Event] = defaultdict(asyncio.Event)
         self.shell = Sender(engine, link.send, self.pools, 0, self.gate, timeouts, time.monotonic, Metrics())
 
     async def send(self, room: int, chunks: list[list[int]], row: int, paced: bool = False) -> dict[str, Any]:
         return self.start(room, self._send(room, chunks, row, paced))
-
-    async def is_named(self, room: int) -> dict[str, Any]:
-        """Wait until its decode has named its pages."""
-        await self.named[room].wait()
-        return {}
 
     async def landed(self) -> dict[str, Any]:
         """Wait for one more chunk of any room to have landed."""
@@ -184,6 +190,7 @@ class DecodeRank(Rank):
 
     async def _receive(self, room: int, prefill: Endpoint, pages: list[int], row: int) -> None:
         async with self.shell.open(room, prefill, pages, row, release=self.release) as r:
+            self.named[room].set()
             await r.arrived()
 
 

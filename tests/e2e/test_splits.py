@@ -41,6 +41,8 @@ SPLITS = [
     pytest.param(MHA, Split(dp=2, follow=False), Split(), SUMMED, id="DP 2, the registry says which"),
     pytest.param(MHA, Split(cp=2), Split(), PLAIN, id="CP 2, of which rank 0 sends"),
     pytest.param(MHA, Split(cp=2, tp=2), Split(), SUMMED, id="CP 2 and TP 2 to 1"),
+    pytest.param(MLA, Split(tp=2, sharded=True), Split(tp=2), SUMMED, id="MLA, pages shared over TP 2"),
+    pytest.param(MLA, Split(), Split(tp=2, dcp=2), SUMMED, id="MLA, tokens dealt out to DCP 2"),
     pytest.param(Model(state=32), Split(), Split(), SUMMED, id="state beside KV"),
     pytest.param(Model(state=32), Split(pp=2), Split(), PLAIN, id="state beside KV, PP 2 to 1"),
 ]
@@ -59,12 +61,15 @@ async def pair(
         yield sending, receiving
 
 
-async def move(sending: Child, receiving: Child, room: int, dp: int = 0, groups: int = 1, prefix: int = 0) -> None:
+async def move(
+    sending: Child, receiving: Child, room: int, dp: int = 0, groups: int = 1, prefix: int = 0, dcp: int = 1
+) -> None:
     """One room, and every byte of it compared."""
     sent = [page for chunk in SENT for page in chunk]
+    named = NAMED[: -(-len(sent) // dcp)]
     told, found = await asyncio.gather(
         sending.ask("send", room=room, dp=dp, chunks=SENT, groups=groups),
-        receiving.ask("receive", room=room, pages=NAMED, sent=sent, prefix=prefix),
+        receiving.ask("receive", room=room, pages=named, sent=sent, prefix=prefix),
     )
     assert (told, found) == ({}, {"wrong": []})
 
@@ -75,7 +80,7 @@ async def test_each_byte_arrives_where_it_belongs(
 ) -> None:
     async with pair(tmp_path, model, prefill, decode, sums) as (sending, receiving):
         for room in range(prefill.dp):
-            await move(sending, receiving, 40 + room, dp=(40 + room) % prefill.dp)
+            await move(sending, receiving, 40 + room, dp=(40 + room) % prefill.dp, dcp=decode.dcp)
         assert await sending.ask("idle") == await receiving.ask("idle") == {"left": []}
 
 

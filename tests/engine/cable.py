@@ -45,6 +45,8 @@ class Cable:
                 yield it
             finally:
                 await it.cut()
+                await asyncio.sleep(0.05)  # of a connection that was taken in that moment somebody must know
+                await it.cut()
                 it.unclog()
                 if it._carrying:
                     await asyncio.wait(it._carrying, timeout=5)

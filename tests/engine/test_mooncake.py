@@ -311,6 +311,25 @@ def test_a_wheel_that_cannot_move_the_devices_memory_is_refused(protocol: str, f
     wheel.check_can_move(module, HOST, "tcp")
 
 
+async def test_a_device_that_has_fallen_off_is_this_sides_own_fault(peers: Peers) -> None:
+    """An error of the driver (a card that was reset, Xid 79) is no word against the peer."""
+
+    class FallenOff(Recording):
+        def where(self, region: Region) -> DeviceSpec:
+            raise DeviceUnavailable("cuda:0 cannot be opened (cuPointerGetAttribute: CUDA_ERROR_ILLEGAL_ADDRESS (700))")
+
+    far = peers.take()
+    pointer = far.ask_now("register", nbytes=4096)["pointer"]
+    with Arena(4096) as arena:
+        async with open_mooncake(MooncakeSettings(), FallenOff(), factory=Refusing, environ={}) as engine:
+            await engine.register(arena.region)
+            plan = CopyPlan.of((arena.region.pointer, pointer, 8))
+            failed = await failure(engine.write(far.session, plan, deadline_s=5))
+    assert failed.cause is Cause.LOCAL
+    assert "this side's device does not answer: cuda:0" in str(failed)
+    peers.give_back(far)
+
+
 async def test_an_engine_that_raises_ends_its_transfers_instead_of_leaving_them_waiting(peers: Peers) -> None:
     class Broken(Refusing):
         def transfer_submit_write(self, name: str, local: int, remote: int, nbytes: int) -> int:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
+from typing import Any
+
+import pytest
 
 from pdctl.engine.blocks import Block, Direction, Lane, Transfer
 from pdctl.engine.mover import DONE, PENDING, Calls, Submit, _Window
@@ -100,3 +104,75 @@ async def test_who_was_alone_for_long_is_not_in_debt_to_who_comes_then() -> None
     n = len(engine.submitted)
     order = order_of(window, engine, new)[n : n + 10]
     assert 4 <= len([at for at in order if int(str(at)) < 200]) <= 6
+
+
+def proven(**given: Any) -> Lane:
+    lane = Lane((f"way {n}" for n in itertools.count()), **given)
+    lane.proven = True
+    return lane
+
+
+@pytest.mark.parametrize(("nbytes", "most", "in_flight"), [(4 << 10, 1024, 64), (1 << 20, 1024, 16), (4 << 10, 8, 8)])
+async def test_so_many_are_in_flight_that_they_are_few_bytes_and_few_connections(
+    nbytes: int, most: int, in_flight: int
+) -> None:
+    engine, lane = Engine(), proven(most=most)
+    window = _Window(64, 1.0, engine.calls(), lambda _: None)
+    window.add(transfer_of(lane, 0, 200, nbytes))
+    for _ in range(3):
+        window.turn(prune=False)
+        assert len(window.flying) == in_flight
+        engine.end_all()
+
+
+async def test_bytes_that_have_landed_or_failed_count_no_more() -> None:
+    engine, lane = Engine(), proven()
+    window = _Window(64, 1.0, engine.calls(), lambda _: None)
+    window.add(transfer_of(lane, 0, 100, 1 << 20))
+    while not window.empty:
+        window.turn(prune=False)
+        engine.end_all()
+    assert (len(engine.submitted), window.nbytes) == (100, 0)
+
+
+async def test_no_block_goes_by_an_old_look_at_the_tether() -> None:
+    """Blocks are given away in bursts, and the thread may be held up between two of them."""
+    engine, lane, looks = Engine(), proven(), list[int]()
+
+    def over() -> None:
+        looks.append(len(engine.submitted))
+
+    def slow(*block: Any) -> int:
+        until = time.monotonic() + 1e-3
+        while time.monotonic() < until:
+            pass
+        engine.submitted.append((Direction.WRITE, block[2]))
+        return len(engine.submitted)
+
+    lane.over = over
+    window = _Window(8, 1.0, Calls(dict.fromkeys(Direction, slow), lambda _: PENDING), lambda _: None)
+    window.add(transfer_of(lane, 0, 8, 4096))
+    window.turn(prune=False)
+    assert looks == list(range(8)), "one before each"
+
+
+async def test_a_burst_takes_one_look_and_the_next_takes_another() -> None:
+    engine, lane, looks = Engine(), proven(), list[int]()
+    lane.over = lambda: looks.append(len(engine.submitted))
+    window = _Window(4, 1.0, engine.calls(), lambda _: None)
+    window.add(transfer_of(lane, 0, 8, 4096))
+    window.turn(prune=False)
+    engine.end_all()
+    window.turn(prune=False)
+    assert {0, 4} <= set(looks)
+
+
+async def test_a_peer_is_looked_at_as_often_as_its_blocks_end() -> None:
+    window = _Window(64, 1.0, Engine().calls(), lambda _: None)
+    for _ in range(20):
+        window._pace(ended=2, left=60)
+    slow = window.nap_s
+    for _ in range(20):
+        window._pace(ended=60, left=2)
+    assert slow >= 5 * window.nap_s
+    assert slow <= 1e-3, "a small write beside large ones waits for it"

@@ -42,10 +42,13 @@ class Rank(Engine):
         self.calls[room] = asyncio.create_task(self._outcome(work))
         return {}
 
-    async def stands(self) -> dict[str, Any]:
+    async def stands(self, room: int) -> dict[str, Any]:
+        """Wait until it does; or until the room is over, if it never will."""
+        standing = asyncio.create_task(self.standing.wait())
         async with asyncio.timeout(20):
-            await self.standing.wait()
-        return {}
+            await asyncio.wait({standing, self.calls[room]}, return_when=asyncio.FIRST_COMPLETED)
+        standing.cancel()
+        return {"stands": self.standing.is_set()}
 
     async def go(self) -> dict[str, Any]:
         self.going.set()

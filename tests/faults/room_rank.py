@@ -19,8 +19,9 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import StrEnum
+from random import SystemRandom
 from typing import Any
 
 import numpy as np
@@ -28,24 +29,24 @@ import numpy.typing as npt
 import psutil
 
 from pdctl.client import RegistryClient
-from pdctl.config import NodeSettings, Settings
 from pdctl.core.address import Endpoint
 from pdctl.core.layout import Pool, RankPools
+from pdctl.core.pairing import Paired
 from pdctl.core.route import Announcement, Seat, Shape
-from pdctl.core.sessions import ProbePolicy
+from pdctl.core.sessions import ProbePolicy, SessionTable
 from pdctl.core.transfer import RoomTimeouts, Side
 from pdctl.core.wire import Metadata, RegisterBuffers, Status, parse_to_decode, parse_to_prefill
 from pdctl.device.cpu import Cpu
 from pdctl.engine.asking import Asking
+from pdctl.engine.base import PeerCard
 from pdctl.engine.canary import _CELLS
 from pdctl.engine.mooncake import MooncakeSettings, open_mooncake
 from pdctl.engine.promises import PromisedEngine
 from pdctl.errors import PdctlError
-from pdctl.links import Links
 from pdctl.memory import Arena
 from pdctl.metrics import Metrics
-from pdctl.node import DecodeNode
 from pdctl.peer import LinkSettings, PeerLink, open_link
+from pdctl.prober import Prober
 from pdctl.receiver import ArrivingRoom, Receiver
 from pdctl.retry import RetryPolicy
 from pdctl.sender import Sender, SendingRoom
@@ -54,14 +55,9 @@ from tests.engine.processes import live, obey
 Bytes = npt.NDArray[np.uint8]
 _libc = ctypes.CDLL(None, use_errno=True)
 
-TIMEOUTS = RoomTimeouts(bootstrap_s=2.5, waiting_s=5, transfer_s=10, release_s=0.3, drain_margin_s=0.1)
 STALL_S = 1
-SETTINGS = Settings(
-    room=TIMEOUTS,
-    engine=MooncakeSettings(progress_timeout_s=STALL_S),
-    probe=ProbePolicy(interval_s=0.05, max_interval_s=0.2, deadline_s=0.5, hold_s=0.1, max_hold_s=0.2),
-    retry=RetryPolicy(first_wait_s=0.05, max_wait_s=0.2, give_up_after_s=2.0),
-)
+PROBE = ProbePolicy(interval_s=0.05, max_interval_s=0.2, deadline_s=0.5, hold_s=0.1, max_hold_s=0.2)
+RETRY = RetryPolicy(first_wait_s=0.05, max_wait_s=0.2, give_up_after_s=2.0)
 SHAPE = Shape(1, 1, 1, 1, 4, "uint8")
 
 N_ENTRIES, PAGE_NBYTES, ROW_NBYTES, N_ROWS = 4, 1024, 48, 64
@@ -69,6 +65,11 @@ PAGES_A_ROOM, FIRST_CHUNK = 32, 4
 # What stands in a page that nobody has sent; in one that decode was given back; in one that prefill was given back.
 ABSENT, GIVEN_BACK, REUSED = 0xEE, 0x5A, 0xA5
 ABSENT_FROM = 80  # what is sent is below this, and so below all three
+
+
+def timeouts(pace: int) -> RoomTimeouts:
+    """`pace`: how many times slower than it could be this host is now: what is here is no test of how fast it is."""
+    return RoomTimeouts(2.5 * pace, 5 * pace, transfer_s=10 * pace, release_s=0.3, drain_margin_s=0.1)
 
 
 class Moment(StrEnum):
@@ -193,8 +194,9 @@ def of_room(number: int, moment: int) -> Iterator[list[int]]:
 class Ranks:
     """What both kinds of process have. Commands are the methods that answer with a dict."""
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
+    def __init__(self, registry: str, pace: int) -> None:
+        self.registry, self.timeouts = registry, timeouts(pace)
+        self.engine_settings = MooncakeSettings(progress_timeout_s=STALL_S * pace)
         self.drives: dict[str, Drive] = {}
 
     def start(self, key: str, drive: Drive, work: Coroutine[Any, Any, None]) -> dict[str, Any]:
@@ -214,7 +216,7 @@ class Ranks:
             task.cancel()
         return {}
 
-    async def at(self, key: str, phase: str, point: str = "", within_s: float = 5.0) -> dict[str, Any]:
+    async def at(self, key: str, phase: str, point: str = "", within_s: float = 15.0) -> dict[str, Any]:
         """Wait until the room is in that phase, and its engine at that point if one is named."""
         drive = self.drives[key]
         await _until(lambda: drive.phase == phase and point in ("", drive.at), within_s)
@@ -289,23 +291,25 @@ class Prefill(Ranks):
         self.memory.fill()
         self.is_hidden = False
         self.metrics = Metrics()
-        self.link, self.engine = await _open(stack, self.settings, self.metrics, self.memory)
-        self.links = Links.open(self.settings, Asking(self.engine), self.metrics, lambda e, *_: e, self.engine.card)
+        self.link, self.engine = await _open(stack, self.engine_settings, self.metrics, self.memory)
+        self.sessions: SessionTable[PeerCard] = SessionTable(PROBE, SystemRandom().random)
+        asking, known = Asking(self.engine), self.engine.card
+        self.prober = Prober(self.sessions, asking, clock=time.monotonic, metrics=self.metrics, known=known)
         self.keeper = Keeper(self.link.send)
         sender = Sender(
             self.engine,
             self.keeper.send,
             self.memory.pools,
             0,
-            self.links.prober,
-            self.settings.room,
+            self.prober,
+            self.timeouts,
             time.monotonic,
             self.metrics,
         )
         self.sender = await stack.enter_async_context(sender)
-        self.loops = [asyncio.create_task(loop, name=name) for name, loop in self.links.loops.items()]
-        self.loops.append(asyncio.create_task(self.link.serve(self.sender.handle), name="link"))
-        client = await stack.enter_async_context(RegistryClient(self.settings.node.registry))
+        loops = {"prober": self.prober.run(), "link": self.link.serve(self.sender.handle)}
+        self.loops = [asyncio.create_task(loop, name=name) for name, loop in loops.items()]
+        client = await stack.enter_async_context(RegistryClient(self.registry))
         await client.register(Announcement(Seat(0, 0, 0, 0), SHAPE, self.link.endpoint))
         return {"session": self.engine.session, "link": str(self.link.endpoint)}
 
@@ -361,7 +365,7 @@ class Prefill(Ranks):
             self.memory.set(REUSED, given)
 
     async def early(self, room: int) -> dict[str, Any]:
-        await _until(lambda: room in self.sender.early, 5.0)
+        await _until(lambda: room in self.sender.early, 15.0)
         return {"early": room in self.sender.early}
 
     async def in_flight(self, sessions: list[str]) -> dict[str, Any]:
@@ -373,7 +377,7 @@ class Prefill(Ranks):
 
     async def served(self, session: str, within_s: float) -> dict[str, Any]:
         """Wait until the session may be used; why it may not."""
-        blocked = self.links.prober.reason_blocked
+        blocked = self.prober.reason_blocked
         await _until(lambda: blocked(session) is None, within_s)
         return {"blocked": blocked(session)}
 
@@ -383,14 +387,14 @@ class Prefill(Ranks):
         return {}
 
     def tables(self) -> Iterator[tuple[str, object]]:
-        it, table = self.sender, self.links.prober._table
+        it, table = self.sender, self.sessions
         yield from super().tables()
         yield from (("rooms", it.rooms), ("early", it.early), ("unsettled", it._unsettled))
         yield "quarantine", [held.room for held in it.quarantine]
         yield from (("rooms of a peer", it._rooms_of), ("lanes", it.lanes._lanes), ("turns", it.lanes._waiting))
         yield from (("errands", len(it.errands)), ("settling", len(it.settling)))
         running = {s: r.trial.running for s, r in table._records.items() if r.trial and r.trial.running}
-        yield from (("trials", running), ("turns on trial", self.links.prober._turns))
+        yield from (("trials", running), ("turns on trial", self.prober._turns))
         yield from of_engine(self.engine)
         yield from of_link(self.link)
         yield from of_rooms(self.metrics, Side.SENDER)
@@ -418,7 +422,7 @@ class Decode(Ranks):
         self.ranks: list[Rank] = []
         for _ in range(n_ranks):
             memory, metrics = Memory(2 * PAGES_A_ROOM), Metrics()
-            link, engine = await _open(stack, self.settings, metrics, memory)
+            link, engine = await _open(stack, self.engine_settings, metrics, memory)
             self.ranks.append(Rank(memory, link, engine, Keeper(link.send), metrics))
         return {
             "sessions": [rank.engine.session for rank in self.ranks],
@@ -438,7 +442,7 @@ class Decode(Ranks):
                 rank.memory.pools,
                 0,
                 1,
-                self.settings.room,
+                self.timeouts,
                 time.monotonic,
                 rank.metrics,
                 rank.link.is_gone,
@@ -467,7 +471,7 @@ class Decode(Ranks):
             rank.keeper.keeps = lambda frames: kept is not None and isinstance(parse_to_prefill(frames), kept)
             if kept:
                 rank.keeper.close()
-        work = self._receive(drive, rank, room, at, prefill, number, registry or self.settings.node.registry)
+        work = self._receive(drive, rank, room, at, prefill, number, registry or self.registry)
         return self.start(key or f"{at}/{room}", drive, work)
 
     async def _receive(
@@ -475,15 +479,14 @@ class Decode(Ranks):
     ) -> None:
         assert rank.receiver
         sent, pages = of_room(number, at)
-        node = DecodeNode(rank.receiver, rank.engine, "", SHAPE, Seat(0, 0, 0, 0), self.settings)
-        paired = await node.pair(registry, room)
-        if prefill is not None:
-            paired = replace(paired, senders=(Endpoint.parse(prefill),))
+        async with RegistryClient(registry, policy=RETRY) as client:
+            found = await client.rank(Seat(0, 0, 0, 0))
+        told = found if prefill is None else Endpoint.parse(prefill)
 
         def release(given: npt.NDArray[np.int64]) -> None:
             self._given_back(rank, given.tolist(), sent, number, 2 * at + number)
 
-        drive.room = rank.receiver.open(room, paired, pages, number, release=release)
+        drive.room = rank.receiver.open(room, Paired((told,), ranks=(0,)), pages, number, release=release)
         async with drive.room as arriving:
             await arriving.arrived()
             drive.wrong = rank.memory.differs(pages, sent, number, 2 * at + number, partly=False)
@@ -499,7 +502,7 @@ class Decode(Ranks):
 
     async def kept(self, at: int) -> dict[str, Any]:
         keeper = self.ranks[at].keeper
-        await _until(lambda: keeper.kept > 0, 5.0)
+        await _until(lambda: keeper.kept > 0, 15.0)
         return {"kept": keeper.kept}
 
     async def let_out(self) -> dict[str, Any]:
@@ -540,11 +543,11 @@ class Decode(Ranks):
             yield from ((f"rank {number}, {what}", table) for what, table in of_rank)
 
 
-async def _open(stack: AsyncExitStack, settings: Settings, metrics: Metrics, memory: Memory) -> tuple[PeerLink, Any]:
+async def _open(stack: AsyncExitStack, how: MooncakeSettings, metrics: Metrics, memory: Memory) -> tuple[PeerLink, Any]:
     link = await stack.enter_async_context(
         open_link("127.0.0.1", metrics=metrics, settings=LinkSettings(send_deadline_s=0.5))
     )
-    engine = await stack.enter_async_context(open_mooncake(settings.engine, Cpu()))
+    engine = await stack.enter_async_context(open_mooncake(how, Cpu()))
     await engine.register(memory.arena.region)
     return link, engine
 
@@ -572,9 +575,8 @@ async def _until(true: Callable[[], bool], within_s: float, every_s: float = 0.0
 
 
 async def main(given: dict[str, Any]) -> None:
-    settings = SETTINGS.model_copy(update={"node": NodeSettings(registry=given["registry"])})
     async with AsyncExitStack() as stack:
-        ranks: Prefill | Decode = (Prefill if given["role"] == "prefill" else Decode)(settings)
+        ranks: Prefill | Decode = (Prefill if given["role"] == "prefill" else Decode)(given["registry"], given["pace"])
         await obey(ranks, await ranks.open(stack, len(Moment)))
 
 

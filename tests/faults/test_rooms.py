@@ -23,7 +23,6 @@ from pdctl.core.wire import Abort, AbortAck, AuxData, Metadata, Status
 from tests.engine.processes import Child
 from tests.faults.room_rank import ROW_NBYTES, Moment
 from tests.faults.rooms import (
-    BOUND_S,
     DIED,
     HELD,
     MATRIX,
@@ -34,6 +33,8 @@ from tests.faults.rooms import (
     Ways,
     ask,
     assert_clean,
+    end,
+    until,
 )
 from tests.service import service
 
@@ -65,9 +66,9 @@ def test_every_phase_of_either_end_meets_every_fault() -> None:
     assert unheld(RECEIVER, {held.receiver for held in HELD.values()}) == set()
     assert set(MATRIX) == set(Fault)
     assert all(set(ends) == set(Moment) for ends in MATRIX.values())
-    for seen, end in ((SEEN_BY_SENDER, "sender"), (SEEN_BY_RECEIVER, "receiver")):
+    for seen, side in ((SEEN_BY_SENDER, "sender"), (SEEN_BY_RECEIVER, "receiver")):
         assert set(seen) == ISSUE
-        assert all(getattr(MATRIX[fault][moment], end) is not DIED for fault in seen.values() for moment in Moment)
+        assert all(getattr(MATRIX[fault][moment], side) is not DIED for fault in seen.values() for moment in Moment)
 
 
 def test_a_phase_without_a_scenario_is_found() -> None:
@@ -81,8 +82,8 @@ def test_a_phase_without_a_scenario_is_found() -> None:
 class Rooms:
     """The k-th decode rank's rooms, two at most."""
 
-    def __init__(self, prefill: Child, decode: Child, base: int) -> None:
-        self.prefill, self.decode, self._base = prefill, decode, base
+    def __init__(self, prefill: Child, decode: Child, base: int, bound_s: float) -> None:
+        self.prefill, self.decode, self._base, self.bound_s = prefill, decode, base, bound_s
         self.sessions = decode.hello["sessions"]
 
     def number(self, at: int, number: int = 0) -> int:
@@ -111,7 +112,7 @@ class Rooms:
         """The cause at either end, empty for SUCCESS with every byte in its place."""
         told = []
         for child, key in ((self.prefill, str(room)), (self.decode, f"{at}/{room}")):
-            found = await ask(child, "end", key=key, within_s=BOUND_S)
+            found = await end(child, key, self.bound_s)
             assert (found["over"], found["defect"], found["wrong"]) == (True, "", []), found
             assert found["phase"] in (Phase.SUCCESS.name, Phase.FAILED.name), found
             assert (found["phase"] == Phase.SUCCESS.name) == (not found["why"])
@@ -119,7 +120,7 @@ class Rooms:
         return told[0], told[1]
 
     async def defect(self, child: Child, key: str) -> str:
-        return str((await ask(child, "end", key=key, within_s=BOUND_S))["defect"])
+        return str((await end(child, key, self.bound_s))["defect"])
 
     async def is_well(self, at: int) -> None:
         """The rank takes another room, and its session was never put out."""
@@ -136,8 +137,8 @@ async def rooms_of(cast: Cast) -> AsyncIterator[Rooms]:
         await ask(decode, "wire", ways=Ways(prefill, decode).of_ranks)
         await ask(prefill, "keep_statuses", rooms=[])
         await ask(prefill, "let_out")
-        yield Rooms(prefill, decode, cast.number() * 1000)
-        await assert_clean(prefill, decode, "the rooms")
+        yield Rooms(prefill, decode, cast.number() * 1000, cast.bounds.end_s)
+        await assert_clean(prefill, decode, cast.bounds, "the rooms")
         await ask(prefill, "restore")
 
 
@@ -161,7 +162,7 @@ async def test_a_number_that_is_used_twice_costs_only_the_second_use(cast: Cast)
         await ask(it.decode, "receive", at=1, room=room, moment=Moment.NAMED)
         await ask(it.decode, "at", key=f"1/{room}", phase=Phase.TRANSFERRING.name)
         await ask(it.decode, "abort", keys=[f"1/{room}"])
-        late = await ask(it.decode, "end", key=f"1/{room}", within_s=BOUND_S)
+        late = await end(it.decode, f"1/{room}", it.bound_s)
         assert (late["phase"], late["why"][:28]) == (Phase.FAILED.name, "the decode engine left the r")
         await it.go()
         assert await it.ends(room, 0) == ("", "")
@@ -172,13 +173,13 @@ async def test_a_number_is_refused_until_its_last_use_is_over_and_then_means_the
         room = await it.hold(0, Moment.TOLD)
         it.prefill.stop()
         await ask(it.decode, "abort", keys=[f"0/{room}"])
-        assert (await ask(it.decode, "end", key=f"0/{room}", within_s=BOUND_S))["phase"] == Phase.FAILED.name
+        assert (await end(it.decode, f"0/{room}", it.bound_s))["phase"] == Phase.FAILED.name
         await ask(it.decode, "receive", at=0, room=room, moment=Moment.TELLING, number=1, prefill=None, key="soon")
         assert f"room {room} is not over at prefill" in await it.defect(it.decode, "soon")
         it.prefill.resume()
         await it.go()
-        assert (await ask(it.prefill, "end", key=str(room), within_s=BOUND_S))["phase"] == Phase.SUCCESS.name
-        assert (await ask(it.decode, "left", within_s=BOUND_S))["left"] == []
+        assert (await end(it.prefill, str(room), it.bound_s))["phase"] == Phase.SUCCESS.name
+        assert (await until(it.decode, "left", lambda found: not found["left"], it.bound_s))["left"] == []
         await ask(it.prefill, "send", room=room, moment=Moment.BETWEEN, at=0, number=1)
         await ask(it.decode, "receive", at=0, room=room, moment=Moment.TELLING, number=1)
         await ask(it.prefill, "at", key=str(room), phase=Phase.TRANSFERRING.name, point=Moment.BETWEEN)
@@ -240,7 +241,7 @@ async def test_a_write_that_fails_by_its_own_fault_puts_no_session_out(cast: Cas
         room = await it.hold(0, Moment.BETWEEN)
         await ask(child, do, gone=True, **where)
         await it.go()
-        found = await ask(it.prefill, "at", key=str(room), phase=Phase.FAILED.name, within_s=BOUND_S)
+        found = await ask(it.prefill, "at", key=str(room), phase=Phase.FAILED.name, within_s=20.0)
         await ask(child, do, gone=False, **where)
         assert found["phase"] == Phase.FAILED.name
         sender, receiver = await it.ends(room, 0)

@@ -32,6 +32,9 @@ class Wire:
             try:
                 yield it
             finally:
+                server.close()
+                it.cut()
+                await asyncio.sleep(0.05)  # of a connection that was taken in that moment somebody must know
                 it.cut()
                 if it._carrying:
                     await asyncio.wait(it._carrying, timeout=5)

@@ -143,7 +143,7 @@ def counts(registry: CollectorRegistry) -> dict[str, float]:
 def between(running: Master, way: str) -> Iterator[tuple[int, Do, Do]]:
     """The port under which the master is reached, and how it goes and comes back."""
     if way == "killed":
-        yield running.rpc, running.kill, lambda: None if running.is_running else running.start()
+        yield running.rpc, running.kill, lambda: None if running.is_running else running.start(wait=False)
     elif way == "stopped":
         yield running.rpc, running.stop, running.resume
     else:

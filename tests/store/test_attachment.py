@@ -204,6 +204,10 @@ async def test_a_callers_mistake_is_no_trouble_of_the_store() -> None:
     async with rig() as r:
         with pytest.raises(BadField, match="lie in no registered region"):
             await r.attachment.get_pages(["a"], np.array([[4096]]), np.array([[4096]]))
+        there, sizes = r.stand.at(*[(n,) for n in range(40)])
+        there[35] = 4096
+        with pytest.raises(BadField):  # also beside others
+            await r.attachment.put_pages([str(n) for n in range(40)], there, sizes)
         assert r.attachment.is_attached
 
 

@@ -45,8 +45,7 @@ class Child:
 
     def seat(self, role: str, registry: str, model: JSON, split: JSON, seed: int = 0, **more: Any) -> int:
         """Build all ranks of an instance, of which there is one at a time; `seed` fills a prefill's pages."""
-        given = Model(**model | {"lens": tuple(model["lens"])})
-        self.instance = Instance(role, registry, given, Split(**split), **more)
+        self.instance = Instance(role, registry, Model.of(model), Split(**split), **more)
         if role == "prefill":
             self.instance.fill(seed)
         return len(self.instance.seated)

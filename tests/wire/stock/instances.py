@@ -91,6 +91,8 @@ class Instance:
             **{f"state_{name}": [_each(state)[name] for state in pools.states] for name in _each(pools.kv)},
             state_layer_ids=[list(ids) for ids in pools.state_layer_ids],
             state_dim_per_tensor=[list(dims) if self.state_type == "mamba" else [] for dims in pools.state_dims],
+            state_conv_shard_groups=[[list(self.model.state_parts) or None] * len(dims) for dims in pools.state_dims],
+            state_slice_outer_counts=[[self.model.state_rows] * len(dims) for dims in pools.state_dims],
             swa_kv_cache_layout="nhd",
             page_size=self.model.page_size,
             kv_head_num=len(rank.heads),

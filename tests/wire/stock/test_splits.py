@@ -22,14 +22,12 @@ SPLITS = [
     pytest.param(MLA, Split(tp=2), Split(), id="MLA, TP 2 to 1 with a dummy"),
     pytest.param(MLA, Split(), Split(tp=2), id="MLA, TP 1 to 2"),
     pytest.param(MHA, Split(pp=2), Split(pp=2), id="PP 2 to 2"),
-    pytest.param(MHA, Split(pp=2), Split(), id="PP 2 to 1"),
     pytest.param(MLA, Split(tp=2, pp=2), Split(), id="MLA, PP 2 and TP 2 to 1"),
     pytest.param(Model(ids=True, heads=2), Split(pp=2, tp=2), Split(), id="PP 2 and TP 2 to 1 by layer ids"),
     pytest.param(MHA, Split(dp=2), Split(), id="DP 2, the room says which"),
     pytest.param(MHA, Split(dp=2, follow=False), Split(), id="DP 2, the registry says which"),
     pytest.param(MHA, Split(cp=2), Split(), id="CP 2, of which rank 0 sends"),
-    pytest.param(Model(state=32), Split(), Split(), id="state beside KV"),
-    pytest.param(Model(state=32), Split(pp=2), Split(), id="state beside KV, PP 2 to 1"),
+    pytest.param(Model(state=32), Split(pp=2), Split(), id="PP 2 to 1, state beside KV"),
     pytest.param(MLA, Split(), Split(tp=2, dcp=2), id="MLA, TP 1 to 2 with DCP 2"),
     pytest.param(MLA, Split(tp=2, pp=2), Split(tp=2, dcp=2), id="MLA, PP 2 to 1 with DCP 2"),
     pytest.param(MLA, Split(tp=2, sharded=True), Split(tp=2), id="MLA, pages over TP 2"),
@@ -38,11 +36,14 @@ SPLITS = [
 ]
 
 MAMBA = Model(state=12, state_units=4)
+GDN = Model(state=6, state_units=8, state_parts=(2, 2, 4), state_rows=3)
 WINDOW = Model(state=12, state_units=2, state_rows=4, state_ids=False)
 STATES = [
     pytest.param(MAMBA, Split(pp=2), Split(), "mamba", id="PP 2 to 1"),
     pytest.param(MAMBA, Split(tp=2), Split(), "mamba", id="channels, TP 2 to 1"),
     pytest.param(MAMBA, Split(), Split(tp=2), "mamba", id="channels, TP 1 to 2"),
+    pytest.param(GDN, Split(tp=2), Split(), "mamba", id="parts of channels, TP 2 to 1"),
+    pytest.param(GDN, Split(), Split(tp=2), "mamba", id="parts of channels, TP 1 to 2"),
     pytest.param(Model(state=12), Split(tp=2), Split(), "mamba", id="the same on all, TP 2 to 1"),
     pytest.param(
         Model(state=12, state_units=2, state_rows=4, state_ids=False),

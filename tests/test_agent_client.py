@@ -1,0 +1,107 @@
+"""The agent's client as whoever listens at its socket sees it: which connections it keeps, what it makes of them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from pdctl.agent_client import AgentClient
+from pdctl.errors import CallerError, Unreachable
+
+Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+ANSWER = b'HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 10\r\n\r\n{"free":1}'
+
+
+@asynccontextmanager
+async def listening(at: Path, serve: Serve) -> AsyncIterator[AgentClient]:
+    async with await asyncio.start_unix_server(serve, at / "sock"), AgentClient(at / "sock") as client:
+        yield client
+
+
+async def heard(reader: asyncio.StreamReader) -> bytes:
+    head = await reader.readuntil(b"\r\n\r\n")
+    return head + await reader.readexactly(int(head.split(b"Content-Length: ")[1].split(b"\r\n")[0]))
+
+
+async def test_questions_one_after_another_go_by_one_connection_and_at_once_by_several(tmp_path: Path) -> None:
+    connections: list[list[bytes]] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connections.append(said := [])
+        while not reader.at_eof():
+            said.append(await heard(reader))
+            writer.write(ANSWER)
+            if len(said) == 3:
+                break
+        writer.close()
+
+    async with listening(tmp_path, serve) as client:
+        for _ in range(2):
+            assert await client.ask("POST", "/v1/sending/7", {"ticket": 1}) == {"free": 1}
+        assert len(connections) == 1
+        assert connections[0][0].endswith(b'\r\n\r\n{"ticket": 1}')
+        await asyncio.gather(*(client.ask("DELETE", "/v1/sending/7", ticket=n) for n in (1, 2)))
+        assert len(connections) == 2, "one of them was idle"
+        assert connections[1][0].startswith(b"DELETE /v1/sending/7?ticket=2 HTTP/1.1\r\n")
+        await client.ask("GET", "/v1/rank")
+        await client.ask("GET", "/v1/rank")
+
+
+async def test_a_connection_that_was_ended_while_it_was_idle_is_not_used(tmp_path: Path) -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await heard(reader)
+        writer.write(ANSWER)
+        writer.close()
+        await writer.wait_closed()
+        ended.set()
+
+    async with listening(tmp_path, serve) as client:
+        for _ in range(3):
+            ended = asyncio.Event()
+            assert await client.ask("GET", "/v1/rank") == {"free": 1}
+            await ended.wait()
+            await asyncio.sleep(0.01)
+
+
+async def test_a_cancelled_question_ends_its_connection(tmp_path: Path) -> None:
+    asked, ended = asyncio.Event(), asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await heard(reader)
+        asked.set()
+        assert await reader.read() == b""
+        ended.set()
+        writer.close()
+
+    async with listening(tmp_path, serve) as client:
+        asking = asyncio.create_task(client.ask("GET", "/v1/rank"))
+        await asked.wait()
+        asking.cancel()
+        await asyncio.wait_for(ended.wait(), 5)
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+
+
+@pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 200 OK\r\n\r\n", b"SSH-2.0\r\n\r\n", ANSWER[:-3]])
+async def test_what_is_no_answer_is_unreachable(tmp_path: Path, answer: bytes) -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await heard(reader)
+        writer.write(answer)
+        writer.close()
+
+    async with listening(tmp_path, serve) as client:
+        with pytest.raises(Unreachable, match="start pdctl agent"):
+            await client.ask("GET", "/v1/rank")
+
+
+async def test_nobody_there_and_not_open_are_said(tmp_path: Path) -> None:
+    client = AgentClient(tmp_path / "nobody")
+    with pytest.raises(CallerError, match="not open"):
+        await client.ask("GET", "/v1/rank")
+    async with client:
+        with pytest.raises(Unreachable, match="start pdctl agent"):
+            await client.ask("GET", "/v1/rank")
