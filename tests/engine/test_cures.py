@@ -419,7 +419,7 @@ async def test_the_memory_of_a_question_in_flight_is_given_to_no_other() -> None
     questions = Questions(canary, slow.add, slow.nudge)
     for _ in range(256):
         await given_up(questions, a_lane())
-    places = [next(transfer.blocks)[0] for transfer in slow.held]
+    places = [place for transfer in slow.held if isinstance(place := next(transfer.blocks)[0], int)]
     assert len(set(places)) == 256
     assert min(b - a for a, b in zip(sorted(places), sorted(places)[1:], strict=False)) >= 64
     error = await failure(questions.read("far", a_lane(), 4096, 16, asyncio.get_running_loop().time() + 1))
