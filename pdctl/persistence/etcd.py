@@ -473,7 +473,7 @@ class EtcdJournal:
         self._rooms = rooms
         if self._copy.head.writer == self.writer:
             self._came = self._copy.head.number
-        if before.written is not None:
+        if self._known.is_set():  # else `load` has it
             self._tell_differences(before, rooms)
         pulses = [found for found in listing.keys if found.key.startswith(self._place.key("pulses/"))]
         self._pulses.take_listing(pulses, self._leased())

@@ -27,6 +27,7 @@ class Cable:
         self._flowing = asyncio.Event()
         self._flowing.set()
         self._server: asyncio.Server | None = None
+        self._place: socket.socket | None = None
         self._clog: list[socket.socket] = []
         self._spoil: list[bytes] = []
         self.session = ""
@@ -48,6 +49,8 @@ class Cable:
                 await asyncio.sleep(0.05)  # of a connection that was taken in that moment somebody must know
                 await it.cut()
                 it.unclog()
+                if it._place is not None:
+                    it._place.close()
                 if it._carrying:
                     await asyncio.wait(it._carrying, timeout=5)
 
@@ -65,8 +68,12 @@ class Cable:
         return self._server is None
 
     async def mend(self) -> None:
+        if self._place is None:
+            self._place = socket.socket()  # bound and never listening: while cut, nobody else gets the port
+            self._place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self._place.bind(("127.0.0.1", 0))
+            self.data_port = self._place.getsockname()[1]
         self._server = await asyncio.start_server(self._carry, "127.0.0.1", self.data_port)
-        self.data_port = self._server.sockets[0].getsockname()[1]
 
     def hold(self) -> None:
         """It takes connections and bytes, and not one goes on."""
