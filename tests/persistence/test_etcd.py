@@ -20,6 +20,7 @@ from pdctl.persistence import etcd as module
 from pdctl.persistence.base import Learned, Shared
 from pdctl.persistence.etcd import EtcdJournal, open_etcd_journal
 from pdctl.persistence.etcd_place import EtcdPlace, EtcdSettings
+from tests.faults.replicas import Relay
 from tests.persistence.etcd import Cluster, cluster
 from tests.persistence.rows import change, claim, life, records
 
@@ -157,6 +158,24 @@ async def test_history_that_etcd_has_thrown_away_is_not_needed(etcd: Cluster, wr
     await a.append([change(life(6, claim(6)), 6)])
     await ears.until(6)
     assert [record.epoch for record in await records(b)] == [1, 2, 3, 4, 5, 6]
+
+
+async def test_what_others_wrote_while_an_empty_copy_was_cut_off_is_told(etcd: Cluster, tmp_path: Path) -> None:
+    """The first rows ever too: who began with nothing has nothing to compare with."""
+    url, port = etcd.url(str(tmp_path)), etcd.nodes[0].client
+    relay = Relay(port)
+    async with AsyncExitStack() as stack:
+        stack.callback(relay.close)
+        behind = url.replace(str(port), str(relay.port))
+        cut = await stack.enter_async_context(open_etcd_journal(behind, EtcdSettings(), rooms_kept_s=60.0))
+        well = await stack.enter_async_context(open_etcd_journal(url, EtcdSettings(), rooms_kept_s=60.0))
+        ears = Ears(cut)
+        relay.cut()
+        await well.append([change(life(1), 1)])
+        relay.mend()
+        await ears.until(1)
+    assert [record.epoch for record in ears.learned[0].records["default"]] == [1]
+    assert ears.learned[0].last_epoch == 1
 
 
 async def test_without_etcd_nothing_is_served_from_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
