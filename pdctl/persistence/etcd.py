@@ -159,6 +159,7 @@ class EtcdJournal:
         self._rooms: list[Room] = []
         self._number = 0
         self._in_flight: int | None = None
+        self._n_foreign = 0  # groups that were told, and listings
         self._came = 0  # the own group that has come back last
         self._since = 0
         self._moved = asyncio.Condition()
@@ -223,12 +224,13 @@ class EtcdJournal:
         """As the port says; at most `group_limit` instances. Raises Behind, JournalUnavailable."""
         if not changes and not rooms:
             return
+        decided_on = self._n_foreign
         async with self._turn:
             self._refuse_in_trouble()
             if rooms:
                 await self._put_rooms(rooms)
             if changes:
-                await self._put_changes(changes)
+                await self._put_changes(changes, decided_on)
 
     async def note(self, notes: Sequence[Note]) -> None:
         """As the port says; of two writers of one key the later counts."""
@@ -267,13 +269,16 @@ class EtcdJournal:
 
     # --- writing
 
-    async def _put_changes(self, changes: Sequence[Change]) -> None:
-        touched = self._touched(changes)
+    async def _put_changes(self, changes: Sequence[Change], decided_on: int) -> None:
+        """`decided_on`: how many groups of others were known when the changes were decided."""
         kept = {change.life.epoch: change.record for change in changes if not change.is_dropped}
         try:
             await self._pulses.begin([record for record in kept.values() if _lives_by_lease(record)])
         except Unreachable as error:
             raise self._unavailable(str(error)) from error
+        if self._n_foreign != decided_on:  # while this waited for its turn, or for its leases
+            raise self._behind()
+        touched = self._touched(changes)
         if len(touched) > GROUP_LIMIT:
             raise ValueError(f"{len(touched)} instances in one group: {GROUP_LIMIT} at most")
         await self._commit_group(
@@ -307,20 +312,18 @@ class EtcdJournal:
         try:
             await self._committed([*ops, Put(self._place.key("head"), head.to_bytes())], head)
         except JournalUnavailable as error:
-            self._count_failure(error)
+            if self._counts is not None and not isinstance(error, Behind):
+                self._counts.failed()
             raise
         finally:
             self._in_flight = None
         if self._counts is not None:
             self._counts.committed(self._clock() - began)
 
-    def _count_failure(self, error: JournalUnavailable) -> None:
-        if self._counts is None:
-            return
-        if isinstance(error, Behind):
+    def _behind(self) -> Behind:
+        if self._counts is not None:
             self._counts.behind()
-        else:
-            self._counts.failed()
+        return Behind("another registry was faster: ask again", cause="another registry was faster")
 
     async def _committed(self, ops: Sequence[Op], head: Head) -> None:
         known = self._copy.written
@@ -332,7 +335,7 @@ class EtcdJournal:
             return
         if not is_done:
             await self._wait(lambda: self._copy.written != known, SILENT_S)
-            raise Behind("another registry was faster: ask again", cause="another registry was faster")
+            raise self._behind()
         if not await self._wait(lambda: self._came == head.number, SILENT_S):
             raise self._unavailable("the watch has not brought back what was written")
 
@@ -479,6 +482,7 @@ class EtcdJournal:
         self._pulses.take_listing(pulses, self._leased())
 
     def _tell_differences(self, before: _Copy, rooms: Sequence[Room]) -> None:
+        self._n_foreign += 1
         now = self._copy
         names = [name for name in {**before.rows, **now.rows} if before.rows.get(name) != now.rows.get(name)]
         notes: list[Note] = [
@@ -519,6 +523,7 @@ class EtcdJournal:
         if head.writer == self.writer:
             self._came = head.number
         if head.writer != self.writer or head.number != self._in_flight:  # an own one that was given up has come
+            self._n_foreign += 1
             records = {name: self._records(name) for name in group.instances}
             self._tell(Learned(records, head.words, (), [note for _, note in group.notes], head.last_epoch))
 

@@ -142,7 +142,8 @@ class Client(threading.Thread):
         began = time.monotonic()
         epoch = None
         try:
-            answer = claim(at, "p", seat, port=self._port, size=SEATS, ttl_s=None, timeout_s=4.0)
+            ttl_s = self._random.choice([None, 60.0])
+            answer = claim(at, "p", seat, port=self._port, size=SEATS, ttl_s=ttl_s, timeout_s=4.0)
             epoch = answer.body["epoch"] if answer.status == 200 else None
         finally:
             self._history.words.append(Word(seat, began, time.monotonic(), self._port, epoch))

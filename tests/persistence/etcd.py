@@ -48,20 +48,16 @@ class Node:
     def start(self) -> None:
         scheme = "https" if self.flags else "http"
         mine, peers = f"{scheme}://127.0.0.1:{self.client}", f"http://127.0.0.1:{self.peer}"
-        log = (self.directory.parent / f"{self.name}.log").open("ab")
-        self.process = subprocess.Popen(
-            [
-                *(binary(), "--name", self.name, "--data-dir", str(self.directory)),
-                *("--listen-client-urls", mine, "--advertise-client-urls", mine),
-                *("--listen-peer-urls", peers, "--initial-advertise-peer-urls", peers),
-                *("--initial-cluster", self.members, "--heartbeat-interval", "50", "--election-timeout", "500"),
-                *("--listen-metrics-urls", f"http://127.0.0.1:{self.health}"),
-                *("--logger", "zap", "--log-outputs", "stderr", *self.flags),
-            ],
-            stdout=log,
-            stderr=log,
-        )
-        log.close()
+        words = [
+            *(binary(), "--name", self.name, "--data-dir", str(self.directory)),
+            *("--listen-client-urls", mine, "--advertise-client-urls", mine),
+            *("--listen-peer-urls", peers, "--initial-advertise-peer-urls", peers),
+            *("--initial-cluster", self.members, "--heartbeat-interval", "50", "--election-timeout", "500"),
+            *("--listen-metrics-urls", f"http://127.0.0.1:{self.health}"),
+            *("--logger", "zap", "--log-outputs", "stderr", *self.flags),
+        ]
+        with (self.directory.parent / f"{self.name}.log").open("ab") as log:
+            self.process = subprocess.Popen(words, stdout=log, stderr=log)
 
     def kill(self) -> None:
         self.stopped(signal.SIGKILL)

@@ -98,11 +98,17 @@ async def test_what_one_writes_the_other_is_told_whole_and_in_order(writers: lis
     assert Ears(a).learned == []  # its own
 
 
-async def test_who_decided_on_less_than_there_is_is_told_so_and_nothing_is_written(writers: list[EtcdJournal]) -> None:
+@pytest.mark.parametrize("ttl_s", [None, 60.0])
+async def test_who_decided_on_less_than_there_is_is_told_so_and_nothing_is_written(
+    writers: list[EtcdJournal], ttl_s: float | None
+) -> None:
+    """A lease too, which is asked for first: what comes meanwhile was not decided on either."""
     a, b = writers
     ears = Ears(b)
     outcomes = await asyncio.gather(
-        a.append([change(life(1), 1)]), b.append([change(life(1, claim(1)), 1)]), return_exceptions=True
+        a.append([change(life(1, claim(ttl_s=ttl_s)), 1)]),
+        b.append([change(life(1, claim(1)), 1)]),
+        return_exceptions=True,
     )
     behind = [isinstance(each, Behind) for each in outcomes]
     if behind == [False, True]:
