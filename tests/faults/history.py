@@ -75,7 +75,7 @@ class History:
         """Of two claims of a seat the one that began after the other had ended has the higher epoch, or the same."""
         wrong = []
         for seat in range(SEATS):
-            mine = [word for word in self._acknowledged if word.seat == seat]
+            mine = [word for word in self._granted if word.seat == seat]
             for one in mine:
                 wrong += [
                     f"{later} is older than {one}, which had ended before"
@@ -96,12 +96,21 @@ class History:
         for look in self.looks:
             if look.age_s:
                 continue
-            for word in self._acknowledged:
+            for word in self._granted:
                 left = any(each.gone and each.seat == word.seat and each.ended > word.began for each in self.words)
                 known = look.epochs.get(word.seat, 0)
                 if word.ended < look.began - LATE_S and known < (word.epoch or 0) and not (left and not known):
                     wrong.append(f"{look} does not know {word}")
         return wrong
+
+    @property
+    def _granted(self) -> list[Word]:
+        """The first word of each life. A claim that is repeated is a renewal: it may be heard by a registry that learns
+        only some ms later that the seat was taken meanwhile."""
+        first: dict[int, Word] = {}
+        for word in sorted(self._acknowledged, key=lambda each: each.ended):
+            first.setdefault(word.epoch or 0, word)
+        return list(first.values())
 
     @property
     def _acknowledged(self) -> list[Word]:
