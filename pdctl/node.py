@@ -378,7 +378,9 @@ class DecodeNode:
         """
         how = self._settings
         async with self._registries.asking(registry, how.retry, how.client) as client:
+            await self.receiver.pace.step()
             shape = await client.topology()
+            await self.receiver.pace.step()
             layout = self.receiver.pools.layout
             found = pair(shape, self.shape, self.seat.tp, self.seat.pp, layout.kind, layout.tokens.size)
             pairing = found.at(await _dp_rank(client, shape, room))

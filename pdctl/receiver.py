@@ -63,6 +63,7 @@ from pdctl.errands import Errands
 from pdctl.errors import BadFrames, CallerError, ChecksumsMissing, LayoutMismatch, RoomFailed, Unreachable
 from pdctl.lag import Alarm
 from pdctl.metrics import Metrics
+from pdctl.pace import Pace
 from pdctl.retry import RetryPolicy, retrying
 
 log = structlog.get_logger(__name__)
@@ -138,6 +139,7 @@ class Receiver:
         self._held: list[_Held] = []
         self._generations = itertools.count(1)
         self._questions: dict[int, asyncio.Future[bool]] = {}
+        self.pace = Pace()
         self.errands = Errands()
 
     async def __aenter__(self) -> Self:
@@ -457,6 +459,7 @@ class ArrivingRoom:
     async def arrived(self) -> None:
         """Return when every prefill rank that has to has reported success: pages and aux row are here."""
         await self._ended.wait()
+        await self._of.pace.step()
         self._check()
 
     # --- what prefill ranks say
@@ -574,6 +577,7 @@ class ArrivingRoom:
     async def _announce(self) -> None:
         try:
             for at, _ in self._telling:
+                await self._of.pace.step()
                 await self._of.tell_memory(at)
             self._step(Event.BUFFERS_REGISTERED)
             for at, named in self._telling:

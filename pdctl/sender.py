@@ -70,6 +70,7 @@ from pdctl.errors import (
 from pdctl.lag import Alarm
 from pdctl.lanes import Lanes
 from pdctl.metrics import Metrics
+from pdctl.pace import Pace
 from pdctl.retry import RetryPolicy, retrying
 
 log = structlog.get_logger(__name__)
@@ -132,6 +133,7 @@ class Sender:
         self._send, self._rank = send, rank
         self.limits = limits or SenderLimits()
         self.lanes = Lanes(self.limits.max_nbytes_per_peer)
+        self.pace = Pace()
         self.checksums = Checksums()
         self._rooms_of: Counter[str] = Counter()
         self._peers: OrderedDict[str, RegisterBuffers] = OrderedDict()
@@ -521,6 +523,7 @@ class SendingRoom:
     ) -> None:
         """Perform one plan for each destination, at once, and sum meanwhile what is to be summed; return when all have
         landed, or raise RoomFailed."""
+        await self._of.pace.step()
         try:
             plans = [(each, plan(each)) for each in self._destinations.values()]
         except LayoutMismatch as error:
@@ -578,6 +581,7 @@ class SendingRoom:
     async def _turn(self, session: str, plan: CopyPlan) -> None:
         of = self._of
         async with of.lanes.turn(session, self.room, plan.total, of.timeouts.waiting_s):
+            await of.pace.step()
             blocked = of.gate.reason_blocked(session)  # since the chunk was begun
             if blocked is not None:
                 raise SessionBlocked(session, blocked)

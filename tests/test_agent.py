@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import shutil
 import signal
 import stat
@@ -212,7 +213,8 @@ async def test_an_aborted_room_fails_at_both_sides_and_frees_its_pages(calm: Pai
     await until_open(it.decode, 2)
     assert await it.receiving.ask("abort", room=2) == {}
     assert "this engine has given it up" in (await it.receiving.ask("outcomes"))["outcomes"][0]
-    assert "gave the room up" in (await it.sending.ask("send", room=2, chunks=[[1]]))["error"]
+    error = (await it.sending.ask("send", room=2, chunks=[[1]]))["error"]
+    assert re.search(r"decode rank \S+ (gave|has given) the room up", error)  # before it was opened here, or after
     await it.idle()
     assert await it.receiving.ask("free_pages") == {"freed": [1, 2]}
     await it.move(1)  # both ids can be used again

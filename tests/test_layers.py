@@ -63,6 +63,7 @@ FLOORS = {
     "pdctl.credentials": 2,
     "pdctl.lag": 2,
     "pdctl.lanes": 2,
+    "pdctl.pace": 2,
     "pdctl.shortcut": 2,
     "pdctl.waiting": 2,
     "pdctl.core": 1,

@@ -97,7 +97,7 @@ class Child:
         self._process.stdin.flush()
         return self.line()
 
-    def line(self, deadline_s: float = 30.0) -> dict[str, Any]:
+    def line(self, deadline_s: float = 60.0) -> dict[str, Any]:
         """Its next line. EOFError when it has ended, TimeoutError when it says nothing."""
         assert self._process.stdout
         until = time.monotonic() + deadline_s
