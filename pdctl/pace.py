@@ -1,8 +1,8 @@
 """
 One step of one room for each turn of the loop, however many rooms have become ready together.
 
-asyncio runs all that is ready before it looks at timers and sockets again: 64 rooms whose writes had ended together held
-it for 13 ms, by which everything else was late. Here they line up.
+asyncio runs all that is ready before it looks at timers and sockets again: 64 rooms whose writes had ended together
+held it for 13 ms, by which everything else was late. Here they line up.
 """
 
 from __future__ import annotations
