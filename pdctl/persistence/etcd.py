@@ -180,6 +180,8 @@ class EtcdJournal:
             asyncio.create_task(self._follow(), name="etcd watch"),
             asyncio.create_task(self._pulses.run(), name="etcd leases"),
         ]
+        for task in self._tasks:
+            task.add_done_callback(self._loop_ended)
         waiting = asyncio.create_task(self._known.wait())
         done, _ = await asyncio.wait({waiting, *self._tasks}, timeout=START_S, return_when=asyncio.FIRST_COMPLETED)
         waiting.cancel()
@@ -561,6 +563,14 @@ class EtcdJournal:
             self._moved.notify_all()
 
     # --- trouble
+
+    def _loop_ended(self, loop: asyncio.Task[NoReturn]) -> None:
+        """Unless it was told to: rows that this version does not read, or a defect. What is known grows old now."""
+        if not self._closing:
+            error = None if loop.cancelled() else loop.exception()
+            why = _first(error) if isinstance(error, BaseExceptionGroup) else error
+            self._cause = f"its {loop.get_name()} has ended ({why}): restart this registry"
+            log.error("a loop of the journal has ended", journal=str(self._place), cause=self._cause)
 
     def _note_trouble(self, cause: str) -> None:
         if self._cause is None:

@@ -15,7 +15,7 @@ import trustme
 from aetcd import rpc
 
 from pdctl.core.lives import ChangeKind, Record
-from pdctl.errors import Behind, ConfigError, JournalUnusable
+from pdctl.errors import Behind, ConfigError, JournalUnavailable, JournalUnusable
 from pdctl.persistence import etcd as module
 from pdctl.persistence.base import Learned, Shared
 from pdctl.persistence.etcd import EtcdJournal, open_etcd_journal
@@ -182,6 +182,25 @@ async def test_what_others_wrote_while_an_empty_copy_was_cut_off_is_told(etcd: C
         await ears.until(1)
     assert [record.epoch for record in ears.learned[0].records["default"]] == [1]
     assert ears.learned[0].last_epoch == 1
+
+
+async def test_a_row_that_cannot_be_read_is_trouble_that_says_so_and_no_end(
+    etcd: Cluster, writers: list[EtcdJournal], tmp_path: Path
+) -> None:
+    a, _ = writers
+    await a.append([change(life(1), 1)])
+    place = EtcdPlace.parse(etcd.url(str(tmp_path)))
+    async with grpc.aio.insecure_channel(str(place.endpoints[0])) as channel:
+        key = place.key("head").encode()
+        await rpc.KVStub(channel).Put(rpc.PutRequest(key=key, value=b"not ours"))
+
+    async def has_trouble() -> bool:
+        return a.trouble is not None and "written by others than pdctl" in a.trouble
+
+    await until(has_trouble)
+    assert [record.epoch for record in await records(a)] == [1]
+    with pytest.raises(JournalUnavailable, match="restart this registry"):
+        await a.append([change(life(2), 2)])
 
 
 async def test_without_etcd_nothing_is_served_from_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
