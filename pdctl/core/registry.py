@@ -27,7 +27,7 @@ from pdctl.core.calendar import Calendar
 from pdctl.core.claims import check_may_change, check_may_end, not_held, place
 from pdctl.core.instances import Incarnation, InstanceView, Loss
 from pdctl.core.listening import SHARE
-from pdctl.core.lives import Change, ChangeKind, Claim, Ending, Life, Owner, Record
+from pdctl.core.lives import SUSPECT_AFTER, Change, ChangeKind, Claim, Ending, Life, Owner, Record
 from pdctl.core.restored import differences, restored
 from pdctl.core.route import Seat
 from pdctl.errors import ConfigError, LimitReached, TooLarge, UnknownLease
@@ -280,7 +280,8 @@ class Registry:
             life = view.holder(seat, epoch) if view else None
             if life is None:
                 continue
-            if life.ttl_s is not None and self.is_held(epoch):
+            held = life.ttl_s is not None and self.is_held(epoch)
+            if held:
                 life.pulse.spoke_at = max(now, life.pulse.spoke_at)
             if (loss := _over(life, now)) is not None:
                 over.setdefault(name, []).append(loss)
@@ -288,7 +289,7 @@ class Registry:
                 if life.next_event <= now:
                     life.pulse.suspected = True
                     changes.append(self._noted(name, self._change(ChangeKind.SUSPECTED, life)))
-                self._agenda.put(entry, life.next_event)
+                self._agenda.put(entry, self._look_at(life) if held else life.next_event)
         for name, losses in over.items():
             changes += self._end(self._views[name], losses, now)
         return changes + self._forget(now)
@@ -377,6 +378,7 @@ class Registry:
         Meanwhile this one must not be changed. Only pulses are shared: who spoke has spoken.
         """
         draft = Registry(self.limits)
+        draft.is_held = self.is_held
         draft.revision, draft.last_epoch = self.revision, self.last_epoch
         draft._views = _Overlay(self._views)
         draft._n_remembered = self._n_remembered
@@ -504,7 +506,13 @@ class Registry:
         ttl_s = life.claim.ttl_s
         if ttl_s is not None and ttl_s < self.shortest_ttl_s:
             self.shortest_ttl_s = ttl_s
-        self._agenda.put_sooner(_entry(life), life.next_event)  # one that speaks is looked at when its old hour comes
+        self._agenda.put_sooner(_entry(life), self._look_at(life))  # one that speaks is looked at at its old hour
+
+    def _look_at(self, life: Life) -> float:
+        """When to look at it; where another registry may hear it, before it could be taken for SUSPECT."""
+        if life.claim.ttl_s is None or self.is_held is _not_elsewhere:
+            return life.next_event
+        return min(life.next_event, life.pulse.spoke_at + life.claim.ttl_s * SUSPECT_AFTER / 2)
 
     def _change(
         self,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Final, NoReturn
+from typing import Any, Final, NoReturn
 
 from pdctl.core.lives import Record
 from pdctl.errors import Unreachable
@@ -113,15 +113,22 @@ class Pulses:
             answers = asyncio.ensure_future(self._answers(stream))
             try:
                 while not answers.done():
-                    work = asyncio.ensure_future(self._work.wait())
-                    await asyncio.wait({work, answers}, return_when=asyncio.FIRST_COMPLETED)
-                    work.cancel()
-                    self._work.clear()
+                    await self._some_work(answers)
                     await self._renew(stream)
                 await answers
             finally:
                 answers.cancel()
                 await asyncio.wait({answers})
+
+    async def _some_work(self, answers: asyncio.Future[NoReturn]) -> None:
+        """Return when somebody was heard, or the answers have ended."""
+        work = asyncio.ensure_future(self._work.wait())
+        either: set[asyncio.Future[Any]] = {work, answers}
+        try:
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            work.cancel()
+        self._work.clear()
 
     async def _renew(self, stream: KeepAlive) -> None:
         again, self._to_put = self._to_put, {}
