@@ -350,7 +350,9 @@ class SessionsAgainstAModel(RuleBasedStateMachine):
     def the_due_are_asked(self, limit: int) -> None:
         due = sorted((e.due, s) for s, e in self.model.items() if e.due is not None and e.due <= self.now)
         questions = self.table.ask_due(self.now, limit)
-        assert [question.session for question in questions] == [session for _, session in due[:limit]]
+        asked = [question.session for question in questions]
+        assert [self.model[session].due for session in asked] == [at for at, _ in due[:limit]]  # of equals, any
+        assert len(set(asked)) == len(asked)
         for question in questions:
             self.ask(question)
 

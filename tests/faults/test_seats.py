@@ -317,6 +317,7 @@ async def test_who_was_known_to_be_dead_is_known_to_be_dead_after_a_restart_unti
                 granted(await who.claim(40_000, ttl_s=0.5))
                 granted(await who.claim(40_100, instance="other", ttl_s=60.0))
                 await until(lambda: is_status(lambda: who._ask("GET", "/health"), 503))
+                granted(await who.claim(40_200, instance="later", ttl_s=60.0))  # what was seen before it is written too
                 signalled(registry, signal.SIGKILL)
         with serving(tmp_path, *port) as registry:
             async with party(registry.url) as who:
