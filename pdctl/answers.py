@@ -14,6 +14,10 @@ LONGEST_TEXT = 500
 _MAY_PASS = frozenset({HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS})
 
 
+AGE_HEADER = "X-Pdctl-Age"
+"""Whole seconds that an answer may be old, where several registries are one."""
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
     """One answer, whole. `location` is where a redirect would lead; `age_s`, how old it may be, as it says itself."""

@@ -28,7 +28,7 @@ from urllib.parse import urlsplit
 import aiohttp
 import structlog
 
-from pdctl.answers import Answer
+from pdctl.answers import AGE_HEADER, Answer
 from pdctl.core.address import Endpoint, is_loopback
 from pdctl.core.exchange import Exchange
 from pdctl.core.news import News
@@ -515,7 +515,7 @@ class RegistryClient:
         retry_after_s = parse_retry_after(
             response.headers.get("Retry-After"), now=self._wall_clock(), date=response.headers.get("Date")
         )
-        age = response.headers.get("X-Pdctl-Age", "")
+        age = response.headers.get(AGE_HEADER, "")
         age_s = float(age) if age.isdecimal() else 0.0
         return Answer(response.status, bytes(body), retry_after_s, response.headers.get("Location"), age_s)
 

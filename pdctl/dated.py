@@ -12,10 +12,11 @@ from typing import Final
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from pdctl.answers import AGE_HEADER
 from pdctl.shortcut import Answered, at_once_of
 
 FRESH_S: Final = 3.0
-HEADER: Final = b"x-pdctl-age"
+_HEADER: Final = AGE_HEADER.lower().encode()
 
 
 class Dated:
@@ -38,7 +39,7 @@ class Dated:
 
         async def dated(message: Message) -> None:
             if message["type"] == "http.response.start":
-                headers = [*message.get("headers", ()), (HEADER, str(int(age_s)).encode())]
+                headers = [*message.get("headers", ()), (_HEADER, str(int(age_s)).encode())]
                 message = {**message, "headers": headers}
             await send(message)
 

@@ -39,7 +39,7 @@ from pdctl.core.lives import Change, Record
 from pdctl.errors import Behind, JournalUnavailable, JournalUnusable, Unreachable
 from pdctl.metrics import JournalMetrics
 from pdctl.persistence.base import Kept, Learned, Note, Room, Word
-from pdctl.persistence.etcd_leases import Pulses
+from pdctl.persistence.etcd_leases import AGAIN, Pulses
 from pdctl.persistence.etcd_place import EtcdPlace, EtcdSettings
 from pdctl.persistence.etcd_wire import (
     Compacted,
@@ -64,7 +64,6 @@ SILENT_S: Final = 3.0
 
 ROOM_LEASE_S: Final = 60.0
 _PLAIN_NBYTES: Final = 32 << 10
-_AGAIN: Final = RetryPolicy(first_wait_s=0.1, max_wait_s=1.0, full_jitter=True)
 _AT_ONCE: Final = RetryPolicy(first_wait_s=0.001, max_wait_s=0.05, full_jitter=True, give_up_after_s=5.0)
 
 T = TypeVar("T")
@@ -107,7 +106,16 @@ class _Copy:
     head: Head = field(default_factory=lambda: Head("", 0, 0, 0, 0))
     written: bytes | None = None
     rows: dict[str, dict[int, Row]] = field(default_factory=dict)
+    names: dict[int, str] = field(default_factory=dict)  # by epoch, of what is in `rows`
     notes: dict[tuple[str, str], tuple[int, bytes]] = field(default_factory=dict)
+
+    def put(self, name: str, rows: dict[int, Row]) -> None:
+        """All rows of an instance; none where it is gone."""
+        for epoch in self.rows.pop(name, {}):
+            self.names.pop(epoch, None)
+        if rows:
+            self.rows[name] = rows
+            self.names.update(dict.fromkeys(rows, name))
 
 
 @dataclass(slots=True)
@@ -381,7 +389,7 @@ class EtcdJournal:
     async def _follow(self) -> NoReturn:
         """List, watch, and do it again after any trouble; until cancelled."""
         while True:
-            await retrying(_AGAIN, self._listed, on_failure=lambda failure: self._note_trouble(str(failure.error)))
+            await retrying(AGAIN, self._listed, on_failure=lambda failure: self._note_trouble(str(failure.error)))
             with suppress(Unreachable, Compacted):
                 try:
                     await self._watch()
@@ -468,7 +476,7 @@ class EtcdJournal:
             if name == "head":
                 self._copy.head, self._copy.written = self._head(found), value
             elif name.startswith("instances/"):
-                self._copy.rows[name.removeprefix("instances/")] = self._sound(_unpacked, value)
+                self._copy.put(name.removeprefix("instances/"), self._sound(_unpacked, value))
             elif name.startswith("notes/"):
                 notes.append(self._sound(_note, name, value))
             elif name.startswith("rooms/"):
@@ -514,10 +522,7 @@ class EtcdJournal:
         head, copy = self._head(event), self._copy
         copy.head, copy.written = head, event.value
         for name, value in group.instances.items():
-            if value is None:
-                copy.rows.pop(name, None)
-            else:
-                copy.rows[name] = self._sound(_unpacked, value)
+            copy.put(name, {} if value is None else self._sound(_unpacked, value))
         for at, (book, key, noted) in group.notes:
             copy.notes.pop((book, key), None)
             if noted is not None:
@@ -535,8 +540,11 @@ class EtcdJournal:
         return {record.epoch: record for record in records if _lives_by_lease(record)}
 
     def _living(self, epoch: int) -> Record | None:
-        record = next((self._decoded([rows[epoch]])[0] for rows in self._copy.rows.values() if epoch in rows), None)
-        return record if record is not None and _lives_by_lease(record) else None
+        name = self._copy.names.get(epoch)
+        if name is None:
+            return None
+        (record,) = self._decoded([self._copy.rows[name][epoch]])
+        return record if _lives_by_lease(record) else None
 
     def _head(self, found: KeyValue) -> Head:
         return self._sound(Head.from_bytes, found.value)

@@ -26,7 +26,8 @@ GRACE_S: Final = 3.0
 AT_ONCE: Final = 64
 """Leases that are asked for side by side."""
 
-_AGAIN: Final = RetryPolicy(first_wait_s=0.1, max_wait_s=1.0, full_jitter=True)
+AGAIN: Final = RetryPolicy(first_wait_s=0.1, max_wait_s=1.0, full_jitter=True)
+"""How etcd is asked again, by the journal too."""
 
 Told = Callable[[Record, float | None], None]
 
@@ -77,7 +78,9 @@ class Pulses:
             self._leases[epoch] = event.lease
             if record is not None:
                 self._tell(record, None)
-        elif self._leases.pop(epoch, None) is not None and record is not None:
+        elif record is None:
+            self._forget(epoch)
+        elif self._leases.pop(epoch, None) is not None:
             self._missing(record, GRACE_S)
 
     # What ranks say
@@ -91,12 +94,6 @@ class Pulses:
             self._to_put[epoch] = None
         self._work.set()
 
-    def forget(self, epoch: int) -> None:
-        """The life is over; its key ends by itself."""
-        self._heard_at.pop(epoch, None)
-        self._to_renew.discard(epoch)
-        self._to_put.pop(epoch, None)
-
     async def begin(self, records: Iterable[Record]) -> None:
         """Lives that are about to be kept. Raises Unreachable."""
         new = [record for record in records if record.epoch not in self._leases]
@@ -106,7 +103,7 @@ class Pulses:
     async def run(self) -> NoReturn:
         """Keep alive whom was heard; until cancelled."""
         while True:
-            await retrying(_AGAIN, self._run, keep_trying=True)
+            await retrying(AGAIN, self._run, keep_trying=True)
 
     async def _run(self) -> None:
         async with self._etcd.keep_alive() as stream:
@@ -165,7 +162,15 @@ class Pulses:
             self._to_put[record.epoch] = None
             self._work.set()
         else:
+            self._heard_at.pop(record.epoch, None)  # long ago
             self._tell(record, over_in_s)
+
+    def _forget(self, epoch: int) -> None:
+        """The life was over before its key."""
+        self._leases.pop(epoch, None)
+        self._heard_at.pop(epoch, None)
+        self._to_renew.discard(epoch)
+        self._to_put.pop(epoch, None)
 
     def _tell(self, record: Record, over_in_s: float | None) -> None:
         if self._told is not None:

@@ -50,7 +50,6 @@ class KeyValue:
 
     key: str
     value: bytes | None
-    revision: int
     lease: int = 0
 
 
@@ -283,12 +282,12 @@ async def _said(call: Awaitable[Any]) -> Any:
 
 
 def _key_value(found: Any) -> KeyValue:
-    return KeyValue(found.key.decode(), found.value, found.mod_revision, found.lease)
+    return KeyValue(found.key.decode(), found.value, found.lease)
 
 
 def _event(event: Any) -> KeyValue:
     is_gone = event.type == rpc.Event.DELETE
-    return KeyValue(event.kv.key.decode(), None if is_gone else event.kv.value, event.kv.mod_revision, event.kv.lease)
+    return KeyValue(event.kv.key.decode(), None if is_gone else event.kv.value, event.kv.lease)
 
 
 def _compare(key: str, value: bytes | None) -> Any:
