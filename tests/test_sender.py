@@ -922,7 +922,8 @@ async def test_a_room_is_open_once(rig: Rig) -> None:
     rig.assert_empty()
 
 
-async def test_an_unreachable_decode_rank_does_not_hold_up_the_sender(rig: Rig) -> None:
+async def finished_unheard(rig: Rig) -> tuple[Decode, SendingRoom]:
+    """A room that ends well at a decode rank that no message reaches."""
     decode = rig.decode()
     decode.register()
     rig.post.unreachable.add(decode.reply)
@@ -930,18 +931,17 @@ async def test_an_unreachable_decode_rank_does_not_hold_up_the_sender(rig: Rig) 
         decode.name(5, [])
         await room.peers_ready()
         await room.finish(0)
+    return decode, room
+
+
+async def test_an_unreachable_decode_rank_does_not_hold_up_the_sender(rig: Rig) -> None:
+    _, room = await finished_unheard(rig)
     assert room.phase is Phase.SUCCESS
     rig.assert_empty()
 
 
 async def test_a_status_that_no_connection_takes_is_told_when_one_does(rig: Rig) -> None:
-    decode = rig.decode()
-    decode.register()
-    rig.post.unreachable.add(decode.reply)
-    async with rig.sender.open(5) as room:
-        decode.name(5, [])
-        await room.peers_ready()
-        await room.finish(0)
+    decode, _ = await finished_unheard(rig)
     await let_others_run()
     rig.post.unreachable.clear()
     assert await rig.told() == (decode.reply, Status(5, Phase.SUCCESS, RANK))

@@ -8,7 +8,8 @@ import asyncio
 import json
 import subprocess
 import sys
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 from uuid import uuid4
@@ -43,21 +44,27 @@ def bench() -> list[Row]:
 
 
 async def rows() -> list[Row]:
-    with master() as at:
-        owner = subprocess.Popen(  # noqa: ASYNC220
-            [sys.executable, "-c", OWNER, at.address, str(SEGMENT)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            preexec_fn=die_with_parent,
-        )
-        try:
-            assert owner.stdout is not None
-            assert json.loads(owner.stdout.readline()) == 0
-            return await beside(at.address)
-        finally:
-            owner.kill()
-            owner.wait()
+    with master() as at, owning(at.address, SEGMENT):
+        return await beside(at.address)
+
+
+@contextmanager
+def owning(address: str, nbytes: int) -> Iterator[int]:
+    """The pid of another process whose memory, `nbytes` of it, is all that the master at `address` has."""
+    owner = subprocess.Popen(
+        [sys.executable, "-c", OWNER, address, str(nbytes)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=die_with_parent,
+    )
+    try:
+        assert owner.stdout is not None
+        assert json.loads(owner.stdout.readline()) == 0
+        yield owner.pid
+    finally:
+        owner.kill()
+        owner.wait()
 
 
 async def beside(address: str) -> list[Row]:

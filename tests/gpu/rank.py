@@ -34,7 +34,7 @@ from pdctl.memory import Arena
 from pdctl.node import DecodeNode, PrefillNode, decode_node, prefill_node
 from tests.agent_engine import ABSENT, expected
 from tests.device.paper import allocate, read, write
-from tests.engine.processes import die_with_parent
+from tests.engine.processes import die_with_parent, obey
 
 N_PAGES, PAGE_NBYTES, N_ENTRIES, N_ROWS, ROW_NBYTES = 64, 32 << 10, 4, 8, 48
 SHAPE = Shape(1, 1, 1, 1, 4, "uint8")
@@ -213,21 +213,12 @@ class Rank:
 
 
 async def main(given: dict[str, Any]) -> None:
-    reader = asyncio.StreamReader()
-    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
     async with open_device(given.get("device", "cuda:0")) as device, AsyncExitStack() as stack:
         assert isinstance(device, Cuda)
         memory = Memory(device, Path(given["shared"]) if "shared" in given else None)
         memory.fill()
         rank = Rank(memory, given, stack)
-        print(json.dumps({"device": device.uuid}), flush=True)
-        while line := await reader.readline():
-            asked = json.loads(line)
-            try:
-                done = await getattr(rank, asked.pop("do"))(**asked)
-            except Exception as error:  # told to the test, which fails by it
-                done = {"error": f"{type(error).__name__}: {error}"}
-            print(json.dumps(done), flush=True)
+        await obey(rank, {"device": device.uuid})
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import asyncio
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 
@@ -24,8 +23,7 @@ from pdctl.memory import Arena
 from pdctl.store.attachment import AttachPolicy, attached
 from pdctl.store.base import Ints
 from pdctl.store.mooncake import open_mooncake_store
-from tests.bench.store_pages import OWNER, nobody
-from tests.engine.processes import die_with_parent
+from tests.bench.store_pages import nobody, owning
 from tests.store.master import master
 
 N, NBYTES = 64, 1 << 20
@@ -60,21 +58,8 @@ async def through(address: str, owner: int, pieces: int) -> dict[str, float]:
 def main(pieces: str, stall_s: str) -> int:
     for name in ("MC_TCP_PROGRESS_TIMEOUT_SEC", "MC_TCP_STATUS_TIMEOUT_SEC"):
         os.environ[name] = stall_s
-    with master() as at:
-        owner = subprocess.Popen(
-            [sys.executable, "-c", OWNER, at.address, str(256 << 20)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            preexec_fn=die_with_parent,
-        )
-        try:
-            assert owner.stdout is not None
-            assert json.loads(owner.stdout.readline()) == 0
-            print(json.dumps(asyncio.run(through(at.address, owner.pid, int(pieces)))), flush=True)
-        finally:
-            owner.kill()
-            owner.wait()
+    with master() as at, owning(at.address, 256 << 20) as owner:
+        print(json.dumps(asyncio.run(through(at.address, owner, int(pieces)))), flush=True)
     return 0
 
 
