@@ -87,11 +87,11 @@ async def test_a_hung_peer_costs_a_probe_its_own_deadline_and_nobody_elses(stage
     hung, well = await stage.far(), await stage.far()
     hung.stop()
     began = time.monotonic()
-    probes = [failure(stage.engine.probe(hung.session, deadline_s=0.5)) for _ in range(20)]
+    probes = [failure(stage.engine.probe(hung.session, deadline_s=2)) for _ in range(20)]
     asking = asyncio.gather(*probes)
-    await stage.engine.probe(well.session, deadline_s=0.4)
+    await stage.engine.probe(well.session, deadline_s=1.9)
     assert {found.cause for found in await asking} == {Cause.TIMED_OUT}
-    assert time.monotonic() - began < 2.0
+    assert time.monotonic() - began < 10
     hung.resume()
 
 

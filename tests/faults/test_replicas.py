@@ -144,17 +144,18 @@ def test_a_registry_that_is_cut_off_alone_says_so_and_a_client_of_both_asks_the_
             service(tmp_path / "well.log", "--journal", url) as well,
         ):
             both = Fleet(etcd, [cut, well])
-            epoch = claim(cut, "p", 0, ttl_s=2.0).body["epoch"]
+            epoch, short = (claim(cut, name, 0, ttl_s=ttl_s).body["epoch"] for name, ttl_s in (("p", 60.0), ("q", 2.0)))
             both.agree("p", {epoch})
+            both.agree("q", {short})
             relay.cut()
-            until(lambda: renew(cut, "p", 0, epoch).age_s >= 4)
+            until(lambda: renew(cut, "q", 0, short).age_s >= 4)
             seat = f"{cut.url},{well.url}"
             asyncio.run(held_at(seat, epoch, well.url))
-            until(lambda: not seen(well, "p"))  # who speaks to nobody but the cut one is gone, and told when it is back
-            assert set(seen(cut, "p")) == {epoch}
+            until(lambda: not seen(well, "q"))  # who speaks to nobody but the cut one is gone, and told when it is back
+            assert set(seen(cut, "q")) == {short}
             relay.mend()
-            both.agree("p", set())
-            assert renew(cut, "p", 0, epoch).status == 404
+            both.agree("q", set())
+            assert renew(cut, "q", 0, short).status == 404
 
 
 async def held_at(urls: str, epoch: int, well: str) -> None:
