@@ -18,17 +18,18 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import NoReturn, TypeAlias
+from typing import NoReturn
 
 import structlog
 import uvloop
 
 from pdctl import config, handed, inquiry, logs, node, succession
+from pdctl.commands.base import Commands, add_command, add_credentials, add_service, always, never
 from pdctl.config import Settings
 from pdctl.core.kvstore import Resolved
 from pdctl.core.sessions import Depth, State
@@ -41,10 +42,6 @@ log = structlog.get_logger(__name__)
 USAGE, UNAVAILABLE = 2, 69
 _TRIAL_NBYTES = 64 << 20  # `store warmup` is gone in a second, and what others put there meanwhile with it
 _CLOSING_S = 0.9  # from the end of an engine to the end of the process that moved for it
-
-Run = Callable[[Settings, argparse.Namespace], Awaitable[int]]
-Lasts = Callable[[Settings], bool]
-Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -109,7 +106,7 @@ def parser() -> argparse.ArgumentParser:
 
 def _add_serve(commands: Commands) -> None:
     """`pdctl serve`: the sidecar."""
-    command = _command(commands, "serve", _serve, _always, "serve the bootstrap registry, and what stands beside it")
+    command = add_command(commands, "serve", _serve, always, "serve the bootstrap registry, and what stands beside it")
     command.set_defaults(loop=uvloop.new_event_loop)
     command.add_argument("--host", dest="serve.host", help="address to listen at (127.0.0.1)")
     command.add_argument("--port", dest="serve.port", help="port to listen at; 0 takes any free one (8998)")
@@ -152,9 +149,11 @@ def _add_access(command: argparse.ArgumentParser) -> None:
 
 def _add_register(commands: Commands) -> None:
     """`pdctl register`: for an engine that has no client of its own."""
-    command = _command(commands, "register", _register, _if_held, "register one prefill rank for an engine that cannot")
+    command = add_command(
+        commands, "register", _register, _if_held, "register one prefill rank for an engine that cannot"
+    )
     command.add_argument("--registry", dest="node.registry", help="the registry's URL (http://127.0.0.1:8998)")
-    _add_credentials(command)
+    add_credentials(command)
     command.add_argument("--rank-host", dest="rank.host", help="where decode reaches the rank's control port")
     command.add_argument("--rank-port", dest="rank.port", help="the rank's control port (ZMQ)")
     for axis in ("tp", "cp", "dp", "pp"):
@@ -178,7 +177,7 @@ def _add_register(commands: Commands) -> None:
 
 def _add_agent(commands: Commands) -> None:
     """`pdctl agent`: moves KV for engines in other processes."""
-    command = _command(commands, "agent", _agent, _always, "move KV for engines in other processes: docs/agent.md")
+    command = add_command(commands, "agent", _agent, always, "move KV for engines in other processes: docs/agent.md")
     command.set_defaults(loop=uvloop.new_event_loop)  # the others move little over sockets of ours
     command.add_argument(
         "--socket", dest="agent.sockets", action="append", metavar="PATH",
@@ -196,16 +195,16 @@ def _add_agent(commands: Commands) -> None:
     )  # fmt: skip
     command.add_argument("--instance", dest="node.instance", help="of prefills whose engine names none (default)")
     command.add_argument("--ttl", dest="node.ttl_s", help="seconds of the lease, renewed every third of it (15)")
-    _add_credentials(command)
+    add_credentials(command)
     command.add_argument("--inherited", default=None, help=argparse.SUPPRESS)  # from succession.py, to its child
 
 
 def _add_sessions(commands: Commands) -> None:
     """`pdctl sessions`: which links are trusted, and why the others are not."""
-    command = _command(
-        commands, "sessions", _sessions, _never, "list transfer sessions: which are trusted, and why not"
+    command = add_command(
+        commands, "sessions", _sessions, never, "list transfer sessions: which are trusted, and why not"
     )
-    _add_service(command, "the service that keeps the table (http://127.0.0.1:8998)")
+    add_service(command, "the service that keeps the table (http://127.0.0.1:8998)")
     command.add_argument("--state", choices=[state.value for state in State], help="only those that stand so")
     command.add_argument("--lift", metavar="SESSION", help="trust this one again, by hand, whatever is held against it")
     command.add_argument("--json", action="store_true", help="one JSON document")
@@ -214,9 +213,9 @@ def _add_sessions(commands: Commands) -> None:
 
 def _add_probe(commands: Commands) -> None:
     """`pdctl probe SESSION`: does it work? 0: yes; 1: no, and why."""
-    command = _command(commands, "probe", _probe, _never, "ask whether a transfer session works; exit 0 yes, 1 no")
+    command = add_command(commands, "probe", _probe, never, "ask whether a transfer session works; exit 0 yes, 1 no")
     command.add_argument("session", help="ip:port of the peer's engine")
-    _add_service(command, "let this service ask, which has the link; else we ask ourselves")
+    add_service(command, "let this service ask, which has the link; else we ask ourselves")
     command.add_argument("--depth", choices=[depth.name.lower() for depth in Depth], help="what must be proven (data)")
     command.add_argument("--deadline", type=float, metavar="SECONDS", help="for the answer (3)")
     command.add_argument(
@@ -230,7 +229,7 @@ def _add_journal(commands: Commands) -> None:
     journal = commands.add_parser("journal", help="what a registry keeps", description="What a registry keeps.")
     actions: Commands = journal.add_subparsers(metavar="ACTION", required=True)
     what = "put all that a journal keeps into an empty one, for a registry that moves; stop the registry first"
-    command = _command(actions, "copy", _copy_journal, _never, what)
+    command = add_command(actions, "copy", _copy_journal, never, what)
     command.add_argument("source", metavar="FROM", help="sqlite:PATH or etcd://HOST:PORT[,HOST:PORT...][?prefix=NAME]")
     command.add_argument("target", metavar="TO", help="the same; it has to be empty")
 
@@ -245,7 +244,7 @@ def _add_store(commands: Commands) -> None:
         ("check", _store_check, "ask the master and try a set-up that gives no memory; exit 0 when both answer"),
         ("warmup", _store_warmup, "set up, put a key, read it back, remove it; exit 0 when the store works"),
     ):
-        command = _command(inner, name, run, _never, about)
+        command = add_command(inner, name, run, never, about)
         command.add_argument("--extra-config", dest="store.extra", metavar="JSON", help="SGLang's; or @FILE with it")
         command.add_argument(
             "--store-config", dest="store.file", metavar="FILE", help="JSON ($SGLANG_HICACHE_MOONCAKE_CONFIG_PATH)"
@@ -262,22 +261,11 @@ def _add_store(commands: Commands) -> None:
         command.set_defaults(json=False)
 
 
-def _add_service(command: argparse.ArgumentParser, what: str) -> None:
-    command.add_argument("--at", dest="node.registry", metavar="URL", help=what)
-    _add_credentials(command)
-
-
-def _add_credentials(command: argparse.ArgumentParser) -> None:
-    """What is shown to a service, and whose certificate is believed: docs/security.md."""
-    command.add_argument("--token-file", dest="client.token_file", help="our token for the registry, alone in a file")
-    command.add_argument("--tls-ca", dest="client.tls_ca", help="whose certificate of the registry we believe, PEM")
-    command.add_argument("--tls-cert", dest="client.tls_cert", help="our certificate, for a registry that wants one")
-    command.add_argument("--tls-key", dest="client.tls_key", help="its key, where the certificate's file has none")
-
-
 def _add_demo(commands: Commands) -> None:
     """`pdctl demo`: the main job, for people to watch."""
-    command = _command(commands, "demo", _demo, _never, "move real KV between real processes, break it, watch it heal")
+    command = add_command(
+        commands, "demo", _demo, never, "move real KV between real processes, break it, watch it heal"
+    )
     command.add_argument("--prompt", action="append", help="a prompt to run; may be given again (a built-in set)")
     command.add_argument("--trace", type=Path, help="replay the lengths and shared prefixes of a trace, JSON lines")
     command.add_argument("--requests", type=int, default=20, help="how many requests of the trace (20)")
@@ -285,25 +273,8 @@ def _add_demo(commands: Commands) -> None:
     command.set_defaults(prompt=None, trace=None, requests=20, json=False)
 
 
-def _always(_: Settings) -> bool:
-    return True
-
-
-def _never(_: Settings) -> bool:
-    return False
-
-
 def _if_held(settings: Settings) -> bool:
     return settings.rank.hold
-
-
-def _command(commands: Commands, name: str, run: Run, lasts: Lasts, what: str) -> argparse.ArgumentParser:
-    command = commands.add_parser(name, help=what, description=what, argument_default=argparse.SUPPRESS)
-    command.set_defaults(run=run, lasts=lasts, loop=None)
-    command.add_argument("--config", type=Path, default=None, help="settings as a TOML file, one table a section")
-    command.add_argument("--log-format", dest="log.format", help="kv (key=value, the default) or json")
-    command.add_argument("--log-level", dest="log.level", help="debug, info (the default), warning or error")
-    return command
 
 
 async def _serve(settings: Settings, args: argparse.Namespace) -> int:  # noqa: ARG001

@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 FLOORS = {
-    **dict.fromkeys(["pdctl", "pdctl.__main__", "pdctl.cli", "pdctl.demo"], 6),
+    **dict.fromkeys(["pdctl", "pdctl.__main__", "pdctl.cli", "pdctl.demo", "pdctl.commands"], 6),
     **dict.fromkeys(["pdctl.handed"], 5),
     **dict.fromkeys([f"pdctl.{shell}" for shell in ("agent_client", "succession", "scout")], 4),
     **dict.fromkeys(["pdctl.node", "pdctl.wires", "pdctl.door", "pdctl.links", "pdctl.inquiry", "pdctl.config"], 5),
@@ -72,6 +72,7 @@ FLOORS = {
 """A room -> its floor. A folder's floor holds for its files, unless a file has a row of its own."""
 
 FOLDERS = (
+    "pdctl.commands",
     "pdctl.demo",
     "pdctl.device",
     "pdctl.dialects",
