@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NoReturn
 from weakref import WeakValueDictionary
 
@@ -18,8 +19,9 @@ import structlog
 from pdctl.core.address import Endpoint
 from pdctl.core.metadata import KeyBook, Row, Segment, name_of
 from pdctl.core.seconds import check_seconds
-from pdctl.errors import ConfigError
+from pdctl.errors import Behind, ConfigError
 from pdctl.metrics import KeyChange, Metrics
+from pdctl.retry import deciding
 
 AT_ONCE = 32
 
@@ -81,19 +83,23 @@ class Keyring:
     async def put(self, key: str, value: bytes, host: str) -> None:
         """Return when the key is written and journalled. Raises Occupied, TooLarge, LimitReached, ..."""
         async with self._turn(key):
-            rival = self._book.rival(key, value, host)
-            gone = rival is not None and await self._is_gone(rival)
-            rows = self._book.put(key, value, host, holder_gone=gone)
-            await self._perform(rows, KeyChange.TAKEN_OVER if gone else KeyChange.WRITTEN)
+            await deciding(partial(self._put, key, value, host))
+
+    async def _put(self, key: str, value: bytes, host: str) -> None:
+        gone = await self._holder_is_gone(key, value, host)
+        rows = self._book.put(key, value, host, holder_gone=gone)
+        await self._perform(rows, KeyChange.TAKEN_OVER if gone else KeyChange.WRITTEN)
 
     async def delete(self, key: str, host: str) -> bool:
         """Return when it is gone and that is journalled; False for a key that was not there. Raises Occupied."""
         async with self._turn(key):
-            rival = self._book.rival(key, None, host)
-            gone = rival is not None and await self._is_gone(rival)
-            rows = self._book.delete(key, host, holder_gone=gone)
-            await self._perform(rows, KeyChange.REMOVED)
-            return bool(rows)
+            return await deciding(partial(self._delete, key, host))
+
+    async def _delete(self, key: str, host: str) -> bool:
+        gone = await self._holder_is_gone(key, None, host)
+        rows = self._book.delete(key, host, holder_gone=gone)
+        await self._perform(rows, KeyChange.REMOVED)
+        return bool(rows)
 
     async def watch(self) -> NoReturn:
         """Drop the keys of engines that are gone, where the operator wants that; until cancelled."""
@@ -124,9 +130,20 @@ class Keyring:
 
     async def _drop(self, segment: Segment) -> None:
         async with self._turn_of(segment.name):
-            if await self._is_gone(segment):  # the name may have an heir by now
-                await self._perform(self._book.drop(segment), KeyChange.EXPIRED)
-                self._misses.pop(segment.name, None)
+            await deciding(partial(self._drop_if_gone, segment))
+
+    async def _drop_if_gone(self, segment: Segment) -> None:
+        if await self._is_gone(segment):  # the name may have an heir by now
+            await self._perform(self._book.drop(segment), KeyChange.EXPIRED)
+            self._misses.pop(segment.name, None)
+
+    async def _holder_is_gone(self, key: str, value: bytes | None, host: str) -> bool:
+        """Whether somebody else holds it who is gone. Raises Behind where another registry has put an heir there."""
+        rival = self._book.rival(key, value, host)
+        gone = rival is not None and await self._is_gone(rival)
+        if self._book.rival(key, value, host) != rival:
+            raise Behind("another registry was faster: ask again", cause="another registry was faster")
+        return gone
 
     async def _is_gone(self, segment: Segment) -> bool:
         """Who gave no address cannot be asked, and silence is not death."""

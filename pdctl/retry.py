@@ -26,7 +26,7 @@ from typing import Generic, NoReturn, TypeVar
 from tenacity import AsyncRetrying, RetryCallState
 
 from pdctl.core.seconds import check_seconds
-from pdctl.errors import ConfigError, PutOff, RegistryRefused
+from pdctl.errors import Behind, ConfigError, PutOff, RegistryRefused
 
 T = TypeVar("T")
 
@@ -201,6 +201,17 @@ async def retrying(
     return await AsyncRetrying(
         sleep=sleep, retry=run.again, wait=run.wait, stop=run.stop, before_sleep=run.tell, retry_error_callback=run.end
     )(once)
+
+
+AT_ONCE = RetryPolicy(first_wait_s=0.001, max_wait_s=0.05, full_jitter=True, give_up_after_s=5.0)
+"""Another registry was faster: what it has written is known by now."""
+
+
+async def deciding(attempt: Callable[[], Awaitable[T]], *, still: Callable[[], bool] = lambda: True) -> T:
+    """What `attempt` returns, made again while another registry over the same journal is faster, as long as `still`
+    holds. Raises Behind after 5 s, and what else the attempt raises at once.
+    """
+    return await retrying(AT_ONCE, attempt, is_permanent=lambda error: not isinstance(error, Behind) or not still())
 
 
 class _Run(Generic[T]):

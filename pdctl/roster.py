@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from enum import Enum
+from functools import partial
 from itertools import islice
 from math import prod
 from typing import NoReturn
@@ -22,6 +23,7 @@ from pdctl.core.fleet import Fleet, Move, Place, Prefill, Row, Worker, shown
 from pdctl.core.lives import Owner
 from pdctl.errors import NotReady, Occupied
 from pdctl.metrics import FleetChange, Metrics
+from pdctl.retry import deciding
 
 AT_ONCE = 64
 LOOK_EVERY_S = 0.5
@@ -89,13 +91,17 @@ class Roster:
     async def register(self, worker: Worker) -> None:
         """Return when the claim holds and is journalled. Raises Occupied, LimitReached, BadField."""
         async with self._turn(worker.prefill):
-            rivals = self._fleet.rivals(worker, self._clock())
-            found = await self._ask(rivals)
-            gone = [rival for rival, presence in zip(rivals, found, strict=True) if presence is not Presence.THERE]
-            strangers = self._fleet.strangers(worker)
-            rows = self._fleet.claim(worker, gone, self._clock())
-            await self._perform(rows)
+            strangers = await deciding(partial(self._claim, worker))
         await self._bury(strangers)
+
+    async def _claim(self, worker: Worker) -> Sequence[Worker]:
+        """Who may be gone since it has come. Raises Behind, and as `register`."""
+        rivals = self._fleet.rivals(worker, self._clock())
+        found = await self._ask(rivals)
+        gone = [rival for rival, presence in zip(rivals, found, strict=True) if presence is not Presence.THERE]
+        strangers = self._fleet.strangers(worker)
+        await self._perform(self._fleet.claim(worker, gone, self._clock()))
+        return strangers
 
     async def remove(self, engine: str, by: Owner) -> bool:
         """Forget a prefill; False when there is none.
@@ -106,14 +112,20 @@ class Roster:
         if prefill is None:
             return False
         async with self._turn(prefill.name):
-            foreign = [held for held in prefill.workers.values() if not by.admin and held.host != by.host]
-            found = await self._ask(foreign)
-            for worker, presence in zip(foreign, found, strict=True):
-                if presence is Presence.THERE:
-                    raise _not_theirs(worker, by)
-            rows = self._fleet.drop(prefill)
-            await self._perform(rows)
-            return bool(rows)
+            return await deciding(partial(self._remove, prefill.name, by))
+
+    async def _remove(self, name: str, by: Owner) -> bool:
+        prefill = self._fleet.get(name)
+        if prefill is None:
+            return False
+        foreign = [held for held in prefill.workers.values() if not by.admin and held.host != by.host]
+        found = await self._ask(foreign)
+        for worker, presence in zip(foreign, found, strict=True):
+            if presence is Presence.THERE:
+                raise _not_theirs(worker, by)
+        rows = self._fleet.drop(prefill)
+        await self._perform(rows)
+        return bool(rows)
 
     def query(self, instance: str) -> dict[str, object]:
         """What is complete of the prefills of an instance. Raises NotReady where some are and none is whole."""
@@ -159,7 +171,7 @@ class Roster:
         for worker, presence in zip(strangers, found, strict=True):
             if presence is Presence.REFUSED:
                 async with self._turn(worker.prefill):
-                    await self._bury_one(worker)
+                    await deciding(partial(self._bury_one, worker))
 
     async def _bury_one(self, worker: Worker) -> None:
         prefill = self._fleet.find(worker.prefill)

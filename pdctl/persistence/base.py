@@ -86,7 +86,7 @@ class Notebook(Protocol):
     """The same journal for the books of the other wires: what they acknowledge is to outlive them as well."""
 
     async def note(self, notes: Sequence[Note]) -> None:
-        """Keep all of them or none; of two on one key the later holds. Otherwise as Journal.append."""
+        """Keep all of them or none; of two on one key the later holds. Otherwise as Journal.append, Behind included."""
 
 
 @runtime_checkable

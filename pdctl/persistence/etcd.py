@@ -25,6 +25,7 @@ import json
 import time
 import zlib
 from base64 import urlsafe_b64decode, urlsafe_b64encode
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -52,7 +53,7 @@ from pdctl.persistence.etcd_wire import (
     open_etcd,
 )
 from pdctl.persistence.rows import Row, Unsound, decoded, encoded
-from pdctl.retry import RetryPolicy, retrying
+from pdctl.retry import deciding, retrying
 
 GROUP_LIMIT: Final = 100
 """Instances that one transaction may touch: etcd takes 128 operations (--max-txn-ops), and the head is one."""
@@ -64,7 +65,6 @@ SILENT_S: Final = 3.0
 
 ROOM_LEASE_S: Final = 60.0
 _PLAIN_NBYTES: Final = 32 << 10
-_AT_ONCE: Final = RetryPolicy(first_wait_s=0.001, max_wait_s=0.05, full_jitter=True, give_up_after_s=5.0)
 
 T = TypeVar("T")
 
@@ -168,6 +168,7 @@ class EtcdJournal:
         self._number = 0
         self._in_flight: int | None = None
         self._n_foreign = 0  # groups that were told, and listings
+        self._n_noted: Counter[str] = Counter()  # the same of notes, by book
         self._came = 0  # the own group that has come back last
         self._since = 0
         self._moved = asyncio.Condition()
@@ -243,19 +244,27 @@ class EtcdJournal:
                 await self._put_changes(changes, decided_on)
 
     async def note(self, notes: Sequence[Note]) -> None:
-        """As the port says; of two writers of one key the later counts."""
+        """As the port says. Raises Behind where others have written in the same books since it was called."""
         if not notes:
             return
         last = {(book, key): value for book, key, value in notes}
         order = list(dict.fromkeys(reversed([(book, key) for book, key, _ in notes])))[::-1]
         rows = [(book, key, last[book, key]) for book, key in order]
+        books = {book for book, _, _ in rows}
+        decided_on = self._noted(books)
         async with self._turn:
             for first in range(0, len(rows), GROUP_LIMIT):
-                some = rows[first : first + GROUP_LIMIT]
-                await retrying(_AT_ONCE, partial(self._note_group, some), is_permanent=_is_not_behind)
+                note = partial(self._note_group, rows[first : first + GROUP_LIMIT], books, decided_on)
+                await deciding(note, still=lambda: self._noted(books) == decided_on)
 
-    async def _note_group(self, notes: Sequence[Note]) -> None:
+    def _noted(self, books: Iterable[str]) -> int:
+        """How much others have been heard to write in these books."""
+        return sum(self._n_noted[book] for book in books)
+
+    async def _note_group(self, notes: Sequence[Note], books: Iterable[str], decided_on: int) -> None:
         self._refuse_in_trouble()
+        if self._noted(books) != decided_on:
+            raise self._behind()
         head = self._next_head(())
         ops = [self._note_op(note, head.count * GROUP_LIMIT + n) for n, note in enumerate(notes)]
         await self._commit_group(ops, head)
@@ -395,6 +404,8 @@ class EtcdJournal:
                     await self._watch()
                 except* (Unreachable, Compacted) as group:
                     self._note_trouble(str(_first(group)))
+            if self._closing:  # a group whose task fails at that moment has kept the cancellation to itself
+                raise asyncio.CancelledError
 
     async def _listed(self) -> None:
         began = self._clock()
@@ -420,13 +431,12 @@ class EtcdJournal:
     async def _beat(self) -> NoReturn:
         """Ask a majority how far it is; raises Unreachable where the watch has not followed."""
         while True:
-            asked = self._clock()
+            asked, known = self._clock(), self._copy.head.count
             found = await self._etcd.get(self._place.key("head"))
-            if found is None and self._copy.written is None:
-                self._fresh_at, self._behind_since = asked, None
-            elif found is None or (head := self._head(found)).count < self._copy.head.count:
+            count = 0 if found is None else self._head(found).count
+            if count < known:  # and not below what has come since it was asked
                 raise Unreachable("etcd has lost rows: everything is read anew")
-            elif head.count == self._copy.head.count:
+            if count <= self._copy.head.count:
                 self._fresh_at, self._behind_since = asked, None
             else:
                 self._behind_since = self._behind_since or asked
@@ -499,6 +509,7 @@ class EtcdJournal:
             (*key, value) for key, (at, value) in now.notes.items() if before.notes.get(key, (0, b""))[0] != at
         ]
         notes += [(*key, None) for key in before.notes if key not in now.notes]
+        self._n_noted.update(book for book, _, _ in notes)
         self._tell(Learned({name: self._records(name) for name in names}, (), rooms, notes, now.head.last_epoch))
 
     def _take_event(self, event: KeyValue) -> None:
@@ -531,6 +542,7 @@ class EtcdJournal:
             self._came = head.number
         if head.writer != self.writer or head.number != self._in_flight:  # an own one that was given up has come
             self._n_foreign += 1
+            self._n_noted.update(note[0] for _, note in group.notes)
             records = {name: self._records(name) for name in group.instances}
             self._tell(Learned(records, head.words, (), [note for _, note in group.notes], head.last_epoch))
 
@@ -638,7 +650,3 @@ def _note(name: str, value: bytes | None) -> tuple[int, Note]:
 
 def _first(group: BaseExceptionGroup[Any]) -> BaseException:
     return _first(group.exceptions[0]) if isinstance(group.exceptions[0], BaseExceptionGroup) else group.exceptions[0]
-
-
-def _is_not_behind(error: Exception) -> bool:
-    return not isinstance(error, Behind)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -59,6 +61,19 @@ def test_registries_that_are_asked_at_once_never_give_one_seat_twice(two: Fleet)
         epochs = list(pool.map(take, range(40)))
     assert len(set(epochs)) == 40
     two.agree("p", {max(epochs)})
+
+
+def test_of_two_engines_that_take_one_name_at_two_registries_one_is_told_whose_it_is(two: Fleet) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
+        ports = [each.getsockname()[1] for each in (one, other)]
+
+        def take(name: str, n: int) -> int:
+            said = {"ip_or_host_name": "127.0.0.1", "rpc_port": ports[n]}
+            return call("PUT", f"{two.replicas[n].url}/metadata?key=mooncake/rpc_meta/{name}", said).status
+
+        with ThreadPoolExecutor(2) as pool:
+            for n in range(12):
+                assert sorted(pool.map(partial(take, f"n{n}"), (0, 1))) == [200, 409]
 
 
 def test_a_registry_that_starts_later_knows_all_of_it(two: Fleet, tmp_path: Path) -> None:

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import grpc
 import pytest
 import pytest_asyncio
 import trustme
 from aetcd import rpc
+from structlog.testing import capture_logs
 
 from pdctl.core.lives import ChangeKind, Record
-from pdctl.errors import Behind, ConfigError, JournalUnavailable, JournalUnusable
+from pdctl.errors import Behind, ConfigError, JournalUnavailable, JournalUnusable, Unreachable
 from pdctl.persistence import etcd as module
 from pdctl.persistence.base import Learned, Shared
 from pdctl.persistence.etcd import EtcdJournal, open_etcd_journal
 from pdctl.persistence.etcd_place import EtcdPlace, EtcdSettings
+from pdctl.persistence.etcd_wire import Etcd, KeyValue, open_etcd
 from tests.faults.replicas import Relay
 from tests.persistence.etcd import Cluster, cluster
 from tests.persistence.rows import change, claim, life, records
@@ -120,6 +123,20 @@ async def test_who_decided_on_less_than_there_is_is_told_so_and_nothing_is_writt
         return [[record.epoch for record in await records(each)] for each in writers] == [[1, 2], [1, 2]]
 
     await until(agree)
+
+
+async def test_notes_are_of_one_book_and_who_decided_on_less_of_it_is_told_so(writers: list[EtcdJournal]) -> None:
+    a, b = writers
+    ears = Ears(a), Ears(b)
+    outcomes = await asyncio.gather(
+        a.note([("keys", "k", b"a")]), b.note([("keys", "k", b"b")]), return_exceptions=True
+    )
+    behind = [isinstance(each, Behind) for each in outcomes]
+    assert sorted(behind) == [False, True]
+    loser = behind.index(True)
+    await ears[loser].until(1)
+    assert list(ears[loser].learned[0].notes) == [("keys", "k", b"ba"[loser : loser + 1])]
+    await asyncio.gather(a.note([("keys", "k", b"c")]), b.note([("fleet", "k", b"d")]))  # nobody is in nobody's way
 
 
 async def test_a_lease_lasts_while_any_writer_hears_its_holder_and_no_longer(writers: list[EtcdJournal]) -> None:
@@ -250,6 +267,56 @@ async def _is_kept_out(secret: Cluster, settings: EtcdSettings) -> None:
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(2.0), opening:
             pytest.fail("it was let in")
+
+
+class Late:
+    """etcd, whose answers about one key are held back."""
+
+    def __init__(self, etcd: Etcd) -> None:
+        self._etcd = etcd
+        self.asked, self.go_on = asyncio.Event(), asyncio.Event()
+        self.fails_when_cancelled = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._etcd, name)
+
+    async def get(self, key: str) -> KeyValue | None:
+        found = await self._etcd.get(key)
+        self.asked.set()
+        try:
+            await self.go_on.wait()
+        except asyncio.CancelledError:
+            if self.fails_when_cancelled:
+                raise Unreachable("gone at that moment") from None
+            raise
+        return found
+
+
+@asynccontextmanager
+async def late(etcd: Cluster, name: str) -> AsyncIterator[tuple[EtcdJournal, Late]]:
+    place = EtcdPlace.parse(etcd.url(name))
+    async with open_etcd(place.endpoints, EtcdSettings()) as opened:
+        held = Late(opened)
+        journal = EtcdJournal(cast(Etcd, held), place, rooms_kept_s=60.0)
+        await journal.start()
+        await asyncio.wait_for(held.asked.wait(), DEADLINE_S)
+        yield journal, held
+        await asyncio.wait_for(journal.aclose(), DEADLINE_S)
+
+
+async def test_an_answer_that_the_watch_has_overtaken_is_no_loss(etcd: Cluster, tmp_path: Path) -> None:
+    with capture_logs() as said:
+        async with late(etcd, str(tmp_path)) as (journal, held):
+            await journal.append([change(life(1), 1)])
+            held.asked.clear()
+            held.go_on.set()
+            await asyncio.wait_for(held.asked.wait(), DEADLINE_S)  # and the next one is asked for
+    assert said == []
+
+
+async def test_a_watch_that_fails_while_it_is_closed_is_closed(etcd: Cluster, tmp_path: Path) -> None:
+    async with late(etcd, str(tmp_path)) as (_, held):
+        held.fails_when_cancelled = True
 
 
 @pytest.mark.parametrize(
