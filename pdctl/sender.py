@@ -92,7 +92,8 @@ class SenderLimits:
     max_peers: decode ranks whose memory is known; the one unused for longest is forgotten, and told so when it asks.
     max_rooms_per_peer: open rooms in which one decode rank has named pages; a further one fails, and the rank is told.
     max_nbytes_per_peer: under way to one decode rank at once; what is more waits here for its turn, room after room.
-        What the engine truly has in flight is less, and it shares that out block by block.
+        What the engine truly has in flight is less, and it shares that out block by block. What is below a 64th of it
+        does not wait behind what is larger.
     turn_nbytes: of one room until it is the next one's turn. A turn costs the loop 0.2 to 0.5 ms: with 32 MiB that is
         1 to 2 % of it, with 8 MiB it was 5 to 10.
     early: metadata that came before the engine opened the room.

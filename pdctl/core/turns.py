@@ -15,24 +15,30 @@ import numpy as np
 
 from pdctl.core.plan import CopyPlan
 
+SMALL, PASSING = 64, 8
+"""A turn of a 64th of the limit does not wait behind large ones: an eighth of the limit may pass them at once."""
+
 
 @dataclass(slots=True, eq=False)
 class Turn:
-    """`nbytes` of one room; `is_under_way` from the moment that `begin` has named it."""
+    """`nbytes` of one room; `is_under_way` from the moment that `begin` has named it, `passes` if before its turn."""
 
     room: Hashable
     nbytes: int
     is_under_way: bool = False
+    passes: bool = False
 
 
 class Turns:
-    """What one decode rank is being sent, and what waits. At most `max_nbytes` are under way, and whatever the last
-    turn is over it: so a turn larger than the limit goes too, when less than the limit is under way."""
+    """What one decode rank is being sent, and what waits. At most `max_nbytes` are under way, what passes, and whatever
+    the last turn is over it: so a turn larger than the limit goes too, when less than the limit is under way."""
 
     def __init__(self, max_nbytes: int) -> None:
         self._max_nbytes = max_nbytes
         self._waiting: OrderedDict[Hashable, deque[Turn]] = OrderedDict()
+        self._small: OrderedDict[Turn, None] = OrderedDict()
         self._under_way: set[Turn] = set()
+        self._passing = 0
         self.nbytes = 0
 
     @property
@@ -46,6 +52,8 @@ class Turns:
     def ask(self, room: Hashable, nbytes: int) -> Turn:
         turn = Turn(room, nbytes)
         self._waiting.setdefault(room, deque()).append(turn)
+        if nbytes * SMALL <= self._max_nbytes:
+            self._small[turn] = None
         return turn
 
     def begin(self) -> Iterator[Turn]:
@@ -55,17 +63,32 @@ class Turns:
             turn = turns.popleft()
             if turns:
                 self._waiting[room] = turns
-            self._under_way.add(turn)
-            self.nbytes += turn.nbytes
-            turn.is_under_way = True
-            yield turn
+            self._small.pop(turn, None)
+            yield self._begun(turn)
+        while self._small and self._passing * PASSING < self._max_nbytes:
+            turn, _ = self._small.popitem(last=False)
+            self._leave(turn)
+            turn.passes = True
+            self._passing += turn.nbytes
+            yield self._begun(turn)
+
+    def _begun(self, turn: Turn) -> Turn:
+        self._under_way.add(turn)
+        self.nbytes += turn.nbytes
+        turn.is_under_way = True
+        return turn
 
     def end(self, turn: Turn) -> None:
         """It is over, or nobody waits for it any more."""
         if turn.is_under_way:
             self._under_way.remove(turn)
             self.nbytes -= turn.nbytes
+            self._passing -= turn.nbytes if turn.passes else 0
             return
+        self._small.pop(turn, None)
+        self._leave(turn)
+
+    def _leave(self, turn: Turn) -> None:
         turns = self._waiting[turn.room]
         turns.remove(turn)
         if not turns:

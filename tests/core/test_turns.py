@@ -65,6 +65,45 @@ def test_who_gives_up_waiting_is_not_called_and_leaves_its_place() -> None:
     assert turns.is_idle
 
 
+def test_a_small_turn_does_not_wait_for_large_ones_and_few_pass_at_once() -> None:
+    turns = Turns(max_nbytes=640)
+    large = [turns.ask(room, 640) for room in "AB"]
+    small = [turns.ask(room, 10) for room in "CDEFGHIJK"]
+    assert list(turns.begin()) == [large[0], *small[:8]]
+    turns.end(small[3])
+    assert list(turns.begin()) == [small[8]]
+    turns.end(large[0])
+    assert list(turns.begin()) == [large[1]]
+
+
+def test_small_ones_that_never_end_to_come_keep_no_large_one_waiting() -> None:
+    turns = Turns(max_nbytes=640)
+    first, second = (turns.ask(room, 640) for room in "AB")
+    passing = [turns.ask(room, 10) for room in range(8)]
+    assert list(turns.begin()) == [first, *passing]
+    for number in range(8, 40):
+        turns.end(passing.pop(0))
+        passing.append(turns.ask(number, 10))
+        assert list(turns.begin()) == passing[-1:]
+    turns.end(first)
+    assert next(turns.begin()) is second
+
+
+@given(st.lists(st.tuples(st.sampled_from("ABCDE"), st.integers(1, 100)), max_size=60))
+def test_who_passes_comes_once_too_and_is_bounded(asks: list[tuple[str, int]]) -> None:
+    turns = Turns(640)
+    asked = [turns.ask(room, nbytes) for room, nbytes in asks]
+    came = []
+    while not turns.is_idle:
+        now = list(turns.begin())
+        assert sum(turn.nbytes for turn in now if turn.passes) < 640 / 8 + 10
+        assert all(turn.nbytes <= 10 for turn in now if turn.passes)
+        came += now
+        for turn in now:
+            turns.end(turn)
+    assert sorted(map(id, came)) == sorted(map(id, asked))
+
+
 @given(st.lists(st.tuples(st.sampled_from("ABCDE"), st.integers(1, 50)), max_size=60), st.integers(1, 60))
 def test_every_turn_comes_once_and_between_two_of_a_room_all_others_had_theirs(
     asks: list[tuple[str, int]], limit: int
