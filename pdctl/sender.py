@@ -582,16 +582,16 @@ class SendingRoom:
         of = self._of
         async with of.lanes.turn(session, self.room, plan.total, of.timeouts.waiting_s):
             await of.pace.step()
-            blocked = of.gate.reason_blocked(session)  # since the chunk was begun
-            if blocked is not None:
+            if (blocked := of.gate.reason_blocked(session)) is not None:  # since the chunk was begun
                 raise SessionBlocked(session, blocked)
+            began = of.clock()
             try:
                 await of.engine.write(session, plan, deadline_s=of.timeouts.transfer_s)
             except TransferFailed as error:
                 if not error.settled:
                     self._unsettled.add(session)
                 raise
-        of.metrics.sent(plan.total)
+            of.metrics.sent(plan.total, of.clock() - began)
 
     async def _sum(self, session: str, what: Summand) -> None:
         crcs = await self._of.checksums.of(what.source, what.items, what.ours)

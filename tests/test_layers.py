@@ -23,7 +23,7 @@ FLOORS = {
     **dict.fromkeys(["pdctl.node", "pdctl.wires", "pdctl.door", "pdctl.links", "pdctl.inquiry", "pdctl.config"], 5),
     **dict.fromkeys([f"pdctl.{shell}" for shell in ("server", "guard", "dialects", "client", "prober", "peer")], 4),
     **dict.fromkeys([f"pdctl.{shell}" for shell in ("sender", "receiver", "agent", "kvstore", "lease")], 4),
-    **dict.fromkeys([f"pdctl.{shell}" for shell in ("admission", "dated", "witness", "drainer")], 4),
+    **dict.fromkeys([f"pdctl.{shell}" for shell in ("admission", "dated", "witness", "drainer", "conformance")], 4),
     **dict.fromkeys(
         [
             f"pdctl.{room}"
@@ -58,8 +58,12 @@ FLOORS = {
         2,
     ),
     "pdctl.arrays": 3,
+    "pdctl.beside": 2,
+    "pdctl.lookout": 3,
+    "pdctl.looking": 5,
     "pdctl.answers": 2,
     "pdctl.persistence.lock": 2,
+    "pdctl.counts": 2,
     "pdctl.credentials": 2,
     "pdctl.lag": 2,
     "pdctl.lanes": 2,
@@ -73,6 +77,8 @@ FLOORS = {
 
 FOLDERS = (
     "pdctl.commands",
+    "pdctl.conformance",
+    "pdctl.counts",
     "pdctl.demo",
     "pdctl.device",
     "pdctl.dialects",
@@ -85,7 +91,7 @@ WHO = ("errors", "core", "ports", "adapters", "shells", "the wiring", "the entra
 CLOSED_FLOORS = {2: "ports", 3: "adapters", 4: "shells"}
 """Floors whose rooms do not import each other."""
 
-MAY_ANYWAY = {("pdctl.server", "pdctl.dialects")}
+MAY_ANYWAY = {("pdctl.server", "pdctl.dialects"), ("pdctl.metrics", "pdctl.counts")}
 
 RESERVED = {
     "tenacity": ("pdctl.retry", "retrying has one home"),
@@ -93,6 +99,9 @@ RESERVED = {
     "mooncake": ("pdctl.engine.mooncake", "everyone else speaks to the engine port"),
 }
 """A package -> the only file that may import it, and why."""
+
+ALSO = {"prometheus_client": "pdctl.counts"}
+"""A package -> the folder whose files may import it as well."""
 
 PICKLES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve"}
 PICKLING = {"send_pyobj", "recv_pyobj", "allow_pickle"}
@@ -196,7 +205,7 @@ def reserved(name: str, target: str) -> str | None:
     if begins(target, "mooncake.store"):
         return f"{short(name)} imports mooncake.store: its calls can end the process, everyone speaks to the store port"
     for package, (owner, why) in RESERVED.items():
-        if begins(target, package) and name != owner:
+        if begins(target, package) and name != owner and not begins(name, ALSO.get(package, owner)):
             return f"{short(name)} imports {package}: only {short(owner)} may, {why}"
     return None
 
@@ -456,6 +465,7 @@ ALLOWED = [
     ("pdctl.memory", "import numpy as np\nnp.load('f', allow_pickle=False)"),
     ("pdctl.retry", "import tenacity"),
     ("pdctl.metrics", "from prometheus_client import Counter"),
+    ("pdctl.counts.nodes", "from prometheus_client import Gauge"),
     ("pdctl.config", "import os\nos.environ"),
 ]
 
