@@ -29,6 +29,7 @@ import structlog
 import uvloop
 
 from pdctl import config, handed, inquiry, logs, node, succession
+from pdctl.beside import beside
 from pdctl.commands.base import Commands, add_command, add_credentials, add_service, always, never
 from pdctl.config import Settings
 from pdctl.core.kvstore import Resolved
@@ -304,7 +305,7 @@ async def _agent(settings: Settings, args: argparse.Namespace) -> int:
             str(path): succession.keep(sock, path, command, lambda at: print(f"serving at unix:{at}", flush=True))
             for path, sock in zip(paths, socks, strict=True)
         }
-        async with node.beside(**loops):
+        async with beside(**loops):
             await asyncio.Event().wait()
     return 0
 

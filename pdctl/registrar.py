@@ -278,6 +278,10 @@ class Registrar:
         """Rises with every change of any instance: what was read at a revision is true as long as it stands."""
         return self._registry.revision
 
+    @property
+    def n_rooms(self) -> int:
+        return len(self._rooms)
+
     def topology(self, instance: str) -> InstanceView:
         """The instance, complete. Raises NotReady."""
         view = self._ready(Lookup.TOPOLOGY, instance)

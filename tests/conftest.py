@@ -8,9 +8,13 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 from hypothesis import HealthCheck, settings
 
+from pdctl.config import Settings
 from pdctl.core.registry import Registry
 from pdctl.core.rooms import RoomBook
 from pdctl.dialects import native, sglang
+from pdctl.engine.asking import Asking
+from pdctl.links import Links
+from pdctl.looking import Looking
 from pdctl.metrics import Metrics
 from pdctl.persistence.memory import MemoryJournal
 from pdctl.registrar import Registrar
@@ -62,10 +66,13 @@ def registrar(clock: Clock, metrics: Metrics) -> Registrar:
 
 
 @pytest.fixture
-async def registry_url(registrar: Registrar, metrics: Metrics) -> AsyncIterator[str]:
+async def registry_url(registrar: Registrar, metrics: Metrics, clock: Clock) -> AsyncIterator[str]:
     """The registry as `pdctl serve` runs it: real HTTP, port 0, in the test's own loop. No slash at the end."""
     plain = sglang.Plain(registrar)
-    routers = [plain.router(), native.router(registrar, native.broadcast(registrar, metrics))]
+    news = native.broadcast(registrar, metrics)
+    links = Links.open(Settings(), Asking(), metrics, native.refusing(registrar))
+    looking = Looking.open(Settings(), registrar, news, None, links, "memory:", clock)
+    routers = [plain.router(), native.router(registrar, news), looking.router]
     service = sglang.in_front(plain, app(routers, metrics, unready=list))
     with bind("127.0.0.1", 0) as sock:
         server = asyncio.create_task(serve(service, sock, grace_s=1.0))

@@ -305,7 +305,8 @@ def touched(tree: ast.Module) -> Iterator[str]:
     """Every dotted use, its first name resolved through the imports: `np.random.rand` -> `numpy.random.rand`."""
     names = {**dict(aliases(tree)), **{builtin: builtin for builtin in ("open", "print", "input")}}
     for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute | ast.Name) and (use := dotted(node, names)):
+        is_given = isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+        if isinstance(node, ast.Attribute | ast.Name) and not is_given and (use := dotted(node, names)):
             yield use
         if isinstance(node, ast.Call) and (use := dotted(node.func, names)) in AS_A_TYPE:
             yield f"{use}()"
@@ -463,6 +464,7 @@ ALLOWED = [
     ("pdctl.core.rooms", "from datetime import timedelta"),
     ("pdctl.core.sessions", "from random import Random\ndef f(chance: Random) -> float:\n    return chance.random()"),
     ("pdctl.memory", "import numpy as np\nnp.load('f', allow_pickle=False)"),
+    ("pdctl.core.plan", "class Row:\n    open: int"),
     ("pdctl.retry", "import tenacity"),
     ("pdctl.metrics", "from prometheus_client import Counter"),
     ("pdctl.counts.nodes", "from prometheus_client import Gauge"),

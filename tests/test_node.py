@@ -13,6 +13,7 @@ import aiohttp
 import numpy as np
 import pytest
 
+from pdctl.beside import LoopEnded
 from pdctl.config import NodeSettings, ServeSettings, Settings
 from pdctl.core.address import Endpoint
 from pdctl.core.layout import Pool, RankPools
