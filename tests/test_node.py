@@ -24,7 +24,6 @@ from pdctl.errors import ConfigError, LayoutMismatch, NotReady, Superseded
 from pdctl.memory import Arena
 from pdctl.node import (
     DecodeNode,
-    LoopEnded,
     PrefillNode,
     beside,
     decode_node,
