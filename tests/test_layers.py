@@ -35,6 +35,8 @@ FLOORS = {
                 "keyring",
                 "roster",
                 "watching",
+                "telling",
+                "tracing",
                 "device",
                 "memory",
             )
@@ -53,6 +55,7 @@ FLOORS = {
                 "metrics",
                 "logs",
                 "errands",
+                "spans",
             )
         ],
         2,
@@ -65,7 +68,11 @@ FLOORS = {
     "pdctl.persistence.lock": 2,
     "pdctl.counts": 2,
     "pdctl.credentials": 2,
+    "pdctl.explaining": 5,
+    "pdctl.doctor": 5,
+    "pdctl.identity": 4,
     "pdctl.lag": 2,
+    "pdctl.listeners": 2,
     "pdctl.lanes": 2,
     "pdctl.pace": 2,
     "pdctl.shortcut": 2,
@@ -82,6 +89,7 @@ FOLDERS = (
     "pdctl.demo",
     "pdctl.device",
     "pdctl.dialects",
+    "pdctl.doctor",
     "pdctl.engine",
     "pdctl.persistence",
     "pdctl.store",
@@ -96,6 +104,7 @@ MAY_ANYWAY = {("pdctl.server", "pdctl.dialects"), ("pdctl.metrics", "pdctl.count
 RESERVED = {
     "tenacity": ("pdctl.retry", "retrying has one home"),
     "prometheus_client": ("pdctl.metrics", "metrics have one home"),
+    "opentelemetry": ("pdctl.tracing", "everyone else speaks to the port for spans"),
     "mooncake": ("pdctl.engine.mooncake", "everyone else speaks to the engine port"),
 }
 """A package -> the only file that may import it, and why."""

@@ -155,7 +155,7 @@ def _never_came(seen: Seen, place: Place | None) -> Finding:
         return Finding(
             Culprit.WRONG_BOOTSTRAP_PORT,
             one.who,
-            f"{who} has registered: {one.who} looks for its registry at {one.value}, and it is at {seen.registry}",
+            f"{who} is registered: {one.who} looks for its registry at {one.value}, and it is at {seen.registry}",
             f"start it with {one.flag} of {seen.registry}, and the same at every prefill, decode and router",
             tuple(facts),
         )
@@ -164,7 +164,7 @@ def _never_came(seen: Seen, place: Place | None) -> Finding:
     return Finding(
         Culprit.NEVER_REGISTERED,
         about,
-        f"{who} has registered since this registry began",
+        f"{who} is registered there, and the registry has heard of none",
         f"{first} that the engine runs and was told of {seen.registry} (--disaggregation-bootstrap-port for SGLang, "
         "node.registry for pdctl): pdctl doctor on its host shows where the way ends",
         tuple(facts),
@@ -209,7 +209,7 @@ def _never_sat(instance: Row, never: Sequence[Seat]) -> Finding:
     return Finding(
         Culprit.RANK_MISSING,
         who,
-        f"{who}{more} never registered: {name} has {alive} of the {n_seats} ranks that its sizes "
+        f"{who}{more} did not register: {name} has {alive} of the {n_seats} ranks that its sizes "
         f"({sizes(instance.get('shape', {}))}) ask for, and serves nobody until all are there",
         "look at the log of that rank, or whether it was started at all; pdctl doctor on its host shows whether the "
         "registry can be reached from there",
