@@ -39,7 +39,7 @@ from pdctl.core.witness import Verdict, WitnessPolicy, WitnessTable
 from pdctl.dated import Dated
 from pdctl.device.base import Device
 from pdctl.device.open import open_device
-from pdctl.dialects import native, sglang
+from pdctl.dialects import native, page, sglang
 from pdctl.door import Door, open_door
 from pdctl.engine.asking import Asking
 from pdctl.engine.base import Engine
@@ -98,7 +98,8 @@ async def sidecar(settings: Settings) -> AsyncIterator[Sidecar]:
         links = Links.open(settings, Asking(), metrics, native.refusing(registrar))
         registrar.subscribe(links.heard)
         looking = Looking.open(settings, registrar, news, others.engines, links, journal_url(settings.serve))
-        routers = [plain.router(), *others.routers(registrar, instance), ours, links.router, looking.router]
+        shown = [looking.router, page.router()]
+        routers = [plain.router(), *others.routers(registrar, instance), ours, links.router, *shown]
         inner = sglang.in_front(plain, server.app(routers, metrics, unready=registrar.unready))
         admitted = Turnstile(inner, Admission(settings.admission), time.monotonic, metrics)
         service = Dated(admitted, lambda: registrar.copy_age_s) if isinstance(journal, Shared) else admitted
