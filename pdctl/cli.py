@@ -30,7 +30,7 @@ import uvloop
 
 from pdctl import config, handed, inquiry, logs, node, succession
 from pdctl.beside import beside
-from pdctl.commands import conformance
+from pdctl.commands import completion, conformance, doctor, drain, explain
 from pdctl.commands.base import Commands, add_command, add_credentials, add_service, always, never
 from pdctl.config import Settings
 from pdctl.core.kvstore import Resolved
@@ -102,9 +102,10 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"pdctl {version('pdctl')}")
     commands = top.add_subparsers(metavar="COMMAND", required=True)
     here = (_add_serve, _add_register, _add_agent, _add_sessions, _add_probe, _add_store, _add_journal, _add_demo)
-    elsewhere = (conformance.add,)
+    elsewhere = (conformance.add, doctor.add, drain.add, explain.add)
     for add in (*here, *elsewhere):
         add(commands)
+    completion.add(commands, parser)
     return top
 
 
