@@ -23,11 +23,13 @@ from pdctl.core.access import Denial
 from pdctl.core.admission import Lane
 from pdctl.core.instances import InstanceView
 from pdctl.core.lives import ChangeKind as SeatChangeKind
+from pdctl.core.sayings import Refusal
 from pdctl.core.sessions import Change, ChangeKind, Depth, State
 from pdctl.core.sums import Checked
 from pdctl.core.transfer import Phase, Side
 from pdctl.core.witness import Means, Sign
 from pdctl.counts.nodes import OutMetrics, RegistrationMetrics
+from pdctl.counts.reports import ReportMetrics
 from pdctl.counts.store import StoreMetrics
 from pdctl.errors import Cause, StoreCause
 
@@ -56,6 +58,7 @@ class Metrics:
         self.out = OutMetrics(self._registry)
         self.registration = RegistrationMetrics(self._registry)
         self.registry = RegistryMetrics(self._registry)
+        self.reports = ReportMetrics(self._registry)
         self.rooms = RoomMetrics(self._registry)
         self.sessions = SessionMetrics(self._registry)
         self.store = StoreMetrics(self._registry)
@@ -263,17 +266,6 @@ class Found(StrEnum):
     UNKNOWN = "unknown"  # no such rank, no such room
 
 
-class Refusal(StrEnum):
-    """Why the registry did not do what a request asked."""
-
-    MALFORMED = "malformed"  # a field that cannot be used
-    CONTRADICTION = "contradiction"  # a rank that does not fit its instance
-    OCCUPIED = "occupied"  # the seat is another host's, who lives
-    STALE = "stale"  # a renewal or a goodbye of a life that is over
-    LIMIT = "limit"  # a body or a table at its limit
-    UNAVAILABLE = "unavailable"  # the body came too slowly, or the journal does not take rows
-
-
 class _Lookups(Collector):
     """Look-ups are counted in plain integers, as they are most of what there is to do, and read at the scrape."""
 
@@ -314,6 +306,11 @@ class RegistryMetrics:
         self._instances = Gauge(
             "pdctl_registry_instances", "Instances known, by whether they are complete.", ["ready"], registry=registry
         )
+        self._partial = Gauge(
+            "pdctl_registry_instances_partial",
+            "Instances of which some ranks are there and some are missing.",
+            registry=registry,
+        )
         self._seats = Gauge(
             "pdctl_registry_seats", "Seats of all instances: held, or missing.", ["state"], registry=registry
         )
@@ -334,6 +331,7 @@ class RegistryMetrics:
         self._rooms.set_function(rooms)
         self._instances.labels("true").set_function(lambda: sum(view.ready for view in instances()))
         self._instances.labels("false").set_function(lambda: sum(not view.ready for view in instances()))
+        self._partial.set_function(lambda: sum(bool(view.alive) and not view.ready for view in instances()))
         self._seats.labels("held").set_function(lambda: sum(len(view.alive) for view in instances()))
         self._seats.labels("missing").set_function(
             lambda: sum(view.shape.n_seats - len(view.alive) for view in instances())
