@@ -39,7 +39,7 @@ def drain(registry: str, instance: str, grace_s: float) -> str:
         return "nobody is registered"
     while time.monotonic() - began < grace_s + ASK_S:
         standing = ask(at)
-        if standing is None or not standing["ranks"]:
+        if standing is None or not standing["alive"]:
             return f"drained after {time.monotonic() - began:.1f} s"
         time.sleep(EVERY_S)
     return f"not drained within {grace_s:g} s"
