@@ -97,7 +97,8 @@ async def sidecar(settings: Settings) -> AsyncIterator[Sidecar]:
         ours = native.router(registrar, news, others.engines)
         links = Links.open(settings, Asking(), metrics, native.refusing(registrar))
         registrar.subscribe(links.heard)
-        looking = Looking.open(settings, registrar, news, others.engines, links, journal_url(settings.serve))
+        url = journal_url(settings.serve)
+        looking = Looking.open(settings, registrar, news, others.engines, links, metrics, url)
         shown = [looking.router, page.router()]
         routers = [plain.router(), *others.routers(registrar, instance), ours, links.router, *shown]
         inner = sglang.in_front(plain, server.app(routers, metrics, unready=registrar.unready))

@@ -123,9 +123,9 @@ class Chronicle:
             return found[:limit], found[limit - 1].id + 1
         return found, self._next
 
-    def last(self, limit: int) -> list[Event]:
-        """Oldest first."""
-        return list(islice(self._events, max(0, len(self._events) - limit), None))
+    def get(self, number: int) -> Event | None:
+        """None where it is not kept any more."""
+        return self._events[number - self.oldest] if self.oldest <= number < self._next else None
 
     def _replaced(self, event: Event) -> Event:
         self._events[event.id - self.oldest] = event

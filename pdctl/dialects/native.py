@@ -15,7 +15,7 @@ says what happened, in which field, and what to do.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict
 from itertools import islice
 from math import inf
@@ -188,16 +188,8 @@ def _add_lists(api: APIRouter, registrar: Registrar, news: Broadcast | None, oth
         return JSONResponse(found)
 
 
-def details(registrar: Registrar, others: Others | None = None) -> Iterator[dict[str, Any]]:
-    """Every instance, whole, as it is now."""
-    now = registrar.now()
-    yield from (_detail_now(view, now) for view in registrar.views())
-    if others is not None:
-        yield from ({**found, "health": None} for name in others.names() if (found := others.detail(name)))
-
-
 def detail(registrar: Registrar, others: Others | None, name: str) -> dict[str, Any] | None:
-    """One of them; None where nobody has heard of it, or not any more."""
+    """One instance, whole, as it is now; None where nobody has heard of it, or not any more."""
     found = None if others is None else others.detail(name)
     if found is not None:
         return {**found, "health": None}
