@@ -30,6 +30,7 @@ RULES = (DEPLOY / "recording.rules.yml", DEPLOY / "alerts.rules.yml")
 UNPACKED = ROOT / ".cache" / "servers" / "usr" / "bin"  # where `./dev` puts it
 UP_S = 20.0
 _TIME = re.compile(r"(?<=\[)\d+[smh](?=\])|(?<=for: )\d+[smh]")
+_LIMIT = re.compile(r"(?<=_seconds > )\d+")
 _SECONDS = {"s": 1, "m": 60, "h": 3600}
 
 
@@ -48,8 +49,9 @@ def promtool(*words: str, stdin: bytes | None = None) -> str:
 
 
 def hurried(rules: str, quicker: float) -> str:
-    """The same rules with every window and every `for` so many times shorter."""
-    return _TIME.sub(lambda found: _shorter(found[0], quicker), rules)
+    """The same rules with every window, every `for` and every limit of seconds so many times shorter."""
+    rules = _TIME.sub(lambda found: _shorter(found[0], quicker), rules)
+    return _LIMIT.sub(lambda found: f"{int(found[0]) / quicker:g}", rules)
 
 
 def seconds(text: str) -> float:
