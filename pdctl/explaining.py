@@ -37,6 +37,8 @@ ASKED = 256
 AT_ONCE = 64
 DEADLINE_S = 2.0
 USUAL_PORT = 8998
+ASTRAY = 16
+EVERYTHING = Scope()
 
 Question = Callable[[], Awaitable[Knock]]
 
@@ -73,14 +75,15 @@ async def why(settings: Settings, scope: Scope) -> Explained:
             if told.who in (Who.REGISTRY, Who.STOCK):
                 seen = await _look(service, told.who)
                 return await _explained(seen, scope, down)
-            down.append(await nobody_there(url, told))
+            down.append(await nobody_there(url, told, scope))
     return Explained(scope, settings.node.registry, False, down)
 
 
 async def _explained(seen: Seen, scope: Scope, down: list[Finding]) -> Explained:
     knocks = await _knocks(_questions(seen, scope))
     # frozen, and what is cached in it says nothing of knocks
-    whole = Seen(seen.overview, seen.events, knocks, seen.now, seen.registry, seen.here, list(_astray(seen.registry)))
+    astray = await _astray(seen.registry)
+    whole = Seen(seen.overview, seen.events, knocks, seen.now, seen.registry, seen.here, astray)
     found = [*down, *explain(whole, scope)]
     return Explained(scope, seen.registry, True, found, len(knocks), len(seen.ranks))
 
@@ -179,18 +182,20 @@ async def _stock_rank(service: Service, seat: Seat) -> dict[str, Any]:
 # --- where there is none
 
 
-async def nobody_there(url: str, told: Identity) -> Finding:
+async def nobody_there(url: str, told: Identity, scope: Scope = EVERYTHING) -> Finding:
     """What is where the registry should be, and where it is instead, if that can be seen from here."""
     if told.who in (Who.LOCKED, Who.UNTRUSTED):
         do = "give --token-file, or ask from a network that it trusts (docs/security.md)"
         if told.who is Who.UNTRUSTED:
             do = "give --tls-ca with the authority of its certificate, or the scheme that it speaks (docs/security.md)"
         return Finding(Culprit.ACCESS_REFUSED, url, f"at {url} there is {told.who}", do, (told.detail,))
-    elsewhere = await _registries_beside(url)
-    facts = (f"GET {url}/v1/instances: {told.detail}", *_holding(url, told), *(f"a registry: {at}" for at in elsewhere))
-    if elsewhere:
-        why = f"at {url} there is {told.who}; a pdctl registry is at {elsewhere[0]}"
-        do = f"give that one ({elsewhere[0]}), here and to every engine and router (--disaggregation-bootstrap-port)"
+    beside = await _registries_beside(url)
+    meant = [at for at, names in beside.items() if names and (not scope.places or any(map(scope.covers, names)))]
+    known = (f"a registry at {at} knows {', '.join(sorted(names)) or 'nobody'}" for at, names in beside.items())
+    facts = (f"GET {url}/v1/instances: {told.detail}", *_holding(url, told), *known)
+    if meant:
+        why = f"at {url} there is {told.who}; the registry is at {meant[0]}"
+        do = f"give that one ({meant[0]}), here and to every engine and router (--disaggregation-bootstrap-port)"
         return Finding(Culprit.WRONG_BOOTSTRAP_PORT, url, why, do, facts)
     if told.who.is_http or told.who is Who.NO_HTTP:
         do = f"the registry's own port is {USUAL_PORT} unless pdctl serve was told another: give that, everywhere"
@@ -213,8 +218,9 @@ def _holding(url: str, told: Identity) -> Iterator[str]:
         yield from (f"port {port_of(url)} is held by {process}" for process in listeners.holders(port_of(url)))
 
 
-async def _registries_beside(url: str) -> list[str]:
-    """At other ports of the same host: of this one, those of likely programs; of another, the usual port."""
+async def _registries_beside(url: str) -> dict[str, list[str]]:
+    """Registries at other ports of the same host, and which instances each knows: of this host those of likely
+    programs, of another one the usual port."""
     host, port = host_of(url), port_of(url)
     ports = {USUAL_PORT}
     if await is_ours(host):
@@ -223,16 +229,34 @@ async def _registries_beside(url: str) -> list[str]:
     wanted = sorted(ports - {port}, key=lambda each: (each != USUAL_PORT, each))[:AT_ONCE]
     urls = [f"http://{Endpoint(host, each)}" for each in wanted]
     told = await asyncio.gather(*(identify(each, deadline_s=1.0) for each in urls))
-    return [each for each, identity in zip(urls, told, strict=True) if identity.who in (Who.REGISTRY, Who.LOCKED)]
+    found = zip(urls, told, strict=True)
+    return {each: _names(identity) for each, identity in found if identity.who is Who.REGISTRY}
 
 
-def _astray(registry: str) -> Iterator[Astray]:
-    """Processes of this host that were told of another port, or of another URL, than the one that was asked."""
-    port = port_of(registry)
+def _names(told: Identity) -> list[str]:
+    rows = {} if told.reply is None else told.reply.json
+    return [str(row.get("name")) for row in rows.get("instances", ())]
+
+
+async def _astray(registry: str) -> list[Astray]:
+    """Processes of this host that were told of another port, or of another URL, than the one that was asked, where no
+    registry of ours is: those of another fleet are where they should be."""
+    port, found = port_of(registry), list[Astray]()
     for process, flag, value in listeners.options(_FLAGS):
-        said = value if "://" in value else f"http://{Endpoint('0.0.0.0', int(value))}" if value.isdigit() else ""
-        if said and all(port_of(each) != port for each in said.split(",")):
-            yield Astray(str(process), flag, value)
+        urls = value.split(",") if "://" in value else [f"http://127.0.0.1:{value}"] if value.isdigit() else []
+        if not urls or any(_port(each) in (port, None) for each in urls) or len(found) == ASTRAY:
+            continue
+        told = await asyncio.gather(*(identify(each, deadline_s=1.0) for each in urls))
+        if all(each.who is not Who.REGISTRY for each in told):
+            found.append(Astray(str(process), flag, value))
+    return found
+
+
+def _port(url: str) -> int | None:
+    try:
+        return port_of(url)
+    except ValueError:
+        return None
 
 
 # --- the ranks

@@ -6,19 +6,23 @@ Decides only; `core.explain` puts it together.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any
 
+from pdctl.core.address import Endpoint
 from pdctl.core.findings import Culprit, Finding, Place, Scope, rank_name
-from pdctl.core.route import Seat
+from pdctl.core.native import Registration
+from pdctl.core.route import Announcement, Seat, Shape
 from pdctl.core.seen import CAME, LEFT, SHOWN, Row, Seen, ago, host_of, missing_seats, said, seat_of, sizes
 
 STILL_NEWS_S = 600.0
 """A refusal of an instance that serves is told for so long; of one that does not, until the rank is there."""
 
 STALE_S = 5.0
+
+_ANNOUNCED = Announcement(Seat(0, 0, 0, 0), Shape(1, 1, 1, 1, 1, None), Endpoint("localhost", 1)).to_body()
 
 
 # --- the registry itself
@@ -52,7 +56,7 @@ def refusals(seen: Seen, scope: Scope) -> Iterator[Finding]:
     """What was claimed and refused, and has not been put right since; the last of each kind."""
     last: dict[tuple[Any, ...], Row] = {}
     for event in seen.events:
-        if event.get("kind") == "refused" and _is_asked_about(event, scope):
+        if event.get("kind") == "refused" and _is_of_a_claim(event) and _is_asked_about(event, scope):
             last[event.get("instance"), event.get("rank"), host_of(event), _blamed(event)] = event
     for event in last.values():
         if not _is_put_right(seen, event):
@@ -82,7 +86,7 @@ def _is_put_right(seen: Seen, event: Row) -> bool:
 
 
 def _refusal(seen: Seen, event: Row) -> Finding:
-    told = said(event)
+    told = said(event).partition(" was refused: ")[2] or said(event)
     what, (why, _, do) = _blamed(event), told.rpartition(": ")
     rank = seat_of(event)
     who = "a rank" if event.get("instance") is None else str(Place(str(event["instance"]), rank))
@@ -99,21 +103,26 @@ def _refusal(seen: Seen, event: Row) -> Finding:
     )
 
 
-_FIELD = re.compile(r"\b(?:shape\.)?([a-z_0-9]+) is .* for this prefill but this rank offers")
+def _is_of_a_claim(event: Row) -> bool:
+    """Look-ups, rooms and reports are refused as well, and keep nobody from registering."""
+    field = str(event.get("field") or "").partition(".")[0]
+    return event.get("reason") != "stale" and (not field or field in _CLAIMED)
+
+
+_CLAIMED = frozenset({*_ANNOUNCED, *(each.name for each in fields(Registration)), "seat", "body", "layout"})
 
 
 def _blamed(event: Row) -> Culprit:
-    """By what the event names, and by the registry's own sentences: `core.route`, `core.access`, `core.claims`."""
+    """By what the event names, and by the registry's own sentences: `core.route`, `core.access`."""
     told, reason = said(event), event.get("reason")
     if "is every interface" in told:
         return Culprit.WILDCARD_ADDRESS
     if "only the rank's own host reaches it" in told:
         return Culprit.LOOPBACK_ADDRESS
-    if (contradiction := _FIELD.search(told)) is not None:
-        return MISMATCH.get(contradiction[1], Culprit.LAYOUT_MISMATCH)
-    if reason == "occupied" or "is held by" in told:
-        return Culprit.SEAT_OCCUPIED
-    return Culprit.ACCESS_REFUSED if "trusted networks" in told else Culprit.CLAIM_REFUSED
+    if reason == "contradiction":
+        field = str(event.get("field") or "").removeprefix("shape.")
+        return MISMATCH.get(field, Culprit.LAYOUT_MISMATCH)
+    return Culprit.SEAT_OCCUPIED if reason == "occupied" else Culprit.CLAIM_REFUSED
 
 
 MISMATCH = {"page_size": Culprit.PAGE_SIZE_MISMATCH, "attn_tp_size": Culprit.TP_MISMATCH}
@@ -231,13 +240,18 @@ def _ended(seen: Seen, who: str, event: Row) -> Finding:
     return Finding(Culprit.LEASE_LAPSED, who, why, do, evidence)
 
 
+def _is_about(event: Row, seat: Seat) -> bool:
+    """Of many seats at once no one is named."""
+    return seat_of(event) == seat or (event.get("rank") is None and (event.get("count") or 1) > 1)
+
+
 def _last_of(seen: Seen, name: str, seat: Seat) -> Row | None:
     """The last thing that happened to the seat."""
     return next(
         (
             event
             for event in reversed(seen.events)
-            if event.get("instance") == name and seat_of(event) == seat and event.get("kind") in LEFT | CAME
+            if event.get("instance") == name and event.get("kind") in LEFT | CAME and _is_about(event, seat)
         ),
         None,
     )

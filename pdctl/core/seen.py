@@ -130,8 +130,12 @@ def said(event: Row) -> str:
 
 
 def host_of(event: Row) -> str:
-    """Of a peer as `10.0.0.9:5555`; the port is another each time."""
-    return str(event.get("peer") or "").rpartition(":")[0]
+    """Of a peer, `10.0.0.9:5555` or a host alone; the port is another each time."""
+    peer = str(event.get("peer") or "")
+    try:
+        return Endpoint.parse(peer).host
+    except BadField:
+        return peer
 
 
 def missing_seats(instance: Row) -> list[Seat]:
