@@ -30,7 +30,8 @@ class LinkMap {
     const colour = (name) => style.getPropertyValue(`--${name}`).trim();
     this.colours = {
       none: colour("heat-none"), trusted: colour("heat-ok"), trial: colour("warn-soft"), blocked: colour("heat-bad"),
-      dropped: colour("gone-soft"), ink: colour("heat-ink"), badInk: colour("heat-bad-ink"), quiet: colour("quiet"),
+      dropped: colour("gone-soft"), inks: { trial: colour("heat-trial-ink"), blocked: colour("heat-bad-ink"), dropped: colour("heat-ink") },
+      quiet: colour("quiet"),
       line: colour("line"), card: colour("card"), focus: colour("focus"),
     };
   }
@@ -107,7 +108,7 @@ class LinkMap {
   }
 
   sign(link, x, y) {
-    this.pen.fillStyle = link.state === "blocked" ? this.colours.badInk : this.colours.ink;
+    this.pen.fillStyle = this.colours.inks[link.state];
     this.pen.font = `bold ${Math.round(this.step * 0.75)}px sans-serif`;
     this.pen.textAlign = "center";
     this.pen.textBaseline = "middle";

@@ -67,12 +67,17 @@ class Window:
         """Wait until they do not."""
         await self._until(words, selector, False, within_s)
 
+    async def comes(self, expression: str, *, within_s: float = DEADLINE_S) -> None:
+        """Wait until `expression` is so."""
+        await self.do(lambda page: page.wait_for_function(f"() => {expression}", timeout=within_s * 1000, polling=50))
+
     async def screenshot(self, path: Path, *, full: bool = False) -> None:
         await self.do(lambda page: page.screenshot(path=path, full_page=full))
 
     async def _until(self, words: str, selector: str, there: bool, within_s: float) -> None:
         look = """([selector, words, there]) => {
-            const found = [...document.querySelectorAll(selector)].some((each) => each.innerText.includes(words));
+            const found = [...document.querySelectorAll(selector)]
+                .some((each) => each.checkVisibility() && each.innerText.includes(words));
             return found === there;
         }"""
         try:
