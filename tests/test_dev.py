@@ -326,3 +326,23 @@ def test_the_locks_hold_all_that_pyproject_asks_for() -> None:
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_scripts_name_no_place_to_fetch_from(script: str) -> None:
     assert not re.search(r"https?:|ftp:|--(extra-)?index-url|--find-links|--trusted-host", (ROOT / script).read_text())
+
+
+# --- the browser
+
+
+@pytest.mark.parametrize(
+    ("arguments", "looks"),
+    [
+        ("", True),
+        ("-k plan -x", True),
+        ("tests", True),
+        ("tests/page/test_page.py::test_one", True),
+        ("tests/core tests/page/", True),
+        ("tests/core", False),
+        ("tests/test_dev.py::test_one -x", False),
+    ],
+)
+def test_a_browser_is_installed_only_where_a_test_may_look_at_the_page(arguments: str, looks: bool) -> None:
+    said = with_functions(ROOT, f"if looks_at_the_page {arguments}; then echo looks; fi")
+    assert (said.stdout, said.stderr) == ("looks\n" if looks else "", "")
