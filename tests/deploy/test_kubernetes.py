@@ -15,7 +15,18 @@ import yaml
 
 from pdctl.errors import ConfigError
 from tests.deploy import manifests
-from tests.deploy.manifests import JSON, KUBERNETES, OVERLAYS, Container, built, containers, named, ours, workloads
+from tests.deploy.manifests import (
+    JSON,
+    KUBERNETES,
+    OVERLAYS,
+    ROOT,
+    Container,
+    built,
+    containers,
+    named,
+    ours,
+    workloads,
+)
 
 VERSIONS = ("1.30", "1.37")
 """The oldest that has native sidecars and `sleep` in hooks without being asked, and the newest that is known here."""
@@ -119,8 +130,10 @@ def test_no_variable_that_kubernetes_makes_of_a_service_reaches_pdctl(
         manifests.understood(["serve"], {"PDCTL_REGISTRY_PORT": "tcp://10.96.0.1:8998"}, monkeypatch)
 
 
-@pytest.mark.parametrize(("overlay", "each"), OURS)
-def test_pdctl_runs_with_no_right_that_it_does_not_need(overlay: str, each: Container) -> None:
+@pytest.mark.parametrize(
+    ("overlay", "each"), [*OURS, pytest.param("fleet", named("fleet", "pdctl-etcd/etcd"), id="etcd")]
+)
+def test_pdctl_and_its_etcd_run_with_no_right_that_they_do_not_need(overlay: str, each: Container) -> None:
     held = (each.pod.get("securityContext") or {}) | each.spec["securityContext"]
     assert held["runAsNonRoot"] is True
     assert held["runAsUser"] == held["runAsGroup"] == 65532
@@ -248,9 +261,12 @@ def assert_reaches(overlay: str, url: str) -> None:
     assert_selected(overlay, service["spec"]["selector"], port)
 
 
-def assert_selected(overlay: str, selector: dict[str, str], port: str) -> None:
+def assert_selected(overlay: str, selector: dict[str, str], port: str | int) -> None:
+    """A sidecar's port has to be a number: older Kubernetes looks for names among the other containers only."""
     behind = [each for each in containers(overlay) if selects({"matchLabels": selector}, labels(each.workload))]
-    assert any(port in each.ports for each in behind), f"{selector} has no port {port}"
+    by_name = {name for each in behind if not each.is_sidecar for name in each.ports}
+    by_number = {number for each in behind for number in each.ports.values()}
+    assert port in by_name | by_number, f"{selector} has no port {port}"
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -298,7 +314,7 @@ def test_everything_is_closed_unless_a_policy_opens_it(overlay: str) -> None:
     [
         ("sglang", "prefill", 15000, {"prefill", "decode"}),
         ("sglang", "decode", 40000, {"prefill", "decode"}),
-        ("sglang", "prefill", "pdctl", {"router"}),
+        ("sglang", "prefill", 8998, {"prefill", "decode", "router"}),
         ("sglang", "decode", "api", {"router"}),
         ("vllm-fleet", "prefill", 15000, {"prefill", "decode", "registry"}),
         ("fleet", "registry", "pdctl", {"prefill", "decode", "router"}),
@@ -314,10 +330,21 @@ def test_a_port_is_open_to_whom_it_is_for_and_to_nobody_else(overlay: str, to: s
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_every_port_that_a_policy_names_is_some_pods(overlay: str) -> None:
     """A name that no pod has opens nothing, and nobody says so."""
-    everywhere = {name for other in OVERLAYS for each in containers(other) for name in each.ports}
+    everything = [each for other in OVERLAYS for each in containers(other)]
+    names = {name for each in everything if not each.is_sidecar for name in each.ports}
+    numbers = {number for each in everything for number in each.ports.values()}
     for policy in of_kind(overlay, "NetworkPolicy"):
         for rule in policy["spec"].get("ingress", []):
-            assert {row["port"] for row in rule["ports"] if isinstance(row["port"], str)} <= everywhere
+            assert {row["port"] for row in rule["ports"] if "endPort" not in row} <= names | numbers
+
+
+def test_what_prometheus_is_told_to_scrape_is_there() -> None:
+    monitors = list(yaml.safe_load_all((ROOT / "deploy" / "prometheus" / "podmonitor.yaml").read_text()))
+    everything = [each for other in OVERLAYS for each in containers(other)]
+    for monitor in monitors:
+        for endpoint in monitor["spec"]["podMetricsEndpoints"]:
+            scraped = [each for each in everything if selects(monitor["spec"]["selector"], labels(each.workload))]
+            assert any(endpoint["port"] in each.ports for each in scraped), endpoint
 
 
 # --- etcd
