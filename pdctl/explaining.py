@@ -8,6 +8,7 @@ Changes nothing anywhere, and waits for nobody longer than its deadline. Where n
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import aclosing
@@ -38,6 +39,8 @@ AT_ONCE = 64
 DEADLINE_S = 2.0
 USUAL_PORT = 8998
 ASTRAY = 16
+BESIDE = 256
+BESIDE_S = 3.0
 EVERYTHING = Scope()
 
 Question = Callable[[], Awaitable[Knock]]
@@ -226,9 +229,9 @@ async def _registries_beside(url: str) -> dict[str, list[str]]:
     if await is_ours(host):
         likely = (found for process, found in listeners.listening() if any(word in process.command for word in _LIKELY))
         ports |= {each for found in likely for each in found}
-    wanted = sorted(ports - {port}, key=lambda each: (each != USUAL_PORT, each))[:AT_ONCE]
+    wanted = sorted(ports - {port}, key=lambda each: (each != USUAL_PORT, each))[:BESIDE]
     urls = [f"http://{Endpoint(host, each)}" for each in wanted]
-    told = await asyncio.gather(*(identify(each, deadline_s=1.0) for each in urls))
+    told = await asyncio.gather(*(identify(each, deadline_s=BESIDE_S) for each in urls))
     found = zip(urls, told, strict=True)
     return {each: _names(identity) for each, identity in found if identity.who is Who.REGISTRY}
 
@@ -246,7 +249,7 @@ async def _astray(registry: str) -> list[Astray]:
         urls = value.split(",") if "://" in value else [f"http://127.0.0.1:{value}"] if value.isdigit() else []
         if not urls or any(_port(each) in (port, None) for each in urls) or len(found) == ASTRAY:
             continue
-        told = await asyncio.gather(*(identify(each, deadline_s=1.0) for each in urls))
+        told = await asyncio.gather(*(identify(each, deadline_s=BESIDE_S) for each in urls))
         if all(each.who is not Who.REGISTRY for each in told):
             found.append(Astray(str(process), flag, value))
     return found
@@ -317,14 +320,21 @@ async def control(at: Endpoint, *, is_zmq: bool = True, deadline_s: float = DEAD
     except OSError as error:
         return Knock(Door.NO_WAY, root_cause(error))
     try:
-        async with asyncio.timeout(deadline_s):
-            return _greeted(await reader.readexactly(10)) if is_zmq else Knock(Door.ANSWERS, "takes connections")
-    except TimeoutError:
-        return Knock(Door.SILENT, f"it takes the connection and says nothing within {deadline_s:g} s")
+        return await _first_words(reader, writer, deadline_s) if is_zmq else Knock(Door.ANSWERS, "takes connections")
     except (OSError, EOFError):
         return Knock(Door.ANOTHER, "it takes the connection and closes it, which no control link does")
     finally:
         writer.transport.abort()
+
+
+async def _first_words(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, deadline_s: float) -> Knock:
+    """Who is silent is asked in HTTP: most of those who let others speak first have an answer to that."""
+    for words in (b"", b"GET / HTTP/1.0\r\n\r\n"):
+        writer.write(words)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(deadline_s):
+                return _greeted(await reader.readexactly(10))
+    return Knock(Door.SILENT, f"it takes the connection and says nothing within {2 * deadline_s:g} s")
 
 
 def _greeted(first: bytes) -> Knock:

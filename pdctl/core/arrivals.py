@@ -54,13 +54,15 @@ def service(seen: Seen, scope: Scope) -> Iterator[Finding]:  # noqa: ARG001 - co
 
 def refusals(seen: Seen, scope: Scope) -> Iterator[Finding]:
     """What was claimed and refused, and has not been put right since; the last of each kind."""
+    yield from (_refusal(seen, event) for event in _refused(seen, scope))
+
+
+def _refused(seen: Seen, scope: Scope) -> list[Row]:
     last: dict[tuple[Any, ...], Row] = {}
     for event in seen.events:
         if event.get("kind") == "refused" and _is_of_a_claim(event) and _is_asked_about(event, scope):
             last[event.get("instance"), event.get("rank"), host_of(event), _blamed(event)] = event
-    for event in last.values():
-        if not _is_put_right(seen, event):
-            yield _refusal(seen, event)
+    return [event for event in last.values() if not _is_put_right(seen, event)]
 
 
 def _is_asked_about(event: Row, scope: Scope) -> bool:
@@ -142,7 +144,8 @@ def remedy(what: Culprit, otherwise: str) -> str:
 def absent(seen: Seen, scope: Scope) -> Iterator[Finding]:
     """What was asked about and the registry has never heard of, or does not know any more."""
     for place in scope.places:
-        if place.instance not in seen.instances:
+        came = any(event.get("instance") == place.instance for event in _refused(seen, Scope((place,))))
+        if place.instance not in seen.instances and not came:
             yield _gone(seen, place) or _never_came(seen, place)
     if not scope.places and scope.room is None and not seen.ranks:
         yield _never_came(seen, None)
