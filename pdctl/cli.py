@@ -29,6 +29,8 @@ import structlog
 import uvloop
 
 from pdctl import config, handed, inquiry, logs, node, succession
+from pdctl.beside import beside
+from pdctl.commands import completion, conformance, doctor, drain, explain
 from pdctl.commands.base import Commands, add_command, add_credentials, add_service, always, never
 from pdctl.config import Settings
 from pdctl.core.kvstore import Resolved
@@ -99,8 +101,11 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"pdctl {version('pdctl')}")
     commands = top.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_add_serve, _add_register, _add_agent, _add_sessions, _add_probe, _add_store, _add_journal, _add_demo):
+    here = (_add_serve, _add_register, _add_agent, _add_sessions, _add_probe, _add_store, _add_journal, _add_demo)
+    elsewhere = (conformance.add, doctor.add, drain.add, explain.add)
+    for add in (*here, *elsewhere):
         add(commands)
+    completion.add(commands, parser)
     return top
 
 
@@ -304,7 +309,7 @@ async def _agent(settings: Settings, args: argparse.Namespace) -> int:
             str(path): succession.keep(sock, path, command, lambda at: print(f"serving at unix:{at}", flush=True))
             for path, sock in zip(paths, socks, strict=True)
         }
-        async with node.beside(**loops):
+        async with beside(**loops):
             await asyncio.Event().wait()
     return 0
 

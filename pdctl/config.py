@@ -36,6 +36,7 @@ from pdctl.core.lives import LONGEST_TTL_S, SHORTEST_TTL_S
 from pdctl.core.metadata import KeyLimits
 from pdctl.core.naming import DEFAULT, Hosts, Listener
 from pdctl.core.native import NAME
+from pdctl.core.overview import ReportLimits
 from pdctl.core.registry import RegistryLimits
 from pdctl.core.route import Announcement, Seat, Shape
 from pdctl.core.seconds import check_seconds
@@ -329,6 +330,7 @@ class Settings(BaseSettings):
     room: RoomTimeouts = RoomTimeouts()
     sender: SenderLimits = SenderLimits()
     watch: WatchLimits = WatchLimits()
+    reports: ReportLimits = ReportLimits()
     engine: MooncakeSettings = MooncakeSettings()
     log: LogSettings = LogSettings()
 

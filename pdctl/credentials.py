@@ -39,7 +39,8 @@ class AccessSettings:
                    link-local ranges), loopback, any; separated by commas
     token_file     lines of `name:token` or `name:sha256:<hex>`, of those who may drain and deregister what others
                    have registered `name:admin:...`; with it, /v1 needs a token
-    open_paths     what everybody may ask, token or not: probes and scrapers have none
+    open_paths     what everybody may ask, token or not: probes and scrapers have none, nor has a browser that opens the
+                   page, which is the same for everybody and asks /v1 for the fleet
     tls_cert       certificate chain, PEM; with it the service speaks TLS and nothing else
     tls_key        its key, PEM; where it does not stand in the same file
     tls_client_ca  PEM; with it, only clients with a certificate of these authorities get through the handshake
@@ -47,7 +48,7 @@ class AccessSettings:
 
     trust: str = "private"
     token_file: Path | None = None
-    open_paths: str = "/livez,/readyz,/metrics"
+    open_paths: str = "/,/livez,/readyz,/metrics"
     tls_cert: Path | None = None
     tls_key: Path | None = None
     tls_client_ca: Path | None = None

@@ -24,12 +24,13 @@ from pdctl.core.device import DeviceKind
 from pdctl.core.kvstore import KVStoreConfig, SetUp, StoreRank, set_up
 from pdctl.core.seconds import check_seconds
 from pdctl.core.warmup import Report, Result, Step, is_never, key_of, likely, value_of
+from pdctl.counts.store import StoreMetrics
 from pdctl.device.base import Device
 from pdctl.engine import wheel
 from pdctl.engine.environment import pieces_at_once
 from pdctl.engine.store_wheel import environment, store_class
 from pdctl.errors import ConfigError, StoreCause, StoreFailed, StoreNotReady, StoreUnusable
-from pdctl.metrics import StoreMetrics, StoreTrafficMetrics
+from pdctl.metrics import StoreTrafficMetrics
 from pdctl.retry import Failure, RetryPolicy, retrying
 from pdctl.store import master, rehearsal
 from pdctl.store.attachment import Attachment, AttachPolicy, attached
@@ -157,7 +158,9 @@ async def open_store(
     patience = patience or StorePatience()
     means = means or mooncake_means(config, device, patience)
     async with AsyncExitStack() as stack:
-        chain = _Chain(config, rank, device, patience, means)
+        chain = _Chain(config, rank, device, patience, means, metrics)
+        if metrics is not None:
+            metrics.begun(rank)
         try:
             store, report = await chain.climb(stack)
         except StoreFailed as failure:
@@ -203,6 +206,7 @@ class _Chain:
     device: Device
     patience: StorePatience
     means: StoreMeans
+    metrics: StoreMetrics | None = None
     last: Report | None = None
     claim: Claim | None = None
     seconds: dict[str, float] = field(default_factory=dict)
@@ -305,6 +309,8 @@ class _Chain:
         error = failure.error
         if not isinstance(error, StoreFailed):  # a defect, or the wheel's own: it is raised, and speaks for itself
             return
+        if self.metrics is not None:
+            self.metrics.failed(self.rank)
         if failure.next_wait_s is not None:
             wait_s = round(failure.next_wait_s, 3)
             of = {"attempt": failure.attempt, "step": str(error.step), "cause": error.cause, "code": error.code}

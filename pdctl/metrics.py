@@ -1,5 +1,5 @@
 """
-What is counted, under which name; the only file that imports prometheus_client.
+What is counted, under which name; with pdctl/counts/, all that imports prometheus_client.
 
 Nothing is created on import: a `Metrics` owns its own registry, so that two of them in one process never clash.
 One small class for each room of the house, one small method for each thing that happens there. Label values come
@@ -23,11 +23,14 @@ from pdctl.core.access import Denial
 from pdctl.core.admission import Lane
 from pdctl.core.instances import InstanceView
 from pdctl.core.lives import ChangeKind as SeatChangeKind
+from pdctl.core.sayings import Refusal
 from pdctl.core.sessions import Change, ChangeKind, Depth, State
 from pdctl.core.sums import Checked
 from pdctl.core.transfer import Phase, Side
-from pdctl.core.warmup import Report
 from pdctl.core.witness import Means, Sign
+from pdctl.counts.nodes import OutMetrics, RegistrationMetrics
+from pdctl.counts.reports import ReportMetrics
+from pdctl.counts.store import StoreMetrics
 from pdctl.errors import Cause, StoreCause
 
 # A handshake takes 0.3 ms on a local network and at most its deadline (1 s by default, tens of seconds by setting).
@@ -52,7 +55,10 @@ class Metrics:
         self.journal = JournalMetrics(self._registry)
         self.keys = KeyMetrics(self._registry)
         self.link = LinkMetrics(self._registry)
+        self.out = OutMetrics(self._registry)
+        self.registration = RegistrationMetrics(self._registry)
         self.registry = RegistryMetrics(self._registry)
+        self.reports = ReportMetrics(self._registry)
         self.rooms = RoomMetrics(self._registry)
         self.sessions = SessionMetrics(self._registry)
         self.store = StoreMetrics(self._registry)
@@ -260,17 +266,6 @@ class Found(StrEnum):
     UNKNOWN = "unknown"  # no such rank, no such room
 
 
-class Refusal(StrEnum):
-    """Why the registry did not do what a request asked."""
-
-    MALFORMED = "malformed"  # a field that cannot be used
-    CONTRADICTION = "contradiction"  # a rank that does not fit its instance
-    OCCUPIED = "occupied"  # the seat is another host's, who lives
-    STALE = "stale"  # a renewal or a goodbye of a life that is over
-    LIMIT = "limit"  # a body or a table at its limit
-    UNAVAILABLE = "unavailable"  # the body came too slowly, or the journal does not take rows
-
-
 class _Lookups(Collector):
     """Look-ups are counted in plain integers, as they are most of what there is to do, and read at the scrape."""
 
@@ -311,6 +306,11 @@ class RegistryMetrics:
         self._instances = Gauge(
             "pdctl_registry_instances", "Instances known, by whether they are complete.", ["ready"], registry=registry
         )
+        self._partial = Gauge(
+            "pdctl_registry_instances_partial",
+            "Instances of which some ranks are there and some are missing.",
+            registry=registry,
+        )
         self._seats = Gauge(
             "pdctl_registry_seats", "Seats of all instances: held, or missing.", ["state"], registry=registry
         )
@@ -331,6 +331,7 @@ class RegistryMetrics:
         self._rooms.set_function(rooms)
         self._instances.labels("true").set_function(lambda: sum(view.ready for view in instances()))
         self._instances.labels("false").set_function(lambda: sum(not view.ready for view in instances()))
+        self._partial.set_function(lambda: sum(bool(view.alive) and not view.ready for view in instances()))
         self._seats.labels("held").set_function(lambda: sum(len(view.alive) for view in instances()))
         self._seats.labels("missing").set_function(
             lambda: sum(view.shape.n_seats - len(view.alive) for view in instances())
@@ -361,6 +362,9 @@ class RoomMetrics:
         self._sent = Counter(
             "pdctl_room_sent_bytes_total", "Bytes of pages and aux rows that have landed at decode.", registry=registry
         )
+        self._sending = Counter(
+            "pdctl_room_send_seconds_total", "Seconds that writes of these bytes took, side by side.", registry=registry
+        )
         self._checked = Counter(
             "pdctl_room_checksums_total",
             "Answers of prefill ranks to rooms that had asked for checksums, by result.",
@@ -389,8 +393,9 @@ class RoomMetrics:
         """`n_pages` more than before; fewer when below 0."""
         self._quarantined.labels(side).inc(n_pages)
 
-    def sent(self, nbytes: int) -> None:
+    def sent(self, nbytes: int, seconds: float) -> None:
         self._sent.inc(nbytes)
+        self._sending.inc(seconds)
 
     def checked(self, result: Checked) -> None:
         self._checked.labels(result).inc()
@@ -511,36 +516,6 @@ class SessionMetrics:
         self._panic.set_function(panicking)
         self._doubt.set_function(doubting)
         self._threads.set_function(threads_held)
-
-
-class StoreMetrics:
-    """How the shared store came up, by rank: there are as many label values as ranks that open one in this process."""
-
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self._attempts = Counter(
-            "pdctl_store_warmup_attempts_total",
-            "Attempts at putting a fresh key into the shared store and reading it back.",
-            ["rank"],
-            registry=registry,
-        )
-        self._openings = Counter(
-            "pdctl_store_openings_total",
-            "How openings of the shared store ended.",
-            ["rank", "result"],
-            registry=registry,
-        )
-        self._seconds = Gauge(
-            "pdctl_store_opening_seconds",
-            "Seconds from the first question to the store's master to the end of the last opening.",
-            ["rank"],
-            registry=registry,
-        )
-
-    def opened(self, report: Report) -> None:
-        rank = str(report.rank)
-        self._attempts.labels(rank).inc(report.attempts)
-        self._openings.labels(rank, report.result.value).inc()
-        self._seconds.labels(rank).set(report.waited_s)
 
 
 class StoreCall(StrEnum):

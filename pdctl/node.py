@@ -22,6 +22,7 @@ from fastapi import APIRouter
 
 from pdctl import config, drainer, logs, server
 from pdctl.admission import Turnstile
+from pdctl.beside import beside
 from pdctl.client import Registries, RegistryClient
 from pdctl.config import ServeSettings, Settings
 from pdctl.core.admission import Admission
@@ -38,7 +39,7 @@ from pdctl.core.witness import Verdict, WitnessPolicy, WitnessTable
 from pdctl.dated import Dated
 from pdctl.device.base import Device
 from pdctl.device.open import open_device
-from pdctl.dialects import native, sglang
+from pdctl.dialects import native, page, sglang
 from pdctl.door import Door, open_door
 from pdctl.engine.asking import Asking
 from pdctl.engine.base import Engine
@@ -46,6 +47,7 @@ from pdctl.engine.mooncake import by_name, open_mooncake
 from pdctl.errors import BadField, ConfigError, NotReady, PdctlError
 from pdctl.lease import Lease, LeaseTerms, NoLeases
 from pdctl.links import Links
+from pdctl.looking import Looking
 from pdctl.metrics import Metrics
 from pdctl.peer import PeerLink, open_link
 from pdctl.persistence.base import Shared
@@ -59,50 +61,6 @@ from pdctl.wires import OtherWires, bind_all, instance_at
 from pdctl.witness import Witness, asking
 
 log = structlog.get_logger(__name__)
-
-
-class LoopEnded(RuntimeError):
-    """A loop that must run as long as the service has returned; `name` says which."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(f"the {name} loop has ended although nobody stopped it: this is a defect, please report it")
-        self.name = name
-
-
-@asynccontextmanager
-async def beside(**loops: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    """Run `loops` beside the body, each as a task of its name; cancel them and wait for them when the body ends.
-
-    A loop that dies, or returns, ends the body: a service must not outlive its own heart. The first error comes out
-    bare, and the body's own before that of any loop.
-    """
-    body: BaseException | None = None
-    ending = False
-
-    async def guard(name: str, loop: Coroutine[Any, Any, None]) -> None:
-        await loop
-        if not ending:
-            raise LoopEnded(name)
-
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(guard(name, loop), name=name) for name, loop in loops.items()]
-            try:
-                yield
-            except BaseException as error:
-                body = error
-                raise
-            finally:
-                ending = True
-                for task in tasks:
-                    task.cancel()
-    except BaseExceptionGroup as errors:
-        if body is not None and not isinstance(body, asyncio.CancelledError):
-            raise body from None
-        raise errors.exceptions[0] from None
-    finally:
-        for loop in loops.values():
-            loop.close()  # one that was cancelled before its first step has never been awaited
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +97,10 @@ async def sidecar(settings: Settings) -> AsyncIterator[Sidecar]:
         ours = native.router(registrar, news, others.engines)
         links = Links.open(settings, Asking(), metrics, native.refusing(registrar))
         registrar.subscribe(links.heard)
-        routers = [plain.router(), *others.routers(registrar, instance), ours, links.router]
+        url = journal_url(settings.serve)
+        looking = Looking.open(settings, registrar, news, others.engines, links, metrics, url)
+        shown = [looking.router, page.router()]
+        routers = [plain.router(), *others.routers(registrar, instance), ours, links.router, *shown]
         inner = sglang.in_front(plain, server.app(routers, metrics, unready=registrar.unready))
         admitted = Turnstile(inner, Admission(settings.admission), time.monotonic, metrics)
         service = Dated(admitted, lambda: registrar.copy_age_s) if isinstance(journal, Shared) else admitted
@@ -150,6 +111,7 @@ async def sidecar(settings: Settings) -> AsyncIterator[Sidecar]:
             "news": news.run(),
             "keys": others.watch(),
             "vllm": others.roster.watch(),
+            **looking.loops,
         }
         others_asked = {"witness": witness, "drains": _drains(settings.drain, registrar)}
         async with beside(**http, **loops, **links.loops, **others_asked, sweep=registrar.sweep()):
@@ -317,13 +279,12 @@ async def prefill_node(
     """
     check_rank(pools.layout, seat, shape, prefill=True)
     async with _rank(settings, device, arena, str(seat), "prefill") as rank:
-        pools = pools.placed(rank.device.where)
         asking = Asking(rank.engine, by_name(replace(settings.engine, host=settings.node.host), rank.device))
         links = Links.open(settings, asking, rank.metrics, _refused, rank.engine.card)
         sender = Sender(
             rank.engine,
             rank.link.send,
-            pools,
+            pools.placed(rank.device.where),
             rank_id(seat, shape),
             links.prober,
             settings.room,
@@ -333,8 +294,8 @@ async def prefill_node(
         )
         client = RegistryClient(settings.node.registry, policy=settings.retry, credentials=settings.client)
         async with sender, client:
-            announcement = Announcement(seat, shape, rank.link.endpoint)
             unready = lambda: [] if client.registered else [f"not registered at {client.url}"]  # noqa: E731
+            rank.metrics.registration.follow("prefill", lambda: client.registered)
             async with beside(
                 link=rank.link.serve(sender.handle),
                 **links.loops,
@@ -343,7 +304,7 @@ async def prefill_node(
                 # within the others: withdrawn before the link stops listening
                 terms = LeaseTerms(
                     settings.node.instance,
-                    announcement,
+                    Announcement(seat, shape, rank.link.endpoint),
                     settings.node.ttl_s,
                     rooms=lambda: len(sender.rooms) + len(sender.early),
                     metadata={SESSION_KEY: rank.engine.session},
@@ -431,7 +392,8 @@ async def decode_node(
             listed = None
             if registry is not None:
                 client = RegistryClient(registry, policy=settings.retry, credentials=settings.client)
-                listed = _Listed(await stack.enter_async_context(client), settings)
+                listed = shown = _Listed(await stack.enter_async_context(client), settings)
+                rank.metrics.registration.follow("decode", lambda: not shown.unready())
             http = rank.http(list if listed is None else listed.unready)
             await stack.enter_async_context(beside(link=rank.link.serve(receiver.handle), **http))
             if listed is not None:

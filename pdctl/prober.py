@@ -24,6 +24,7 @@ from pdctl.core.sessions import (
     Question,
     SessionTable,
     Standing,
+    State,
     Turn,
     Unwell,
     Well,
@@ -120,6 +121,7 @@ class Prober:
         self._metrics.follow(
             lambda: len(table), lambda: len(table.panicking()), lambda: table.doubting, lambda: len(asks.held)
         )
+        metrics.out.follow(self.longest_out_s)
         self._asking: dict[asyncio.Task[object], float] = {}  # when each was begun, in that order
         self._by_hand = 0
         self._unseen: dict[str, None] = {}  # registered, and to be looked at
@@ -172,6 +174,12 @@ class Prober:
     def sessions(self) -> list[str]:
         """Every session that is held, sorted."""
         return sorted(self._table)
+
+    def longest_out_s(self) -> float:
+        """How long the session has been blocked that has been for longest. Dropped ones are not out, they are over."""
+        now = self._clock()
+        found = (self._table.standing(session, now) for session in self._table.blocked())
+        return max((standing.since_s for standing in found if standing.state is State.BLOCKED), default=0.0)
 
     @property
     def panicking(self) -> tuple[str, ...]:

@@ -40,10 +40,12 @@ import numpy.typing as npt
 import structlog
 
 from pdctl.core.address import Endpoint
+from pdctl.core.course import Course, Ended
 from pdctl.core.layout import RankPools
 from pdctl.core.pairing import Paired
 from pdctl.core.plan import Ints
 from pdctl.core.sums import AUX, KV, STATE, Checked, Checksum, Sums, spoken
+from pdctl.core.trace import Trace, trace_of
 from pdctl.core.transfer import OVERDUE, RECEIVER, Event, Phase, Quarantined, RoomTimeouts, Side, step
 from pdctl.core.wire import (
     FIRST_QUESTION,
@@ -65,6 +67,7 @@ from pdctl.lag import Alarm
 from pdctl.metrics import Metrics
 from pdctl.pace import Pace
 from pdctl.retry import RetryPolicy, retrying
+from pdctl.telling import Telling
 
 log = structlog.get_logger(__name__)
 
@@ -124,9 +127,10 @@ class Receiver:
         clock: Callable[[], float],
         metrics: Metrics,
         is_gone: IsGone = never_gone,
+        telling: Telling | None = None,
     ) -> None:
         self.session, self.reply, self.pools, self.timeouts = session, reply, pools, timeouts
-        self.clock, self.metrics = clock, metrics.rooms
+        self.clock, self.metrics, self.telling = clock, metrics.rooms, telling or Telling()
         wants_sums = timeouts.checksum.is_on
         pools.check_aux_written_here()
         if wants_sums:
@@ -181,17 +185,19 @@ class Receiver:
         release: Release | None = None,
         *,
         state_rows: Sequence[Sequence[int]] = (),
+        trace: Trace = None,
     ) -> ArrivingRoom:
         """`pages`, shape (n,), `aux_row` and the `state_rows` of each group are where `prefill` writes what follows
-        `prefix_len` tokens: one rank that does it all, or several by `core.pairing`."""
+        `prefix_len` tokens: one rank that does it all, or several by `core.pairing`. They are told of the `trace`."""
         paired = Paired((prefill,)) if isinstance(prefill, Endpoint) else prefill
         given, rows = np.asarray(pages, dtype=np.int64).ravel(), tuple(tuple(group) for group in state_rows)
         self._check_own(given, aux_row, rows, paired.senders, paired.ranks)
         who, required = (room, self.reply, self.session), paired.required
-        named = Metadata(*who, given.astype(np.int32), aux_row, required, prefix_len, rows)
-        dummy = Metadata(*who, np.empty(0, np.int32), None, required, prefix_len)
+        course = self.telling.begin(Phase.BOOTSTRAPPING, self.clock(), trace_of(trace), is_first=True)
+        named = Metadata(*who, given.astype(np.int32), aux_row, required, prefix_len, rows, trace=course.trace)
+        dummy = Metadata(*who, np.empty(0, np.int32), None, required, prefix_len, trace=course.trace)
         telling = [(at, named) for at in paired.senders] + [(at, dummy) for at in paired.dummies]
-        return ArrivingRoom(self, named, telling, paired.responses, paired.ranks, release)
+        return ArrivingRoom(self, named, telling, paired.responses, paired.ranks, release, course)
 
     def handle(self, frames: Sequence[bytes]) -> None:
         """One message of a prefill rank. Raises BadFrames for one that cannot be read or must not be obeyed."""
@@ -419,13 +425,14 @@ class ArrivingRoom:
         responses: int,
         ranks: tuple[int, ...] | None,
         release: Release | None,
+        course: Course,
     ) -> None:
         self.room = named.room
         self.named = named
         self.pages = named.pages.astype(np.int64)
         self.phase = Phase.BOOTSTRAPPING
         self.reason: str | None = None
-        self.opened_at = receiver.clock()
+        self.course, self.opened_at = course, course.began
         self._of = receiver
         self._telling = telling
         self._responses = responses
@@ -607,10 +614,20 @@ class ArrivingRoom:
 
     def _step(self, event: Event) -> None:
         before, self.phase = self.phase, step(RECEIVER, self.phase, event)
+        if self.phase is not before:
+            self.course.step(self.phase, self._of.clock())
         if self.phase is not before and self.phase is not Phase.WAITING_FOR_INPUT:  # which shares a limit with before
             self._watch()
-        if self.phase.is_final:
+        if self.phase.is_final and not self._ended.is_set():
             self._ended.set()
+            self._of.telling.ended(self.phase, self.course.ended, lambda: self._outcome(event))
+
+    def _outcome(self, event: Event) -> Ended:
+        done, n_pages = self.phase is Phase.SUCCESS, len(self.pages)
+        nbytes = n_pages * sum(self._of.pools.kv.item_lens) + sum(self._of.pools.aux.item_lens) if done else 0
+        peers = tuple(str(at) for at, _ in self._telling)
+        why = (event, None, self.reason)
+        return Ended(Side.RECEIVER, self.room, self.phase, *why, n_pages, nbytes, peers, self.course)
 
     def _check(self) -> None:
         if self.phase is Phase.FAILED:
@@ -622,7 +639,6 @@ class ArrivingRoom:
             return
         self.reason = reason
         self._step(event)
-        log.warning("room failed", room=self.room, side=Side.RECEIVER.value, ended_by=event.value, reason=reason)
         current = asyncio.current_task() if self._checks else None
         for check in self._checks.values():
             if check is not current:

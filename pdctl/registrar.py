@@ -30,19 +30,14 @@ from pdctl.core.lives import PREFILL, Change, ChangeKind, Claim, Life, Owner, Re
 from pdctl.core.registry import Registry
 from pdctl.core.rooms import RoomBook
 from pdctl.core.route import Seat
+from pdctl.core.sayings import LIVES, Refusal, refusal_of
 from pdctl.errors import (
     Behind,
     LimitReached,
-    NotNow,
     NotReady,
-    Occupied,
     PdctlError,
-    Refused,
-    Superseded,
-    TooLarge,
-    UnknownLease,
 )
-from pdctl.metrics import Found, Lookup, Metrics, Refusal
+from pdctl.metrics import Found, Lookup, Metrics
 from pdctl.persistence.base import Journal, Kept, Learned, Note, Room, Shared
 from pdctl.waiting import Command, Decide, Offered, Told, Waiting, decided, settle
 
@@ -62,6 +57,7 @@ MOST_BEHIND = 200
 
 T = TypeVar("T")
 Hear = Callable[[Sequence[Change]], None]
+HearRefusal = Callable[[PdctlError, Refusal, str, str, str | None], None]
 
 log = structlog.get_logger(__name__)
 
@@ -92,6 +88,7 @@ class Registrar:
         self._clock = clock
         self._hearers: list[Hear] = []
         self._note_hearers: list[Callable[[Sequence[Note]], None]] = []
+        self._refusal_hearers: list[HearRefusal] = []
         self._observations: list[Command] = []
         self._commands: list[Command] = []
         self._new_rooms: list[tuple[Room, Told]] = []
@@ -278,6 +275,10 @@ class Registrar:
         """Rises with every change of any instance: what was read at a revision is true as long as it stands."""
         return self._registry.revision
 
+    @property
+    def n_rooms(self) -> int:
+        return len(self._rooms)
+
     def topology(self, instance: str) -> InstanceView:
         """The instance, complete. Raises NotReady."""
         view = self._ready(Lookup.TOPOLOGY, instance)
@@ -316,6 +317,11 @@ class Registrar:
     def now(self) -> float:
         return self._clock()
 
+    @property
+    def trouble(self) -> str | None:
+        """Why the journal takes no rows; None while it does."""
+        return self._journal.trouble
+
     def age_s(self, since: float) -> float:
         return self._clock() - since
 
@@ -349,13 +355,20 @@ class Registrar:
         if self._writing is None:
             self._take_note()
 
-    def refused(self, error: PdctlError, path: str, peer: str) -> None:
+    def subscribe_refusals(self, hear: HearRefusal) -> None:
+        """Call `hear` with each request that is refused: the error, why, the path, the peer, and the instance where the
+        path does not name it."""
+        self._refusal_hearers.append(hear)
+
+    def refused(self, error: PdctlError, path: str, peer: str, instance: str | None = None) -> None:
         """A dialect is about to answer with this error. NotReady is an answer like another; the rest is news."""
         if isinstance(error, NotReady):
             return
-        reason = _reason(error)
+        reason = refusal_of(error)
         self._counts.refused(reason)
         log.warning("request refused", reason=reason.value, path=path, peer=peer, detail=str(error))
+        for hear in self._refusal_hearers:
+            hear(error, reason, path, peer, instance)
 
     # How it is done
 
@@ -498,7 +511,7 @@ def _log(change: Change, **more: object) -> None:
     if change.why is not None:
         more["why"] = change.why
     log.info(
-        _EVENTS[change.kind],
+        LIVES[change.kind],
         instance=change.instance,
         seat=str(change.seat),
         address=str(change.life.address),
@@ -509,37 +522,3 @@ def _log(change: Change, **more: object) -> None:
 
 def _tell_nobody(error: BaseException | None) -> None:
     """A room that another registry has taken, and that is too many here."""
-
-
-_EVENTS = {
-    ChangeKind.SEATED: "seat taken",
-    ChangeKind.REPLACED: "seat taken by a new life",
-    ChangeKind.AMENDED: "seat amended",
-    ChangeKind.RESHAPED: "instance restarted with other settings",
-    ChangeKind.COMPLETED: "instance complete",
-    ChangeKind.SUSPECTED: "rank has missed a renewal",
-    ChangeKind.RECOVERED: "rank has spoken again",
-    ChangeKind.DRAINING: "rank drains",
-    ChangeKind.FOUND: "rank found again by its witness",
-    ChangeKind.LOST: "rank lost by its witness",
-    ChangeKind.DRAINED: "rank drained",
-    ChangeKind.EXPIRED: "lease over",
-    ChangeKind.FORGOTTEN: "rank forgotten",
-    ChangeKind.LEFT: "rank has left",
-    ChangeKind.SUPERSEDED: "rank of an earlier incarnation dropped",
-}
-
-
-def _reason(error: PdctlError) -> Refusal:
-    match error:
-        case Refused():
-            return Refusal.CONTRADICTION
-        case Occupied():
-            return Refusal.OCCUPIED
-        case Superseded() | UnknownLease():
-            return Refusal.STALE
-        case TooLarge() | LimitReached():
-            return Refusal.LIMIT
-        case NotNow():
-            return Refusal.UNAVAILABLE
-    return Refusal.MALFORMED

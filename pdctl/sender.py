@@ -30,12 +30,14 @@ import numpy.typing as npt
 import structlog
 
 from pdctl.core.address import Endpoint
+from pdctl.core.course import Ended
 from pdctl.core.destination import Destination, LayerGroups
 from pdctl.core.early import EarlyBook, EarlyLimits
 from pdctl.core.layout import RankPools
 from pdctl.core.plan import CopyPlan, Ints
 from pdctl.core.sessions import Gate
 from pdctl.core.sums import Checksum, Summand, Sums
+from pdctl.core.trace import Trace, TraceContext, trace_of
 from pdctl.core.transfer import OVERDUE, SENDER, Event, Phase, Quarantined, RoomTimeouts, Side, step
 from pdctl.core.turns import cut
 from pdctl.core.wire import (
@@ -57,6 +59,7 @@ from pdctl.engine.checksums import Checksums
 from pdctl.errands import Errands
 from pdctl.errors import (
     CallerError,
+    Cause,
     ChecksumsMissing,
     ConfigError,
     LayoutMismatch,
@@ -72,6 +75,7 @@ from pdctl.lanes import Lanes
 from pdctl.metrics import Metrics
 from pdctl.pace import Pace
 from pdctl.retry import RetryPolicy, retrying
+from pdctl.telling import Telling
 
 log = structlog.get_logger(__name__)
 
@@ -125,12 +129,13 @@ class Sender:
         clock: Callable[[], float],
         metrics: Metrics,
         limits: SenderLimits | None = None,
+        telling: Telling | None = None,
     ) -> None:
         self.engine, self.pools, self.gate, self.timeouts = engine, pools, gate, timeouts
         if timeouts.checksum.is_on:
             pools.check_summed_here()
         self.layers = frozenset(pools.layout.layer_of(len(pools.kv)).tolist())
-        self.clock, self.metrics = clock, metrics.rooms
+        self.clock, self.metrics, self.telling = clock, metrics.rooms, telling or Telling()
         self._send, self._rank = send, rank
         self.limits = limits or SenderLimits()
         self.lanes = Lanes(self.limits.max_nbytes_per_peer)
@@ -176,9 +181,11 @@ class Sender:
         """Pages of finished rooms that the engine may still read."""
         return tuple(room.quarantined() for room in self._unsettled)
 
-    def open(self, room: int, required: int | None = None, release: Release | None = None) -> SendingRoom:
-        """`required`: decode ranks to hear of; by default what their metadata says."""
-        return SendingRoom(self, room, required, release)
+    def open(
+        self, room: int, required: int | None = None, release: Release | None = None, *, trace: Trace = None
+    ) -> SendingRoom:
+        """`required`: decode ranks to hear of; by default what their metadata says, as with the `trace`."""
+        return SendingRoom(self, room, required, release, trace_of(trace))
 
     def handle(self, frames: Sequence[bytes]) -> None:
         """One message of a decode rank. Raises BadFrames for one that cannot be read; changes nothing then."""
@@ -336,11 +343,15 @@ class Sender:
 class SendingRoom:
     """One room at the prefill side. Every failure comes out of its methods as RoomFailed with the first cause."""
 
-    def __init__(self, sender: Sender, room: int, required: int | None, release: Release | None) -> None:
+    def __init__(
+        self, sender: Sender, room: int, required: int | None, release: Release | None, trace: TraceContext | None
+    ) -> None:
         self.room = room
         self.phase = Phase.BOOTSTRAPPING
         self.reason: str | None = None
+        self.cause: Cause | None = None
         self.opened_at = sender.clock()
+        self.course = sender.telling.begin(self.phase, self.opened_at, trace, is_first=False)
         self._of = sender
         self._required = required
         self._release = release
@@ -465,6 +476,8 @@ class SendingRoom:
             log.debug("late metadata", room=self.room, session=named.session)
             return
         self._named[named.session] = named
+        if named.trace is not None:
+            self._of.telling.learned(self.course, named.trace)
         if not named.is_dummy:
             try:
                 destination = self._of.pair(named)
@@ -559,6 +572,7 @@ class SendingRoom:
             async with self._of.gate.passing(to.session):
                 await self._in_turns(to.session, plan)
         except (SessionBlocked, TransferFailed, LimitReached) as error:
+            self.cause = self.cause or getattr(error, "cause", None)
             self._fail(Event.TRANSFER_FAILED, str(error))
 
     async def _in_turns(self, session: str, plan: CopyPlan) -> None:
@@ -583,16 +597,17 @@ class SendingRoom:
         of = self._of
         async with of.lanes.turn(session, self.room, plan.total, of.timeouts.waiting_s):
             await of.pace.step()
-            blocked = of.gate.reason_blocked(session)  # since the chunk was begun
-            if blocked is not None:
+            if (blocked := of.gate.reason_blocked(session)) is not None:  # since the chunk was begun
                 raise SessionBlocked(session, blocked)
+            began = of.clock()
             try:
                 await of.engine.write(session, plan, deadline_s=of.timeouts.transfer_s)
             except TransferFailed as error:
                 if not error.settled:
                     self._unsettled.add(session)
                 raise
-        of.metrics.sent(plan.total)
+            of.metrics.sent(plan.total, of.clock() - began)
+        self.course.nbytes += plan.total
 
     async def _sum(self, session: str, what: Summand) -> None:
         crcs = await self._of.checksums.of(what.source, what.items, what.ours)
@@ -615,7 +630,16 @@ class SendingRoom:
     def _step(self, event: Event) -> None:
         before, self.phase = self.phase, step(SENDER, self.phase, event)
         if self.phase is not before:
+            self.course.step(self.phase, now := self._of.clock())
             self._watch()
+            if self.phase.is_final:
+                self._of.telling.ended(self.phase, now, lambda: self._outcome(event))
+
+    def _outcome(self, event: Event) -> Ended:
+        pages = self._n_sent if self._open_chunk is None else len(self._pages())
+        peers = tuple(f"{named.reply} ({session})" for session, named in self._named.items())
+        why = (event, self.cause, self.reason)
+        return Ended(Side.SENDER, self.room, self.phase, *why, pages, self.course.nbytes, peers, self.course)
 
     def _check(self) -> None:
         if self.phase is Phase.FAILED:
@@ -627,7 +651,6 @@ class SendingRoom:
             return
         self.reason = reason
         self._step(event)
-        log.warning("room failed", room=self.room, side=Side.SENDER.value, ended_by=event.value, reason=reason)
         current = asyncio.current_task()
         for write in self._writes:
             if write is not current:

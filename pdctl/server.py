@@ -10,11 +10,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import itertools
 import socket
 import ssl
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping
 from typing import Any
 
 import uvicorn
@@ -28,6 +26,7 @@ from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 from pdctl.core.address import Endpoint
 from pdctl.dialects.edge import json_answer
 from pdctl.errors import AddressTaken, ConfigError, PdctlError
+from pdctl.listeners import holders
 from pdctl.metrics import Metrics
 from pdctl.shortcut import ShortcutProtocol
 
@@ -39,8 +38,6 @@ KEEP_ALIVE_S = (
 UNREAD_S = 60
 """For how long somebody may leave unread, or unacknowledged, what we owe them. Closing waits for them too: a watcher
 that was cut off, or a client whose host has vanished, would stay in our memory for as long as TCP hopes, and longer."""
-
-_LISTEN = "0A"  # TCP_LISTEN as /proc/net/tcp writes it
 
 
 def bind(host: str, port: int, *, listens: bool = True) -> socket.socket:
@@ -235,45 +232,7 @@ def _resolve(host: str, port: int) -> tuple[socket.AddressFamily, tuple[str, int
 def _cannot_listen(host: str, port: int, error: OSError) -> AddressTaken | ConfigError:
     where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     if error.errno == errno.EADDRINUSE:
-        holders = ", ".join(f"pid {pid} ({command})" for pid, command in _holders(port))
-        who = holders or "a process that /proc does not show to this user"
+        who = ", ".join(map(str, holders(port))) or "a process that /proc does not show to this user"
         return AddressTaken(f"{where} is taken by {who}: stop it, or choose another port")
     advice = "choose a port from 1024 on" if error.errno == errno.EACCES else "give an address of this host"
     return ConfigError(f"cannot listen at {where}: {error.strerror}: {advice}")
-
-
-def _holders(port: int) -> Iterator[tuple[int, str]]:
-    """(pid, command) of each process of this network namespace that listens at `port`, as far as /proc shows."""
-    sockets = {f"socket:[{inode}]" for table in ("tcp", "tcp6") for inode in _listening(table, port)}
-    for process in sorted(Path("/proc").glob("[0-9]*"), key=lambda path: int(path.name)):
-        if sockets & set(_open_files(process)):
-            yield int(process.name), _command(process)
-
-
-def _listening(table: str, port: int) -> Iterator[str]:
-    """Socket inodes. A line is: slot, local address, remote address, state, six more, inode, ..."""
-    try:
-        lines = Path("/proc/net", table).read_text().splitlines()[1:]
-    except OSError:
-        return
-    for line in lines:
-        columns = line.split()
-        if columns[3] == _LISTEN and int(columns[1].rpartition(":")[2], 16) == port:
-            yield columns[9]
-
-
-def _open_files(process: Path) -> Iterator[str]:
-    with contextlib.suppress(OSError):  # gone meanwhile, or another user's
-        for descriptor in (process / "fd").iterdir():
-            with contextlib.suppress(OSError):
-                yield str(descriptor.readlink())
-
-
-def _command(process: Path) -> str:
-    """The command up to its first option: what follows may be a secret."""
-    try:
-        words = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
-    except OSError:
-        return "gone meanwhile"
-    shown = itertools.takewhile(lambda word: word == "-m" or not word.startswith("-"), filter(None, words))
-    return " ".join(shown)[:120] or "unknown"

@@ -8,9 +8,14 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 from hypothesis import HealthCheck, settings
 
+from pdctl.config import Settings
 from pdctl.core.registry import Registry
 from pdctl.core.rooms import RoomBook
 from pdctl.dialects import native, sglang
+from pdctl.dialects.watch import Broadcast
+from pdctl.engine.asking import Asking
+from pdctl.links import Links
+from pdctl.looking import Looking
 from pdctl.metrics import Metrics
 from pdctl.persistence.memory import MemoryJournal
 from pdctl.registrar import Registrar
@@ -62,10 +67,30 @@ def registrar(clock: Clock, metrics: Metrics) -> Registrar:
 
 
 @pytest.fixture
-async def registry_url(registrar: Registrar, metrics: Metrics) -> AsyncIterator[str]:
+def news(registrar: Registrar, metrics: Metrics) -> Broadcast:
+    """What watchers of that registry hear."""
+    return native.broadcast(registrar, metrics)
+
+
+@pytest.fixture
+def links(registrar: Registrar, metrics: Metrics) -> Links:
+    """Its session table, that asks nobody unless its loops run."""
+    return Links.open(Settings(), Asking(), metrics, native.refusing(registrar))
+
+
+@pytest.fixture
+def looking(registrar: Registrar, news: Broadcast, links: Links, metrics: Metrics, clock: Clock) -> Looking:
+    """What it shows of its fleet; nobody calls `lookout.tick` but the test."""
+    return Looking.open(Settings(), registrar, news, None, links, metrics, "memory:", clock)
+
+
+@pytest.fixture
+async def registry_url(
+    registrar: Registrar, metrics: Metrics, news: Broadcast, links: Links, looking: Looking
+) -> AsyncIterator[str]:
     """The registry as `pdctl serve` runs it: real HTTP, port 0, in the test's own loop. No slash at the end."""
     plain = sglang.Plain(registrar)
-    routers = [plain.router(), native.router(registrar, native.broadcast(registrar, metrics))]
+    routers = [plain.router(), native.router(registrar, news), links.router, looking.router]
     service = sglang.in_front(plain, app(routers, metrics, unready=list))
     with bind("127.0.0.1", 0) as sock:
         server = asyncio.create_task(serve(service, sock, grace_s=1.0))

@@ -253,6 +253,17 @@ def test_the_locks_for_a_gpu_are_the_development_one_with_another_wheel_of_the_s
         assert dev_lock - lock == {cpu}
         assert {each.partition("==")[0] for each in lock - dev_lock} == {wheel, runtime}
         assert f"{wheel}=={cpu.partition('==')[2]}" in lock
+        image = {pin(each) for each in requirements(ROOT / f"deploy/lock/image-cuda{major}.txt")}
+        cpu_image = {pin(each) for each in requirements(ROOT / "deploy/lock/image-cpu.txt")}
+        assert image == cpu_image - {cpu} | (lock - dev_lock)
+
+
+def test_what_the_image_is_built_with_is_locked_as_the_development_environment_has_it() -> None:
+    build = {pin(each): hashes for each, hashes in requirements(ROOT / "deploy/lock/build.txt").items()}
+    asked = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    assert {normal(each) for each in asked} <= names(ROOT / "deploy/lock/build.txt")
+    dev_lock = {pin(each): hashes for each, hashes in requirements(ROOT / "deploy/lock/dev.txt").items()}
+    assert build.items() <= dev_lock.items()
 
 
 # --- the lock
@@ -296,7 +307,7 @@ def test_a_lock_has_names_versions_and_hashes_and_no_place(lock: Path) -> None:
 
 
 def test_both_locks_are_there_and_agree() -> None:
-    dev_lock, cpu_lock = ROOT / "deploy/lock/dev.txt", ROOT / "deploy/lock/cpu.txt"
+    dev_lock, cpu_lock = ROOT / "deploy/lock/dev.txt", ROOT / "deploy/lock/image-cpu.txt"
     assert {dev_lock, cpu_lock} <= set(LOCKS)
     dev = {pin(requirement): hashes for requirement, hashes in requirements(dev_lock).items()}
     for requirement, hashes in requirements(cpu_lock).items():  # a development tool may want it on more platforms
@@ -307,11 +318,31 @@ def test_the_locks_hold_all_that_pyproject_asks_for() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     runtime = [*project["project"]["dependencies"], *project["project"]["optional-dependencies"]["cpu"]]
     development = [*project["dependency-groups"]["dev"], *project["build-system"]["requires"]]
-    assert {normal(each) for each in runtime} <= names(ROOT / "deploy/lock/cpu.txt")
+    assert {normal(each) for each in runtime} <= names(ROOT / "deploy/lock/image-cpu.txt")
     assert {normal(each) for each in (*runtime, *development)} <= names(ROOT / "deploy/lock/dev.txt")
-    assert "pytest" not in names(ROOT / "deploy/lock/cpu.txt")
+    assert "pytest" not in names(ROOT / "deploy/lock/image-cpu.txt")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_scripts_name_no_place_to_fetch_from(script: str) -> None:
     assert not re.search(r"https?:|ftp:|--(extra-)?index-url|--find-links|--trusted-host", (ROOT / script).read_text())
+
+
+# --- the browser
+
+
+@pytest.mark.parametrize(
+    ("arguments", "looks"),
+    [
+        ("", True),
+        ("-k plan -x", True),
+        ("tests", True),
+        ("tests/page/test_page.py::test_one", True),
+        ("tests/core tests/page/", True),
+        ("tests/core", False),
+        ("tests/test_dev.py::test_one -x", False),
+    ],
+)
+def test_a_browser_is_installed_only_where_a_test_may_look_at_the_page(arguments: str, looks: bool) -> None:
+    said = with_functions(ROOT, f"if looks_at_the_page {arguments}; then echo looks; fi")
+    assert (said.stdout, said.stderr) == ("looks\n" if looks else "", "")

@@ -252,6 +252,19 @@ async def test_attempts_seconds_and_result_are_counted_by_rank() -> None:
     assert 'pdctl_store_opening_seconds{rank="dp0/cp0/tp3/pp1"}' in text
 
 
+async def test_failed_tries_are_seen_while_the_store_is_still_being_opened() -> None:
+    metrics, seen = Metrics(), []
+
+    async def ask(_: object) -> None:
+        seen.append(metrics.exposition()[0].decode().count('pdctl_store_failed_tries{rank="dp0/cp0/tp3/pp1"} 2.0'))
+        if len(seen) < 4:
+            raise failed(StoreCause.MASTER_UNREACHABLE, "master")
+
+    async with opened(Troubled(), metrics=metrics, ask=ask):
+        assert seen[:4] == [0, 0, 1, 0]
+        assert 'pdctl_store_failed_tries{rank="dp0/cp0/tp3/pp1"} 0.0' in metrics.exposition()[0].decode()
+
+
 # --- before the warm-up
 
 

@@ -23,7 +23,7 @@ FLOORS = {
     **dict.fromkeys(["pdctl.node", "pdctl.wires", "pdctl.door", "pdctl.links", "pdctl.inquiry", "pdctl.config"], 5),
     **dict.fromkeys([f"pdctl.{shell}" for shell in ("server", "guard", "dialects", "client", "prober", "peer")], 4),
     **dict.fromkeys([f"pdctl.{shell}" for shell in ("sender", "receiver", "agent", "kvstore", "lease")], 4),
-    **dict.fromkeys([f"pdctl.{shell}" for shell in ("admission", "dated", "witness", "drainer")], 4),
+    **dict.fromkeys([f"pdctl.{shell}" for shell in ("admission", "dated", "witness", "drainer", "conformance")], 4),
     **dict.fromkeys(
         [
             f"pdctl.{room}"
@@ -35,6 +35,8 @@ FLOORS = {
                 "keyring",
                 "roster",
                 "watching",
+                "telling",
+                "tracing",
                 "device",
                 "memory",
             )
@@ -53,15 +55,24 @@ FLOORS = {
                 "metrics",
                 "logs",
                 "errands",
+                "spans",
             )
         ],
         2,
     ),
     "pdctl.arrays": 3,
+    "pdctl.beside": 2,
+    "pdctl.lookout": 3,
+    "pdctl.looking": 5,
     "pdctl.answers": 2,
     "pdctl.persistence.lock": 2,
+    "pdctl.counts": 2,
     "pdctl.credentials": 2,
+    "pdctl.explaining": 5,
+    "pdctl.doctor": 5,
+    "pdctl.identity": 4,
     "pdctl.lag": 2,
+    "pdctl.listeners": 2,
     "pdctl.lanes": 2,
     "pdctl.pace": 2,
     "pdctl.shortcut": 2,
@@ -73,9 +84,12 @@ FLOORS = {
 
 FOLDERS = (
     "pdctl.commands",
+    "pdctl.conformance",
+    "pdctl.counts",
     "pdctl.demo",
     "pdctl.device",
     "pdctl.dialects",
+    "pdctl.doctor",
     "pdctl.engine",
     "pdctl.persistence",
     "pdctl.store",
@@ -85,14 +99,18 @@ WHO = ("errors", "core", "ports", "adapters", "shells", "the wiring", "the entra
 CLOSED_FLOORS = {2: "ports", 3: "adapters", 4: "shells"}
 """Floors whose rooms do not import each other."""
 
-MAY_ANYWAY = {("pdctl.server", "pdctl.dialects")}
+MAY_ANYWAY = {("pdctl.server", "pdctl.dialects"), ("pdctl.metrics", "pdctl.counts")}
 
 RESERVED = {
     "tenacity": ("pdctl.retry", "retrying has one home"),
     "prometheus_client": ("pdctl.metrics", "metrics have one home"),
+    "opentelemetry": ("pdctl.tracing", "everyone else speaks to the port for spans"),
     "mooncake": ("pdctl.engine.mooncake", "everyone else speaks to the engine port"),
 }
 """A package -> the only file that may import it, and why."""
+
+ALSO = {"prometheus_client": "pdctl.counts"}
+"""A package -> the folder whose files may import it as well."""
 
 PICKLES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve"}
 PICKLING = {"send_pyobj", "recv_pyobj", "allow_pickle"}
@@ -196,7 +214,7 @@ def reserved(name: str, target: str) -> str | None:
     if begins(target, "mooncake.store"):
         return f"{short(name)} imports mooncake.store: its calls can end the process, everyone speaks to the store port"
     for package, (owner, why) in RESERVED.items():
-        if begins(target, package) and name != owner:
+        if begins(target, package) and name != owner and not begins(name, ALSO.get(package, owner)):
             return f"{short(name)} imports {package}: only {short(owner)} may, {why}"
     return None
 
@@ -296,7 +314,8 @@ def touched(tree: ast.Module) -> Iterator[str]:
     """Every dotted use, its first name resolved through the imports: `np.random.rand` -> `numpy.random.rand`."""
     names = {**dict(aliases(tree)), **{builtin: builtin for builtin in ("open", "print", "input")}}
     for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute | ast.Name) and (use := dotted(node, names)):
+        is_given = isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+        if isinstance(node, ast.Attribute | ast.Name) and not is_given and (use := dotted(node, names)):
             yield use
         if isinstance(node, ast.Call) and (use := dotted(node.func, names)) in AS_A_TYPE:
             yield f"{use}()"
@@ -454,8 +473,10 @@ ALLOWED = [
     ("pdctl.core.rooms", "from datetime import timedelta"),
     ("pdctl.core.sessions", "from random import Random\ndef f(chance: Random) -> float:\n    return chance.random()"),
     ("pdctl.memory", "import numpy as np\nnp.load('f', allow_pickle=False)"),
+    ("pdctl.core.plan", "class Row:\n    open: int"),
     ("pdctl.retry", "import tenacity"),
     ("pdctl.metrics", "from prometheus_client import Counter"),
+    ("pdctl.counts.nodes", "from prometheus_client import Gauge"),
     ("pdctl.config", "import os\nos.environ"),
 ]
 

@@ -13,6 +13,7 @@ import aiohttp
 import numpy as np
 import pytest
 
+from pdctl.beside import LoopEnded
 from pdctl.config import NodeSettings, ServeSettings, Settings
 from pdctl.core.address import Endpoint
 from pdctl.core.layout import Pool, RankPools
@@ -23,7 +24,6 @@ from pdctl.errors import ConfigError, LayoutMismatch, NotReady, Superseded
 from pdctl.memory import Arena
 from pdctl.node import (
     DecodeNode,
-    LoopEnded,
     PrefillNode,
     beside,
     decode_node,

@@ -152,7 +152,7 @@ class Rules:
 
     trust: TrustList
     tokens: Tokens | None = None
-    open_paths: frozenset[str] = frozenset({"/livez", "/readyz", "/metrics"})
+    open_paths: frozenset[str] = frozenset({"/", "/livez", "/readyz", "/metrics"})
 
     def admit(self, path: str, caller: Owner, trusted: bool, authorization: str | None) -> Owner | Denied:
         """`caller`, with the name of its token where one counts, or why not.

@@ -26,6 +26,7 @@ import numpy.typing as npt
 from pdctl.core.address import Endpoint
 from pdctl.core.layout import Pool
 from pdctl.core.sums import Sums, pack, unpack
+from pdctl.core.trace import TraceContext
 from pdctl.core.transfer import Phase
 from pdctl.errors import BadField, BadFrames, LayoutMismatch
 
@@ -51,6 +52,9 @@ SUMS = b"pdctl:crc32"
 
 # How a pdctl decode marks its reason behind all frames of an abort.
 WHY = b"pdctl:why"
+
+# How a pdctl decode marks the two frames of a trace context behind all frames of its metadata, where there is one.
+TRACE = b"pdctl:trace"
 
 # Rooms from here on are none, stock routers draw 63 bits. A decode that must know beforehand whether a prefill sums
 # gives such a room up: stock confirms that at once, as it does of any room that it does not know, and ours adds SUMS.
@@ -155,6 +159,7 @@ class Metadata:
 
     aux_row None and no pages: a dummy, from a decode rank that needs nothing but must be heard of. `required`: how many
     decode ranks this prefill rank must hear of. `prefix_len`: tokens that decode has already; `pages` begins after it.
+    `trace`: whose request it is, behind all frames that stock reads.
     """
 
     NAME: ClassVar[str] = "metadata"
@@ -168,6 +173,7 @@ class Metadata:
     prefix_len: int = 0
     state_rows: IntLists = ()
     device_pages: Pages | None = field(default=None, repr=False)
+    trace: TraceContext | None = None
 
     @property
     def is_dummy(self) -> bool:
@@ -184,6 +190,7 @@ class Metadata:
             _put(self.required),
             _put(self.prefix_len),
             b"" if self.device_pages is None else self.device_pages.astype(_PAGE).tobytes(),
+            *([] if self.trace is None else [TRACE, self.trace.traceparent.encode(), self.trace.state.encode()]),
         ]
 
     @classmethod
@@ -201,6 +208,7 @@ class Metadata:
             required=read.number(7, "number of decode ranks", low=1, high=MAX_RANKS),
             prefix_len=read.optional(8, "prefix length", 0),
             device_pages=device_pages if len(device_pages) else None,
+            trace=read.trace(10) if len(frames) > 10 else None,
         )
 
 
@@ -456,6 +464,14 @@ class _Reader:
             return tuple(unpack(self.frame(index + 1)))
         except ValueError as error:
             raise self.bad(index + 1, "sums", str(error)) from None
+
+    def trace(self, first: int) -> TraceContext | None:
+        """Behind frames that a later stock release may add. One that cannot be read is none: it moves no byte."""
+        behind = list(self.frames[first:])
+        if TRACE not in behind:
+            return None
+        parent, state = (self.frame(first + behind.index(TRACE) + n).decode("latin-1") for n in (1, 2))
+        return TraceContext.parse(parent, state)
 
     def packed(self, index: int, code: str, what: str) -> tuple[int, ...]:
         return self._unpack(index, code, what, self.frame(index))

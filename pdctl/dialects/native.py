@@ -180,15 +180,21 @@ def _add_lists(api: APIRouter, registrar: Registrar, news: Broadcast | None, oth
         responses=fails(400, 404),
     )
     async def one(instance: Shown) -> Response:
-        found = None if others is None else others.detail(instance)
-        if found is not None:
-            return JSONResponse({**found, "health": None})
-        view = registrar.view(check_name(instance, "instance"))
-        if view is None:
+        found = detail(registrar, others, instance)
+        if found is None:
+            check_name(instance, "instance")
             what, fix = f"no rank of {instance!r} has registered yet", "wait, or compare the name with /v1/instances"
             return JSONResponse({"error": {"message": f"{what}: {fix}", "fix": fix}}, 404)
-        now = registrar.now()
-        return JSONResponse({**_detail(view, now), "health": view.health(now)})
+        return JSONResponse(found)
+
+
+def detail(registrar: Registrar, others: Others | None, name: str) -> dict[str, Any] | None:
+    """One instance, whole, as it is now; None where nobody has heard of it, or not any more."""
+    found = None if others is None else others.detail(name)
+    if found is not None:
+        return {**found, "health": None}
+    view = registrar.view(name)
+    return None if view is None else _detail_now(view, registrar.now())
 
 
 def refusing(registrar: Registrar) -> Refused:
@@ -254,6 +260,10 @@ def _detail(view: InstanceView, now: float | None = None) -> dict[str, Any]:
     """`now`: with what is only true now; without, with what has been told."""
     forming = None if view.forming is None else _incarnation(view.forming, now)
     return {**_summary(view), **_incarnation(view.served, now), "forming": forming}
+
+
+def _detail_now(view: InstanceView, now: float) -> dict[str, Any]:
+    return {**_detail(view, now), "health": view.health(now)}
 
 
 def _incarnation(incarnation: Incarnation, now: float | None) -> dict[str, Any]:

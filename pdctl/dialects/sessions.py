@@ -255,6 +255,11 @@ def _add_hands(api: APIRouter, links: Links) -> None:
         return _answer(links, name)
 
 
+def row(links: Links, session: str) -> bytes:
+    """One session as it is shown, as JSON."""
+    return _line(_shown(links.standing(session)))
+
+
 def is_session(text: str) -> bool:
     """Whether a path can bear it."""
     return re.fullmatch(SESSION, text, re.ASCII) is not None

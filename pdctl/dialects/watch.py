@@ -91,7 +91,7 @@ class Broadcast:
         kept: bool = True,
     ) -> None:
         self._row, self._kept = row, kept
-        self._names = names
+        self.names = names
         self._detail = detail
         self._counts = metrics.watch
         self._feed = Feed() if feed is None else feed
@@ -103,6 +103,7 @@ class Broadcast:
         self._news = asyncio.Event()
         self._waking: asyncio.TimerHandle | None = None
         self._watchers = 0
+        self._hearers: list[Callable[[str], None]] = []
         self.closing = False
 
     @property
@@ -117,7 +118,9 @@ class Broadcast:
     def publish(self, revision: int, instance: str, data: bytes) -> None:
         """Tell all readers of one change. `data` is JSON on one line."""
         self._details.pop(instance, None)
-        self._feed.append(revision, _event("change", data, self.cursor_at(revision)))
+        self._feed.append(revision, event("change", data, self.cursor_at(revision)))
+        for hear in self._hearers:
+            hear(instance)
         if self._watchers and self._waking is None:
             self._waking = asyncio.get_running_loop().call_later(ROOM_TO_BREATHE_S, self._wake)
 
@@ -156,7 +159,12 @@ class Broadcast:
                 f"{self._watchers} watchers are connected, the limit (max_watchers): "
                 "close one, share one among several readers, or raise the limit"
             )
-        return _Stream(self, since, peer, self._limits, self._random.randint(1000, 3000))
+        reader = _Reader(self, since, peer, self._limits, self._random.randint(1000, 3000))
+        return Stream(reader.told(), self.counted, reader.is_stuck, self._limits.send_within_s)
+
+    def subscribe(self, hear: Callable[[str], None]) -> None:
+        """Call `hear` with the name of each instance of which something is told."""
+        self._hearers.append(hear)
 
     async def run(self) -> NoReturn:
         """Until cancelled; then all streams say goodbye, so that no open one holds the server up."""
@@ -179,7 +187,7 @@ class Broadcast:
 
     def instances(self) -> Iterator[bytes]:
         """All of them, as events of which each holds one, sixteen at a time."""
-        names = iter(list(self._names()))
+        names = iter(list(self.names()))
         while some := list(islice(names, 16)):
             yield b"".join(map(self._instance, some))
 
@@ -189,7 +197,7 @@ class Broadcast:
         detail = self._detail(name)
         if detail is None:
             return b""
-        row = _event(self._row, detail)
+        row = event(self._row, detail)
         if self._kept:
             self._details[name] = row
         return row
@@ -232,29 +240,51 @@ class FellBehind(Exception):
     """What the reader should be told next is not kept any more."""
 
 
-class _Stream(StreamingResponse):
-    """One reader: a number, and a deadline for every write. The base class ends it when the client leaves."""
+class Stream(StreamingResponse):
+    """What one reader is sent, with a deadline for every write. The base class ends it when the client leaves.
+
+    counted   stands around it, as long as it lasts
+    is_stuck  is told when the reader takes nothing any more
+    """
+
+    def __init__(
+        self,
+        told: AsyncIterator[bytes],
+        counted: Callable[[], contextlib.AbstractContextManager[None]],
+        is_stuck: Callable[[], None],
+        send_within_s: float,
+    ) -> None:
+        super().__init__(told, headers=_HEADERS, media_type="text/event-stream")
+        self._counted = counted
+        self._is_stuck = is_stuck
+        self._send_within_s = send_within_s
+
+    async def stream_response(self, send: Send) -> None:
+        async def within(message: Message) -> None:
+            async with asyncio.timeout(self._send_within_s):
+                await send(message)
+
+        with self._counted():
+            try:
+                await super().stream_response(within)
+            except TimeoutError:  # its buffers are full, so that no goodbye would reach it
+                self._is_stuck()
+
+
+class _Reader:
+    """One reader: a number."""
 
     def __init__(self, news: Broadcast, since: int, peer: str, limits: WatchLimits, retry_ms: int) -> None:
-        super().__init__(self._told(), headers=_HEADERS, media_type="text/event-stream")
         self._news = news
         self._seen = since
         self._peer = peer
         self._limits = limits
         self._retry_ms = retry_ms
 
-    async def stream_response(self, send: Send) -> None:
-        async def within(message: Message) -> None:
-            async with asyncio.timeout(self._limits.send_within_s):
-                await send(message)
+    def is_stuck(self) -> None:
+        self._news.ended(WatchEnd.STUCK, self._peer, self._seen)
 
-        with self._news.counted():
-            try:
-                await super().stream_response(within)
-            except TimeoutError:  # its buffers are full, so that no goodbye would reach it
-                self._news.ended(WatchEnd.STUCK, self._peer, self._seen)
-
-    async def _told(self) -> AsyncIterator[bytes]:
+    async def told(self) -> AsyncIterator[bytes]:
         """What the reader is sent; ends with a goodbye."""
         yield b"retry: %d\n\n" % self._retry_ms
         try:
@@ -265,18 +295,18 @@ class _Stream(StreamingResponse):
                 yield piece
         except FellBehind:
             self._news.ended(WatchEnd.BEHIND, self._peer, self._seen)
-            yield _bye("this reader is so far behind that changes are lost to it", "connect again, and read faster")
+            yield bye("this reader is so far behind that changes are lost to it", "connect again, and read faster")
 
     async def _listed(self) -> AsyncIterator[bytes]:
         """All instances, and what changed while they were being told."""
         self._seen = self._news.revision
-        yield _event("reset", _json({"revision": self._seen}))
+        yield event("reset", _json({"revision": self._seen}))
         for piece in self._news.instances():
             if piece:
                 yield piece
         while piece := self._next():
             yield piece
-        yield _event("synced", _json({"revision": self._seen}), self._news.cursor_at(self._seen))
+        yield event("synced", _json({"revision": self._seen}), self._news.cursor_at(self._seen))
 
     async def _changes(self) -> AsyncIterator[bytes]:
         while not self._news.closing:
@@ -285,7 +315,7 @@ class _Stream(StreamingResponse):
             elif not await self._news.news_within(self._limits.heartbeat_s):
                 yield b": alive\n\n"
         self._news.ended(WatchEnd.STOPPED, self._peer, self._seen)
-        yield _bye("this registry stops", "connect again, to it or to its successor")
+        yield bye("this registry stops", "connect again, to it or to its successor")
 
     def _next(self) -> bytes:
         entries = self._news.since(self._seen)
@@ -294,13 +324,13 @@ class _Stream(StreamingResponse):
         return b"".join(entry for _, entry in entries)
 
 
-def _event(kind: str, data: bytes, cursor: str | None = None) -> bytes:
+def event(kind: str, data: bytes, cursor: str | None = None) -> bytes:
     first = b"" if cursor is None else b"id: %b\n" % cursor.encode()
     return b"%bevent: %b\ndata: %b\n\n" % (first, kind.encode(), data)
 
 
-def _bye(what: str, fix: str) -> bytes:
-    return _event("bye", _json({"error": {"message": f"{what}: {fix}", "fix": fix}}))
+def bye(what: str, fix: str) -> bytes:
+    return event("bye", _json({"error": {"message": f"{what}: {fix}", "fix": fix}}))
 
 
 def _json(body: object) -> bytes:

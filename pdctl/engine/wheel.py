@@ -57,17 +57,48 @@ def load(importer: Callable[[str], ModuleType]) -> ModuleType:
 
 def _load_runtime(text: str) -> bool:
     """Load the CUDA runtime that the import has missed, where pip has put one: no loader looks there by itself."""
-    if (missing := _RUNTIME.search(text)) is None:
+    if (missing := _RUNTIME.search(text)) is None or (found := runtime_of_pip(missing[0])) is None:
         return False
+    try:
+        ctypes.CDLL(str(found), mode=ctypes.RTLD_GLOBAL)
+    except OSError:
+        return False
+    return True
+
+
+def runtime_of_pip(soname: str) -> Path | None:
+    """The CUDA runtime of that name, where pip has put one."""
     for name in _RUNTIMES:
         try:
-            found = [each for each in metadata.files(name) or () if each.name == missing[0]]
-            for each in found:
-                ctypes.CDLL(str(each.locate()), mode=ctypes.RTLD_GLOBAL)
-                return True
-        except (metadata.PackageNotFoundError, OSError):
+            for each in metadata.files(name) or ():
+                if each.name == soname:
+                    return Path(str(each.locate()))
+        except metadata.PackageNotFoundError:
             continue
-    return False
+    return None
+
+
+def installed() -> list[str]:
+    """Which of its three names are installed, with their versions; more than one write over each other's files."""
+    found = []
+    for name in DISTRIBUTIONS:
+        try:
+            found.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def libraries() -> list[Path]:
+    """The shared objects that are imported: the engine's and the store's."""
+    for name in DISTRIBUTIONS:
+        try:
+            files = metadata.files(name) or ()
+        except metadata.PackageNotFoundError:
+            continue
+        wanted = (each for each in files if each.name.split(".")[0] in ("engine", "store") and ".so" in each.name)
+        return [Path(str(each.locate())) for each in wanted if each.parts[0] == "mooncake"]
+    return []
 
 
 def check_can_move(module: ModuleType, device: DeviceSpec, protocol: str) -> None:
@@ -90,9 +121,12 @@ def remedy(text: str) -> str:
     library = _LIBRARY.search(text)
     if library is None:
         return f"the Mooncake transfer engine is not installed ({text}): {_EXTRA}"
-    name = library[1]
-    what = _REMEDIES.get(name, f"install the package of your system that has {name} (apt-file search {name})")
-    return f"the Mooncake transfer engine needs {name}, which is not on this host: {what}"
+    return f"the Mooncake transfer engine needs {library[1]}, which is not on this host: {package_of(library[1])}"
+
+
+def package_of(soname: str) -> str:
+    """What brings a library that is not there."""
+    return _REMEDIES.get(soname, f"install the package of your system that has {soname} (apt-file search {soname})")
 
 
 def version() -> str:

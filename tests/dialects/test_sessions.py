@@ -12,6 +12,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from pdctl.beside import beside
 from pdctl.config import Settings
 from pdctl.core.address import Endpoint
 from pdctl.core.lives import Claim, Owner
@@ -22,7 +23,6 @@ from pdctl.engine.asking import Asking
 from pdctl.errors import PdctlError
 from pdctl.links import Links
 from pdctl.metrics import Metrics
-from pdctl.node import beside
 from pdctl.registrar import Registrar
 from pdctl.server import app, bind, bound, listen, serve
 from tests.dialects.test_native import Watcher

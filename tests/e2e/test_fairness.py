@@ -7,11 +7,11 @@ import itertools
 
 import numpy as np
 
+from pdctl.beside import beside
 from pdctl.core.address import Endpoint
 from pdctl.core.transfer import Phase
 from pdctl.core.wire import Metadata, Status, parse_to_decode
 from pdctl.metrics import Metrics
-from pdctl.node import beside
 from pdctl.peer import open_link
 from tests.e2e.kv import BIG
 from tests.e2e.test_rooms import assert_empty, digest, rank, why

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import json
+import logging
 import os
 import sys
 import time
@@ -24,6 +25,7 @@ surroundings.install()
 
 from sglang.srt.disaggregation.common.conn import KVTransferError  # noqa: E402
 from sglang.srt.disaggregation.mooncake.conn import MooncakeKVReceiver, MooncakeKVSender  # noqa: E402
+from sglang.srt.managers.disagg_service import start_disagg_service  # noqa: E402
 
 from tests.e2e.model import Model, Split  # noqa: E402
 from tests.wire.stock import ranks  # noqa: E402
@@ -34,6 +36,17 @@ PAGES, PAGE_NBYTES, ENTRIES = 16, 2048, 4
 POLL_S = 0.005
 
 
+class Heard(logging.Handler):
+    """What stock code has logged."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.said: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.said.append(record.getMessage())
+
+
 class Child:
     """The ranks and rooms of this process, by the names that the test gave them."""
 
@@ -42,6 +55,22 @@ class Child:
         self.pools: dict[str, ranks.Pool] = {}
         self.rooms: dict[int, Any] = {}
         self.instance: Instance | None = None
+        self.service: Any = None
+
+    def serve(self, host: str, port: int) -> JSON:
+        """Start the bootstrap service as a prefill's tokenizer process does, and say what came of it."""
+        surroundings.tell("serving", host=host)
+        surroundings.tell("disagg", disaggregation_bootstrap_port=port)
+        heard = Heard()
+        logging.getLogger("sglang.srt.disaggregation.common.conn").addHandler(heard)
+        logging.getLogger("sglang.srt.disaggregation.common.conn").setLevel(logging.INFO)
+        self.service = start_disagg_service()
+        wait_for(lambda: bool(heard.said), "the bootstrap service says neither that it serves nor that it cannot", 10)
+        return {"said": heard.said[0]}
+
+    def serves(self) -> bool:
+        """Whether the thread of the bootstrap service still runs."""
+        return bool(self.service.thread.is_alive())
 
     def seat(self, role: str, registry: str, model: JSON, split: JSON, seed: int = 0, **more: Any) -> int:
         """Build all ranks of an instance, of which there is one at a time; `seed` fills a prefill's pages."""

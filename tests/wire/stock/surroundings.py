@@ -21,7 +21,14 @@ from typing import Any
 VERSION = "0.5.23"
 
 # The packages of the wheel whose own __init__ would import a whole inference engine: entered without running it.
-OPENED = ("sglang", "sglang.srt", "sglang.srt.utils", "sglang.srt.distributed", "sglang.srt.observability")
+OPENED = (
+    "sglang",
+    "sglang.srt",
+    "sglang.srt.utils",
+    "sglang.srt.distributed",
+    "sglang.srt.observability",
+    "sglang.srt.managers",
+)
 
 # Modules that stand in, with the names that the code under test takes from them at import.
 STOOD_IN: dict[str, tuple[str, ...]] = {
@@ -63,6 +70,7 @@ PARALLEL: dict[str, Any] = {
     "kv_shard_group": None,
     "world_group": None,
     "nnodes": 1,
+    "node_rank": 0,
     "dist_init_addr": None,
     "load_balance_method": "follow_bootstrap_room",
     "enable_kv_cache_sharding": False,
@@ -75,6 +83,9 @@ told: dict[str, types.SimpleNamespace] = {
     "parallel": types.SimpleNamespace(**PARALLEL),
     "serving": types.SimpleNamespace(host="127.0.0.1", port=30000),
     "disagg": types.SimpleNamespace(
+        disaggregation_mode="prefill",
+        disaggregation_transfer_backend="mooncake",
+        enable_pd_role_switch=False,
         disaggregation_bootstrap_port=8998,
         disaggregation_decode_allocation_policy="early",
         disaggregation_ib_device=None,

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pdctl.beside import beside
 from pdctl.client import RegistryClient
 from pdctl.core.layout import Pool, RankPools
 from pdctl.core.route import Announcement, Seat, Shape
@@ -29,7 +30,6 @@ from pdctl.engine.mooncake import MooncakeSettings, open_mooncake
 from pdctl.errors import RoomFailed
 from pdctl.memory import Arena
 from pdctl.metrics import Metrics
-from pdctl.node import beside
 from pdctl.peer import PeerLink, open_link
 from pdctl.prober import Prober
 from pdctl.receiver import Receiver

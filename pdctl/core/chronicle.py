@@ -1,0 +1,137 @@
+"""
+What has happened, one event after the other, for whoever asks afterwards: the last few thousand of them.
+
+No clock, no readers: a reader is a number, the `id` of the next event that it wants. Wall time arrives as `at_s`, for
+it is only shown; monotonic time as `now`. Nothing is decided by what stands here.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from enum import StrEnum
+from itertools import islice
+from typing import Any
+
+from pdctl.core.report import in_a_line
+
+MAX_EVENTS = 4096
+SAME_WITHIN_S = 10.0
+"""A refusal that is said again so soon is the same event, counted: a rank tries every few seconds, for ever."""
+
+MAX_SENTENCE = 800
+_MAX_REMEMBERED = 1024
+_MAX_VALUE = 200
+
+
+class Kind(StrEnum):
+    """What is no change of a life; those have the names of core.lives.ChangeKind."""
+
+    REFUSED = "refused"  # a claim or a body that was not taken
+    EJECTED = "ejected"  # a transfer session is out
+    ON_TRIAL = "on_trial"  # it is back, with few transfers at once
+    READMITTED = "readmitted"  # it is trusted again
+    DROPPED = "dropped"  # its life is over: only a registration lifts
+    PANIC = "panic"  # so many of a group are out that all of it is served, or that is over
+    DOUBT = "doubt"  # somebody takes the fault for its own, or does not any more
+    ROOM_FAILED = "room_failed"
+    REPORT_LOST = "report_lost"  # a rank has not told how it is for too long
+    JOURNAL_TROUBLE = "journal_trouble"
+    JOURNAL_WELL = "journal_well"
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One thing that has happened, to what is named. `rank`: of `instance`, and who saw it where it is of a session.
+
+    count               how often, where one event stands for several
+    reason, field, held, offered   of a refusal
+    """
+
+    id: int
+    at: str
+    kind: str
+    sentence: str
+    instance: str | None = None
+    rank: str | None = None
+    session: str | None = None
+    peer: str | None = None
+    cause: str | None = None
+    room: int | None = None
+    count: int = 1
+    reason: str | None = None
+    field: str | None = None
+    held: str | None = None
+    offered: str | None = None
+
+
+class Chronicle:
+    """The last `max_events`."""
+
+    def __init__(self, max_events: int = MAX_EVENTS) -> None:
+        self._events: deque[Event] = deque(maxlen=max_events)
+        self._next = 1
+        self._refused: OrderedDict[tuple[str | None, ...], tuple[int, float]] = OrderedDict()
+
+    @property
+    def next(self) -> int:
+        """The id that the next event will have."""
+        return self._next
+
+    @property
+    def oldest(self) -> int:
+        return self._next - len(self._events)
+
+    def add(self, kind: str, sentence: str, at_s: float, **about: Any) -> Event:
+        event = Event(self._next, wall(at_s), kind, in_a_line(sentence, MAX_SENTENCE), **about)
+        self._events.append(event)
+        self._next += 1
+        return event
+
+    def refused(self, sentence: str, at_s: float, now: float, **about: Any) -> Event:
+        """As `add`; the same to the same within SAME_WITHIN_S is one event, that is counted."""
+        same = tuple(about.get(name) for name in ("peer", "instance", "reason", "field"))
+        number, until = self._refused.get(same, (0, now))
+        if now < until and number >= self.oldest:
+            event = self._events[number - self.oldest]
+            return self._replaced(replace(event, count=event.count + 1))
+        for name in ("held", "offered"):
+            if about.get(name) is not None:
+                about[name] = in_a_line(str(about[name]), _MAX_VALUE)
+        event = self.add(Kind.REFUSED, sentence, at_s, **about)
+        self._refused[same] = event.id, now + SAME_WITHIN_S
+        self._refused.move_to_end(same)
+        while len(self._refused) > _MAX_REMEMBERED:
+            self._refused.popitem(last=False)
+        return event
+
+    def since(
+        self, number: int, limit: int, kind: str | None = None, instance: str | None = None
+    ) -> tuple[list[Event], int]:
+        """At most `limit` events from `number` on, oldest first, and where to go on.
+
+        A number that is none of ours yet is another chronicle's: the registry has begun anew, and so does its reader.
+        """
+        start = self.oldest if number > self._next else max(number, self.oldest)
+        found = [
+            event
+            for event in islice(self._events, start - self.oldest, None)
+            if (kind is None or event.kind == kind) and (instance is None or event.instance == instance)
+        ]
+        if len(found) > limit:
+            return found[:limit], found[limit - 1].id + 1
+        return found, self._next
+
+    def get(self, number: int) -> Event | None:
+        """None where it is not kept any more."""
+        return self._events[number - self.oldest] if self.oldest <= number < self._next else None
+
+    def _replaced(self, event: Event) -> Event:
+        self._events[event.id - self.oldest] = event
+        return event
+
+
+def wall(at_s: float) -> str:
+    """Seconds since 1970 as `2026-11-21T23:59:01.123Z`."""
+    return datetime.fromtimestamp(at_s, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

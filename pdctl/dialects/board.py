@@ -1,0 +1,166 @@
+"""
+`GET /v1/overview/watch`: how things are, as server-sent events, for readers of whom each is only a number.
+
+    retry: 1873                                how long to stay away after a break, drawn for each connection
+    event: overview    data: {...}             all of it; forget what you knew
+    event: instance    data: {...}             one thing as it is now, or {"name": ..., "gone": true}
+    : alive                                    nothing has happened for a while
+    event: bye         data: {"error": {...}}  the service ends this stream, and why
+
+Four times a second at most, and then the last state of all that has changed: a reader that is slow, or far away, hears
+less often and never of what is over. Nothing is queued for it; who takes nothing for `send_within_s` is cut off. Knows
+no thing's fields: what a name stands for is asked when somebody is told of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Mapping
+from random import Random, SystemRandom
+from typing import Any, NoReturn
+
+import structlog
+
+from pdctl.core.latest import Latest
+from pdctl.dialects.watch import Stream, WatchLimits, bye, event
+from pdctl.errors import LimitReached
+from pdctl.metrics import Metrics, WatchEnd
+
+EVERY_S = 0.25
+AT_ONCE = 64
+
+Key = tuple[str, Hashable]
+"""The kind of a thing, which its event is called by, and its name."""
+Tell = Callable[[Any], bytes | None]
+"""What there is to say of a name, as JSON on one line; None: nothing."""
+
+log = structlog.get_logger(__name__)
+
+
+class Board:
+    """Stand its `run` beside the server.
+
+    latest  what has changed
+    kinds   how things of each kind are told of
+    kept    kinds that are told of in the same words until they change: those that take long to put into words
+    whole   all of it, as one JSON object in pieces
+    """
+
+    def __init__(
+        self,
+        latest: Latest[Key],
+        kinds: Mapping[str, Tell],
+        kept: frozenset[str],
+        whole: Callable[[], AsyncIterator[bytes]],
+        metrics: Metrics,
+        limits: WatchLimits,
+        random: Random | None = None,
+    ) -> None:
+        self.latest = latest
+        self.whole = whole
+        self.heartbeat_s = limits.heartbeat_s
+        self.closing = False
+        self._kinds = kinds
+        self._kept_kinds = kept
+        self._kept: dict[Key, bytes] = {}
+        self._counts = metrics.watch
+        self._limits = limits
+        self._random = random or SystemRandom()
+        self._watchers = 0
+        self._news = asyncio.Event()
+
+    def changed(self, kind: str, name: Hashable) -> None:
+        """It is otherwise now, or gone."""
+        self.latest.touch((kind, name))
+        self._kept.pop((kind, name), None)
+        if self._watchers:
+            self._wake()
+
+    def response(self, peer: str) -> Stream:
+        """The stream of one more reader. Raises LimitReached."""
+        if self._watchers >= self._limits.max_watchers:
+            self._counts.ended(WatchEnd.LIMIT)
+            raise LimitReached(
+                f"{self._watchers} watchers are connected, the limit (max_watchers): "
+                "close one, share one among several readers, or raise the limit"
+            )
+        retry_ms = self._random.randint(1000, 3000)
+        return Stream(self._told(retry_ms, peer), self._counted, lambda: self._stuck(peer), self._limits.send_within_s)
+
+    async def run(self) -> NoReturn:
+        """Until cancelled; then all streams say goodbye, so that no open one holds the server up."""
+        try:
+            await asyncio.Event().wait()
+            raise AssertionError
+        finally:
+            self.closing = True
+            self._wake()
+
+    async def _told(self, retry_ms: int, peer: str) -> AsyncIterator[bytes]:
+        yield b"retry: %d\n\n" % retry_ms
+        while not self.closing:
+            seen = self.latest.number
+            yield b"event: overview\ndata: "
+            async for piece in self.whole():
+                yield piece
+            yield b"\n\n"
+            async for piece in self._changes(seen):
+                yield piece
+        self._ended(WatchEnd.STOPPED, peer)
+        yield bye("this registry stops", "connect again, to it or to its successor")
+
+    async def _changes(self, seen: int) -> AsyncIterator[bytes]:
+        """What has changed after `seen`, until we stop, or the reader is so far behind that it must hear everything."""
+        while not self.closing and (keys := self.latest.since(seen)) is not None:
+            if not keys:
+                if not await self._news_within(self.heartbeat_s):
+                    yield b": alive\n\n"
+                continue
+            seen = self.latest.number
+            for start in range(0, len(keys), AT_ONCE):
+                yield b"".join(map(self._entry, keys[start : start + AT_ONCE]))
+            await asyncio.sleep(EVERY_S)
+
+    def _entry(self, key: Key) -> bytes:
+        if key in self._kept:
+            return self._kept[key]
+        kind, name = key
+        told = self._kinds[kind](name)
+        entry = b"" if told is None else event(kind, told)
+        if kind in self._kept_kinds:
+            self._kept[key] = entry
+        return entry
+
+    async def _news_within(self, seconds: float) -> bool:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._news.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def _wake(self) -> None:
+        """Those who wait hold the old event; those who come next wait for the new one."""
+        self._news.set()
+        self._news = asyncio.Event()
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        self._watchers += 1
+        self._counts.came()
+        try:
+            yield
+        finally:
+            self._watchers -= 1
+            self._counts.went()
+            if not self._watchers:
+                self._kept.clear()
+
+    def _stuck(self, peer: str) -> None:
+        self._ended(WatchEnd.STUCK, peer)
+
+    def _ended(self, end: WatchEnd, peer: str) -> None:
+        self._counts.ended(end)
+        say = log.info if end is WatchEnd.STOPPED else log.warning
+        say("watcher cut off", reason=end.value, peer=peer, of="overview")

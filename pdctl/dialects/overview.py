@@ -1,0 +1,176 @@
+"""
+How the fleet is, over HTTP, under /v1: for the page, for people, for `pdctl status` and `pdctl explain`.
+
+    PUT  /v1/instances/{instance}/ranks/{seat}/report    a rank says how it is (core.report)
+    GET  /v1/overview                                    all at once
+    GET  /v1/overview/watch                              and whatever changes, as server-sent events (`board`)
+    GET  /v1/events?since=41&kind=ejected                what has happened of late
+
+Translates only; `lookout` keeps it. Reports are shown as they were sent, with their age beside them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from pydantic import TypeAdapter
+
+from pdctl.core.latest import Latest
+from pdctl.core.native import check_name, read_seat
+from pdctl.core.overview import Held, Place
+from pdctl.core.report import Report, Wanted, short_seat
+from pdctl.dialects.board import AT_ONCE, Board, Tell
+from pdctl.dialects.edge import owner_of, peer_of, received
+from pdctl.dialects.native import Instance, SeatName
+from pdctl.dialects.strict import Refused, as_body, fails, route_class, takes
+from pdctl.dialects.watch import WatchLimits
+from pdctl.lookout import Lookout
+from pdctl.metrics import Metrics
+
+BODY_LIMIT = 1 << 20
+"""4,096 links of a sentence each are 0.8 MB."""
+EVENTS_SHOWN = 1000
+
+_REPORT = TypeAdapter(Report)
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """What stands in the overview besides reports and events, asked at every question: names, and JSON on one line."""
+
+    head: Callable[[], dict[str, Any]]
+    service: Callable[[], dict[str, Any]]
+    instances: Callable[[], Iterable[str]]
+    instance: Callable[[str], bytes | None]
+    sessions: Callable[[], Iterable[str]]
+    session: Callable[[str], bytes]
+
+
+def board(lookout: Lookout, shown: Shown, metrics: Metrics, limits: WatchLimits) -> Board:
+    """What watchers are told, from now on. Stand its `run` beside the server; tell it of instances and the service."""
+
+    def instance(name: str) -> bytes:
+        return shown.instance(name) or _line({"name": name, "gone": True})
+
+    def report(place: Place) -> bytes:
+        held = lookout.reports.get(place)
+        gone = {"instance": place[0], "seat": short_seat(place[1]), "gone": True}
+        return _line(gone) if held is None else entry(place, held, lookout.clock())
+
+    def event(number: int) -> bytes | None:
+        found = lookout.events.get(number)
+        return None if found is None else _line(asdict(found))
+
+    kinds: dict[str, Tell] = {
+        "instance": instance,
+        "report": report,
+        "session": shown.session,
+        "event": event,
+        "service": lambda _: _line(shown.service()),
+    }
+    found = Board(Latest(), kinds, frozenset({"instance"}), lambda: whole(lookout, shown), metrics, limits)
+    lookout.subscribe(found.changed)
+    return found
+
+
+def router(lookout: Lookout, shown: Shown, refused: Refused, news: Board) -> APIRouter:
+    api = APIRouter(prefix="/v1", tags=["fleet"], route_class=route_class(refused))
+    _add_report(api, lookout)
+    _add_reads(api, lookout, shown, news)
+    return api
+
+
+def _add_report(api: APIRouter, lookout: Lookout) -> None:
+    @api.put(
+        "/instances/{instance}/ranks/{seat}/report",
+        summary="How a rank is: of the life that holds the seat, kept until the next one, or for a few seconds",
+        response_model=Wanted,
+        responses=fails(400, 404, 408, 409, 413, 429),
+        openapi_extra=takes(_REPORT),
+    )
+    async def report(request: Request, instance: Instance, seat: SeatName) -> Response:
+        place = check_name(instance, "instance"), read_seat(seat)
+        said = as_body(_REPORT, await received(request.receive, BODY_LIMIT))
+        wanted = lookout.report(place, said, _REPORT.dump_json(said), owner_of(request.scope))
+        return JSONResponse(asdict(wanted))
+
+
+def _add_reads(api: APIRouter, lookout: Lookout, shown: Shown, news: Board) -> None:
+    @api.get("/overview", summary="The fleet as this registry sees it: instances, reports of ranks, links, itself")
+    async def overview() -> Response:
+        return StreamingResponse(whole(lookout, shown), media_type="application/json")
+
+    @api.get(
+        "/overview/watch",
+        summary="The same, and whatever changes, as server-sent events",
+        description="Events: overview, then instance, report, session, event, service as they change; bye at the end.",
+        response_class=Response,
+        responses={200: {"content": {"text/event-stream": {}}}, **fails(429)},
+    )
+    async def watch(request: Request) -> Response:
+        return news.response(peer_of(request))
+
+    @api.get("/events", summary="What has happened of late, oldest first", responses=fails(400))
+    async def events(
+        since: Annotated[int, Query(description="From this id on: `next` of the last answer.", ge=0)] = 0,
+        kind: Annotated[str | None, Query(description="Only of this kind.")] = None,
+        instance: Annotated[str | None, Query(description="Only of this instance.")] = None,
+        limit: Annotated[int, Query(description="So many at most.", ge=1, le=EVENTS_SHOWN)] = 200,
+    ) -> Response:
+        book = lookout.events
+        found, following = book.since(since, limit, kind, instance)
+        return JSONResponse({"events": list(map(asdict, found)), "next": following, "oldest": book.oldest})
+
+
+async def whole(lookout: Lookout, shown: Shown) -> AsyncIterator[bytes]:
+    """Everything, as one JSON object, a piece at a time: of thousands of ranks it has megabytes, and others wait."""
+    head = {
+        **shown.head(),
+        "reports_from": "here",
+        "service": shown.service(),
+        "events": {"next": lookout.events.next, "oldest": lookout.events.oldest},
+    }
+    yield _line(head)[:-1]
+
+    def report(place: Place) -> bytes | None:
+        held = lookout.reports.get(place)
+        return None if held is None else entry(place, held, lookout.clock())
+
+    lists: tuple[tuple[bytes, list[Any], Callable[[Any], bytes | None]], ...] = (
+        (b"instances", list(shown.instances()), shown.instance),
+        (b"reports", [place for place, _ in lookout.reports], report),
+        (b"sessions", list(shown.sessions()), shown.session),
+    )
+    for name, names, tell in lists:
+        yield b',"%b":[' % name
+        comma = b""
+        for start in range(0, len(names), AT_ONCE):
+            found = [told for each in names[start : start + AT_ONCE] if (told := tell(each)) is not None]
+            if found:
+                yield comma + b",".join(found)
+                comma = b","
+            await asyncio.sleep(0)
+        yield b"]"
+    yield b"}"
+
+
+def entry(place: Place, held: Held, now: float) -> bytes:
+    """A rank's report, and whose it is."""
+    instance, seat = place
+    whose = {
+        "instance": instance,
+        "seat": short_seat(seat),
+        **seat._asdict(),
+        "age_s": round(now - held.at, 3),
+    }
+    return _line(whose)[:-1] + b"," + held.body[1:]
+
+
+def _line(body: object) -> bytes:
+    return json.dumps(body, separators=(",", ":")).encode()

@@ -1,0 +1,109 @@
+"""
+What a sidecar shows of its fleet: the lookout, wired to the registry and to what it is seen on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from typing import Any, NoReturn
+
+from fastapi import APIRouter
+
+from pdctl.config import Settings
+from pdctl.dialects import native, overview, sessions
+from pdctl.dialects.board import Board
+from pdctl.dialects.native import Others
+from pdctl.dialects.watch import Broadcast
+from pdctl.links import Links
+from pdctl.lookout import Lookout
+from pdctl.metrics import Metrics
+from pdctl.registrar import Registrar
+
+FIGURES_EVERY_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Looking:
+    """Stand its `loops` beside the server."""
+
+    lookout: Lookout
+    router: APIRouter
+    _board: Board
+    _service: Callable[[], dict[str, Any]]
+
+    @classmethod
+    def open(
+        cls,
+        settings: Settings,
+        registrar: Registrar,
+        news: Broadcast,
+        others: Others | None,
+        links: Links,
+        metrics: Metrics,
+        journal: str,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> Looking:
+        """`journal`: the URL of the registrar's; `news`: what is told of its instances."""
+        lookout = Lookout(registrar, settings.reports, metrics, clock, time.time)
+        began = clock()
+
+        def service() -> dict[str, Any]:
+            return {
+                "version": version("pdctl"),
+                "journal": journal.partition(":")[0],
+                "age_s": round(registrar.copy_age_s, 3),
+                "unready": registrar.unready(),
+                "uptime_s": round(clock() - began, 3),
+                "counts": _counts(registrar),
+            }
+
+        shown = overview.Shown(
+            head=lambda: {"revision": registrar.revision, "cursor": news.cursor},
+            service=service,
+            instances=news.names,
+            instance=lambda name: _line(native.detail(registrar, others, name)),
+            sessions=links.prober.sessions,
+            session=lambda name: sessions.row(links.prober, name),
+        )
+        board = overview.board(lookout, shown, metrics, settings.watch)
+        registrar.subscribe(lookout.heard)
+        registrar.subscribe_refusals(lookout.refused)
+        links.prober.subscribe(lookout.turned)
+        news.subscribe(partial(board.changed, "instance"))
+        return cls(lookout, overview.router(lookout, shown, native.refusing(registrar), board), board, service)
+
+    @property
+    def loops(self) -> dict[str, Coroutine[Any, Any, None]]:
+        """By name; each to be awaited once."""
+        return {"lookout": self.lookout.run(), "overview": self._board.run(), "figures": self._figures()}
+
+    async def _figures(self) -> NoReturn:
+        """Tell of the service when it is otherwise than it was told of; how old it is says everybody's own clock."""
+        told: object = None
+        while True:
+            now = self._service()
+            now |= {"uptime_s": None, "age_s": int(now["age_s"])}
+            if now != told:
+                self._board.changed("service", "")
+                told = now
+            await asyncio.sleep(FIGURES_EVERY_S)
+
+
+def _line(told: object) -> bytes | None:
+    return None if told is None else native.line(told)
+
+
+def _counts(registrar: Registrar) -> dict[str, int]:
+    views = list(registrar.views())
+    return {
+        "instances": len(views),
+        "ready": sum(view.ready for view in views),
+        "seats": sum(view.shape.n_seats for view in views),
+        "alive": sum(len(view.alive) for view in views),
+        "rooms": registrar.n_rooms,
+    }

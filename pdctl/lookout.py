@@ -1,0 +1,191 @@
+"""
+Keeps what ranks say of themselves and what has happened, for whoever looks at the fleet: the page, people, alerts.
+
+The shell around core.overview and core.chronicle. Nobody waits for it, and nothing is decided by it: a registry whose
+lookout knew nothing would serve as well. In memory only, and of this registry alone: what ranks tell another one, over
+the same etcd or not, stands there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Hashable, Sequence
+from typing import NoReturn, Protocol
+
+from pdctl.core import lives, standing
+from pdctl.core.chronicle import Chronicle, Kind
+from pdctl.core.instances import InstanceView
+from pdctl.core.lives import ENDINGS, ChangeKind, Owner
+from pdctl.core.native import read_seat
+from pdctl.core.overview import News, Place, ReportBook, ReportLimits, speaker
+from pdctl.core.report import Report, Wanted, in_a_line, short_seat
+from pdctl.core.sayings import Refusal, of_life, of_link, of_room, of_session, place_in, sides_of
+from pdctl.core.sessions import State
+from pdctl.errors import BadField, PdctlError
+from pdctl.metrics import Metrics
+
+TICK_S = 0.5
+CROWD = 16
+"""More changes of one kind to one instance at a time are one event: 10,000 ranks that come would push out all else."""
+MOST_LINKS = 64
+"""Events of one report at most, of links and of rooms alike; the rest is counted in one."""
+
+Hear = Callable[[str, Hashable], None]
+
+
+class Registry(Protocol):
+    """`registrar.Registrar`, as far as it is looked at."""
+
+    def view(self, instance: str) -> InstanceView | None: ...
+
+    @property
+    def trouble(self) -> str | None: ...
+
+
+class Lookout:
+    """One registry's. Stand its `run` beside the server."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        limits: ReportLimits,
+        metrics: Metrics,
+        clock: Callable[[], float],
+        wall_clock: Callable[[], float],
+    ) -> None:
+        self.reports = ReportBook(limits)
+        self.events = Chronicle()
+        self.clock = clock
+        self._registry = registry
+        self._wall_clock = wall_clock
+        self._counts = metrics.reports
+        self._hearers: list[Hear] = []
+        self._trouble: str | None = None
+        self._counts.follow(lambda: len(self.reports), lambda: self.reports.nbytes)
+
+    def subscribe(self, hear: Hear) -> None:
+        """Call `hear` with the kind and the name of what is otherwise: report, event, session."""
+        self._hearers.append(hear)
+
+    # What is told
+
+    def report(self, place: Place, report: Report, body: bytes, owner: Owner) -> Wanted:
+        """A rank says how it is. Raises UnknownLease, Superseded, Occupied, LimitReached."""
+        try:
+            life = speaker(self._registry.view(place[0]), place, report.epoch, owner)
+            news = self.reports.take(place, life.epoch, report, body, self.clock())
+        except PdctlError:
+            self._counts.refused()
+            raise
+        self._counts.taken()
+        self._changed("report", place)
+        self._tell_of(place, news)
+        return Wanted(self.reports.limits.again_s)
+
+    def heard(self, changes: Sequence[lives.Change]) -> None:
+        """What the registry says."""
+        crowds: dict[tuple[ChangeKind, str], list[lives.Change]] = {}
+        for change in changes:
+            crowds.setdefault((change.kind, change.instance), []).append(change)
+            over = [change.life] if change.kind in ENDINGS or change.kind is ChangeKind.LOST else []
+            for life in (*over, change.before):
+                if life is not None and self.reports.drop((change.instance, life.seat), life.epoch):
+                    self._changed("report", (change.instance, life.seat))
+        for (_, instance), crowd in crowds.items():
+            if len(crowd) > CROWD:
+                self._add(*of_life(crowd[0], len(crowd)), instance=instance, count=len(crowd))
+                continue
+            for change in crowd:
+                self._add(
+                    *of_life(change),
+                    instance=instance,
+                    rank=short_seat(change.seat),
+                    peer=str(change.life.address),
+                    cause=None if change.why is None else in_a_line(change.why),
+                )
+
+    def turned(self, changes: Sequence[standing.Change]) -> None:
+        """What this service's own session table says."""
+        for change in changes:
+            cause = None if change.cause is None else change.cause.value
+            self._add(*of_session(change), session=change.session or None, cause=cause)
+            if change.session:
+                self._changed("session", change.session)
+
+    def refused(self, error: PdctlError, reason: Refusal, path: str, peer: str, instance: str | None) -> None:
+        named, seat = place_in(path)
+        held, offered = sides_of(error)
+        about = {
+            "peer": peer,
+            "instance": instance or named,
+            "rank": None if seat is None else _short(seat),
+            "reason": reason.value,
+            "field": getattr(error, "field", None),
+            "held": held,
+            "offered": offered,
+        }
+        event = self.events.refused(f"{peer} was refused: {error}", self._wall_clock(), self.clock(), **about)
+        self._changed("event", event.id)
+
+    # What time brings about
+
+    async def run(self) -> NoReturn:
+        """Until cancelled."""
+        while True:
+            self.tick()
+            await asyncio.sleep(TICK_S)
+
+    def tick(self) -> None:
+        for place in self.reports.expire(self.clock()):
+            instance, rank = place[0], short_seat(place[1])
+            silent = f"{instance} {rank} has not told how it is for {self.reports.limits.expire_after_s:g} s"
+            self._counts.lost()
+            self._add(Kind.REPORT_LOST, f"{silent}: see its log and its load", instance=instance, rank=rank)
+            self._changed("report", place)
+        before, self._trouble = self._trouble, self._registry.trouble
+        if self._trouble is not None and before is None:
+            self._add(Kind.JOURNAL_TROUBLE, f"the journal takes no rows, nobody new is seated: {self._trouble}")
+        elif self._trouble is None and before is not None:
+            self._add(Kind.JOURNAL_WELL, "the journal takes rows again: nothing is left to do")
+
+    # How it is done
+
+    def _tell_of(self, place: Place, news: News) -> None:
+        """What one report says that the one before did not."""
+        instance, rank = place[0], short_seat(place[1])
+        who, about = f"{instance} {rank}", {"instance": instance, "rank": rank}
+        for was, link in news.links[:MOST_LINKS]:
+            cause = None if link.cause is None else link.cause.value
+            self._add(*of_link(who, was, link), session=link.session, cause=cause, **about)
+        if (more := news.links[MOST_LINKS:]) and (out := [link for _, link in more if link.state is State.BLOCKED]):
+            words = f"{who} sees {len(out)} more sessions ejected: look at its overview, and at its own network"
+            self._add(Kind.EJECTED, words, count=len(out), **about)
+        for room in news.failed:
+            self._add(*of_room(who, room), room=room.room, peer=room.peer, cause=room.cause, **about)
+        if news.more:
+            words = f"{news.more} more rooms failed at {who}: see its log"
+            self._add(Kind.ROOM_FAILED, words, count=news.more, **about)
+        if news.doubt is not None:
+            words = "takes the fault for its own: see its load" if news.doubt else "has no doubt of itself any more"
+            self._add(Kind.DOUBT, f"{who} {words}", **about)
+        if news.panicking is not None:
+            groups = ", ".join(repr(group) for group in news.panicking)
+            words = (
+                f"serves all of {groups}, too many are out: see their hosts" if groups else "refuses who is out again"
+            )
+            self._add(Kind.PANIC, f"{who} {words}", **about)
+
+    def _add(self, kind: str, sentence: str, **about: object) -> None:
+        event = self.events.add(kind, sentence, self._wall_clock(), **about)
+        self._changed("event", event.id)
+
+    def _changed(self, kind: str, name: Hashable) -> None:
+        for hear in self._hearers:
+            hear(kind, name)
+
+
+def _short(seat: str) -> str | None:
+    try:
+        return short_seat(read_seat(seat))
+    except BadField:
+        return None

@@ -1,0 +1,295 @@
+"""The fleet over real HTTP: what ranks tell of themselves, what is shown of it, and what has happened."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import aiohttp
+import pytest
+
+from pdctl.beside import beside
+from pdctl.looking import Looking
+from pdctl.registrar import Registrar
+from tests.conftest import Clock
+from tests.dialects.test_native import Wire, body, claim
+
+RANK = "/instances/default/ranks/tp0"
+
+
+def said(**more: Any) -> dict[str, Any]:
+    return {"role": "prefill", "session": "10.0.0.7:15001"} | more
+
+
+def link(session: str, state: str = "blocked", **more: Any) -> dict[str, Any]:
+    return {"session": session, "state": state, "cause": "timed_out", "sentence": "no answer", "since_s": 1.0} | more
+
+
+@pytest.fixture
+async def wire(registry_url: str) -> AsyncIterator[Wire]:
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=20.0)) as session:
+        yield Wire(registry_url, session)
+
+
+async def test_an_empty_registry_says_so(wire: Wire) -> None:
+    told = await wire.get("/overview")
+    assert (told["instances"], told["reports"], told["sessions"]) == ([], [], [])
+    assert told["revision"] == 0
+    assert told["reports_from"] == "here"
+    assert told["events"] == {"next": 1, "oldest": 1}
+    assert told["service"]["journal"] == "memory"
+    assert told["service"]["counts"] == {"instances": 0, "ready": 0, "seats": 0, "alive": 0, "rooms": 0}
+
+
+async def test_what_a_rank_reports_is_shown_with_its_age_until_it_expires(wire: Wire, clock: Clock) -> None:
+    granted = await wire.register()
+    status, told = await wire.ask("PUT", f"{RANK}/report", said(epoch=granted["epoch"], bytes=7, links=[link("a:1")]))
+    assert (status, told) == (200, {"again_s": 5.0})
+    clock.forward(2.0)
+    overview = await wire.get("/overview")
+    (report,) = overview["reports"]
+    assert (report["instance"], report["seat"], report["age_s"], report["bytes"]) == ("default", "tp0", 2.0, 7)
+    assert report["links"] == [link("a:1", again_in_s=None)]
+    (instance,) = overview["instances"]
+    assert instance == await wire.get("/instances/default")
+
+
+async def test_a_report_for_nobody_is_refused(wire: Wire) -> None:
+    status, told = await wire.ask("PUT", f"{RANK}/report", said())
+    assert status == 404
+    assert "register first" in told["error"]["message"]
+    granted = await wire.register()
+    status, _ = await wire.ask("PUT", "/instances/default/ranks/tp1/report", said())
+    assert status == 404
+    await wire.register(port=41000)
+    status, told = await wire.ask("PUT", f"{RANK}/report", said(epoch=granted["epoch"]))
+    assert status == 409, told
+
+
+async def test_a_report_goes_with_its_life(wire: Wire) -> None:
+    await wire.register()
+    await wire.ask("PUT", f"{RANK}/report", said())
+    await wire.register(port=41000)
+    assert (await wire.get("/overview"))["reports"] == []
+
+
+@pytest.mark.parametrize(
+    ("field", "wrong"),
+    [
+        ("role", {"role": "not a name"}),
+        ("colour", {"colour": "red"}),
+        ("bytes", {"bytes": -1}),
+        ("bytes", {"bytes": "7"}),
+        ("links", {"links": [link(f"a:{n}") for n in range(4097)]}),
+        ("links.sentence", {"links": [link("a:1", sentence="two\nlines")]}),
+        ("links.since_s", {"links": [link("a:1", since_s=-1.0)]}),
+        ("rooms", {"rooms": {"nobody": {}}}),
+        ("rooms.sender", {"rooms": {"sender": {"success": 1}}}),
+        ("unready", {"unready": [""]}),
+    ],
+)
+async def test_what_cannot_be_used_is_named(wire: Wire, field: str, wrong: dict[str, Any]) -> None:
+    await wire.register()
+    status, told = await wire.ask("PUT", f"{RANK}/report", said(**wrong))
+    assert status == 400
+    assert told["error"]["field"] == field
+    assert (await wire.get("/overview"))["reports"] == []
+
+
+# What has happened
+
+
+async def events(wire: Wire, **asked: object) -> list[dict[str, Any]]:
+    query = "&".join(f"{name}={value}" for name, value in asked.items())
+    found = (await wire.get(f"/events?{query}"))["events"]
+    assert isinstance(found, list)
+    return found
+
+
+async def test_lives_that_come_and_go_are_events(wire: Wire) -> None:
+    granted = await wire.register()
+    await wire.ask("DELETE", f"{RANK}?epoch={granted['epoch']}")
+    first, last = await events(wire)
+    assert (first["kind"], first["instance"], first["rank"], first["id"]) == ("seated", "default", "tp0", 1)
+    assert first["peer"] == "[fd00::7]:40000"
+    assert first["at"].endswith("Z")
+    assert (last["kind"], last["sentence"]) == ("left", "default tp0: rank has left (said goodbye)")
+    assert await events(wire, since=2) == [last]
+    assert await events(wire, kind="seated") == [first]
+    assert await events(wire, instance="another") == []
+    assert await events(wire, since=99) == [first, last], "another registry's number: all there is"
+
+
+async def test_a_crowd_that_comes_at_once_is_one_event(wire: Wire, registrar: Registrar) -> None:
+    await asyncio.gather(*(registrar.register(claim(tp, size=40)) for tp in range(40)))
+    seated = await events(wire, kind="seated")
+    assert sum(event["count"] for event in seated) == 40
+    assert len(seated) <= 2
+    assert seated[-1]["sentence"].endswith("seats of default: seat taken")
+
+
+async def test_a_refused_claim_is_one_event_however_often_it_is_tried(wire: Wire, clock: Clock) -> None:
+    await wire.register(tp=0)
+    for _ in range(3):
+        status, _ = await wire.ask("PUT", "/instances/default/ranks/tp1", body(1, 4))
+        assert status == 400
+    (event,) = await events(wire, kind="refused")
+    assert (event["count"], event["instance"], event["rank"], event["peer"]) == (3, "default", "tp1", "127.0.0.1")
+    assert (event["reason"], event["field"]) == ("contradiction", "attn_tp_size")
+    assert (event["held"], event["offered"]) == ("2", "4")
+    assert "start every rank with the same" in event["sentence"]
+    clock.forward(10.0)
+    await wire.ask("PUT", "/instances/default/ranks/tp1", body(1, 4))
+    assert len(await events(wire, kind="refused")) == 2
+
+
+async def test_a_refusal_on_the_plain_paths_names_the_instance(wire: Wire, registry_url: str) -> None:
+    async with aiohttp.ClientSession() as session, session.put(f"{registry_url}/route", json={"rank_ip": 7}) as answer:
+        assert answer.status == 400
+    (event,) = await events(wire, kind="refused")
+    assert (event["instance"], event["reason"]) == ("default", "malformed")
+
+
+async def test_what_a_rank_sees_of_its_peers_is_told_when_it_turns(wire: Wire) -> None:
+    await wire.register()
+    for links in (
+        [link("a:1", "trusted"), link("b:1", "trusted")],
+        [link("a:1"), link("b:1", "trusted")],
+        [link("a:1"), link("b:1", "dropped", cause="peer_changed")],
+        [link("a:1", "trial"), link("b:1", "dropped")],
+        [link("a:1", "trusted")],
+    ):
+        await wire.ask("PUT", f"{RANK}/report", said(links=links))
+    told = [(e["kind"], e["session"], e["rank"]) for e in await events(wire, since=2)]
+    assert told == [
+        ("ejected", "a:1", "tp0"),
+        ("dropped", "b:1", "tp0"),
+        ("on_trial", "a:1", "tp0"),
+        ("readmitted", "a:1", "tp0"),
+        ("readmitted", "b:1", "tp0"),
+    ]
+    (event,) = await events(wire, kind="ejected")
+    assert event["cause"] == "timed_out"
+    assert event["sentence"].startswith("default tp0 sees session a:1 ejected")
+
+
+async def test_rooms_that_fail_are_told_once_and_old_ones_not_at_all(wire: Wire) -> None:
+    def failed(*rooms: int, age_s: float = 1.0) -> list[dict[str, Any]]:
+        row = {"side": "sender", "age_s": age_s, "seconds": 1.5, "cause": "timed_out", "sentence": "it took long"}
+        return [row | {"room": room, "peer": "10.0.0.9:5000"} for room in rooms]
+
+    await wire.register()
+    for rooms, total in ((failed(1, age_s=100.0), 1), (failed(1, 2), 2), (failed(1, 2), 2), (failed(3, 4, 5), 70)):
+        report = said(failed=rooms, ended={"success": 5, "failed": total})
+        status, _ = await wire.ask("PUT", f"{RANK}/report", report)
+        assert status == 200
+    told = await events(wire, kind="room_failed")
+    assert [(e["room"], e["count"]) for e in told] == [(2, 1), (3, 1), (4, 1), (5, 1), (None, 65)]
+    assert (told[0]["peer"], told[0]["cause"]) == ("10.0.0.9:5000", "timed_out")
+
+
+async def test_a_rank_that_stops_telling_is_lost_to_the_lookout_and_an_event(
+    wire: Wire, looking: Looking, clock: Clock
+) -> None:
+    await wire.register(ttl_s=None)
+    await wire.ask("PUT", f"{RANK}/report", said())
+    clock.forward(14.9)
+    looking.lookout.tick()
+    assert len((await wire.get("/overview"))["reports"]) == 1
+    clock.forward(0.2)
+    looking.lookout.tick()
+    assert (await wire.get("/overview"))["reports"] == []
+    (event,) = await events(wire, kind="report_lost")
+    assert (event["instance"], event["rank"]) == ("default", "tp0")
+
+
+async def test_what_the_services_own_table_decides_is_told(wire: Wire) -> None:
+    await wire.ask("PUT", "/sessions/10.0.0.9:5000", {})
+    await wire.ask("POST", "/sessions/10.0.0.9:5000/failures", {"cause": "refused", "detail": "nobody listens"})
+    (event,) = await events(wire)
+    assert (event["kind"], event["session"], event["cause"]) == ("ejected", "10.0.0.9:5000", "refused")
+    (row,) = (await wire.get("/overview"))["sessions"]
+    assert (row["session"], row["state"]) == ("10.0.0.9:5000", "blocked")
+    await wire.ask("DELETE", "/sessions/10.0.0.9:5000")
+    assert (await events(wire))[-1]["kind"] == "readmitted"
+
+
+# Watching
+
+
+class Reader:
+    """A stream of the overview, event by event."""
+
+    def __init__(self, answer: aiohttp.ClientResponse) -> None:
+        self._lines = answer.content
+
+    async def next(self, *kinds: str) -> tuple[str, Any]:
+        kind = ""
+        async with asyncio.timeout(10.0):
+            async for line in self._lines:
+                name, _, value = line.decode().strip().partition(": ")
+                kind = value if name == "event" else kind
+                if name == "data" and (not kinds or kind in kinds):
+                    return kind, json.loads(value)
+        raise AssertionError("the stream has ended")
+
+
+@asynccontextmanager
+async def watching(url: str) -> AsyncIterator[Reader]:
+    session = aiohttp.ClientSession(read_bufsize=1 << 20)
+    async with session, session.get(f"{url}/v1/overview/watch") as answer:
+        assert answer.status == 200
+        assert answer.content_type == "text/event-stream"
+        yield Reader(answer)
+
+
+async def test_a_watcher_is_told_everything_and_then_what_changes(wire: Wire, registry_url: str) -> None:
+    granted = await wire.register()
+    async with watching(registry_url) as reader:
+        kind, first = await reader.next()
+        assert kind == "overview"
+        assert [each["name"] for each in first["instances"]] == ["default"]
+        await wire.ask("PUT", f"{RANK}/report", said(bytes=1, links=[link("a:1")]))
+        assert (await reader.next("report"))[1]["bytes"] == 1
+        assert (await reader.next("event"))[1]["session"] == "a:1"
+        await wire.ask("PUT", "/sessions/10.0.0.9:5000", {})
+        await wire.ask("POST", "/sessions/10.0.0.9:5000/failures")
+        assert (await reader.next("session"))[1]["state"] == "blocked"
+        await wire.ask("DELETE", f"{RANK}?epoch={granted['epoch']}")
+        told = dict([await reader.next("instance", "report"), await reader.next("instance", "report")])
+        assert told["report"] == {"instance": "default", "seat": "tp0", "gone": True}
+        assert told["instance"]["alive"] == 0
+
+
+async def test_what_changes_often_is_told_four_times_a_second_at_most(wire: Wire, registry_url: str) -> None:
+    await wire.register()
+    async with watching(registry_url) as reader:
+        await reader.next("overview")
+        heard = 0
+        for nbytes in range(60):
+            await wire.ask("PUT", f"{RANK}/report", said(bytes=nbytes))
+            await asyncio.sleep(0.01)
+        last = -1
+        while last < 59:
+            last = (await reader.next("report"))[1]["bytes"]
+            heard += 1
+        assert 2 <= heard <= 30
+
+
+async def test_who_is_too_far_behind_is_told_everything_again(looking: Looking, registry_url: str, wire: Wire) -> None:
+    async with watching(registry_url) as reader:
+        await reader.next("overview")
+        for number in range(70_000):
+            looking.lookout._changed("session", str(number))
+        assert (await reader.next())[0] == "overview"
+
+
+async def test_a_stopping_service_says_goodbye_to_watchers(looking: Looking, registry_url: str) -> None:
+    async with watching(registry_url) as reader:
+        async with beside(**looking.loops):
+            await reader.next("overview")
+            assert (await reader.next("service"))[1]["journal"] == "memory"
+        assert "this registry stops" in (await reader.next("bye"))[1]["error"]["message"]

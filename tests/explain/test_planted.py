@@ -1,0 +1,321 @@
+"""
+The misconfigurations that the field knows, each planted for real, and the first finding of `explain` or `doctor` that
+names it. docs/explain.md has the table.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pdctl.config import ServeSettings, StoreSettings
+from pdctl.core.findings import Culprit
+from pdctl.core.route import Seat, Shape
+from pdctl.doctor.base import Result
+from pdctl.doctor.rounds import rounds
+from tests.explain.planted import (
+    LISTENS,
+    WAITS,
+    Ranks,
+    blackhole,
+    culprits,
+    delete,
+    explained,
+    free_port,
+    outer_address,
+    program,
+    put,
+    ranks,
+    settings,
+)
+from tests.service import Service, service
+from tests.store.master import Master
+
+TP0, TP1 = Seat(0, 0, 0, 0), Seat(0, 0, 1, 0)
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    log = tmp_path_factory.mktemp("explain") / "serve.log"
+    with service(log, "--host", "0.0.0.0", "--trust", "any", "--journal", "memory:") as it:
+        yield it
+
+
+@pytest.fixture(scope="module")
+def registry(running: Service) -> str:
+    return f"http://127.0.0.1:{running.port}"
+
+
+@pytest.fixture(scope="module")
+def engine(registry: str) -> Iterator[Ranks]:
+    """Ranks that stay."""
+    with ranks(registry) as it:
+        yield it
+
+
+# --- 1. the wrong bootstrap port
+
+
+async def test_a_port_where_another_program_listens_is_named_with_the_registrys(engine: Ranks, registry: str) -> None:
+    engine.register("port-a", TP0, TP1)
+    port = free_port()
+    with program(LISTENS, str(port)) as other:
+        told = await explained(f"http://127.0.0.1:{port}", "port-a")
+    assert (told.reached, told.findings[0].what) == (False, Culprit.WRONG_BOOTSTRAP_PORT)
+    assert registry in told.findings[0].do
+    assert any(f"pid {other.pid}" in fact for fact in told.findings[0].evidence)
+
+
+async def test_a_port_where_nobody_listens_is_the_wrong_one_if_a_registry_beside_it_has_the_instance(
+    engine: Ranks, registry: str
+) -> None:
+    engine.register("port-b", TP0, TP1)
+    told = await explained(f"http://127.0.0.1:{free_port()}", "port-b")
+    assert told.findings[0].what is Culprit.WRONG_BOOTSTRAP_PORT
+    assert registry in told.findings[0].why
+
+
+async def test_an_engine_that_was_told_of_another_port_is_named_where_its_instance_never_came(registry: str) -> None:
+    with program(WAITS, "--disaggregation-bootstrap-port", str(free_port())) as astray:
+        told = await explained(registry, "port-c")
+    assert told.findings[0].what is Culprit.WRONG_BOOTSTRAP_PORT
+    assert any(f"pid {astray.pid}" in fact for fact in told.findings[0].evidence)
+
+
+# --- 2. a rank is missing
+
+
+async def test_a_rank_that_never_came_is_named(engine: Ranks, registry: str) -> None:
+    engine.register("short", TP0)
+    told = await explained(registry, "short")
+    assert [(finding.what, finding.who) for finding in told.findings] == [(Culprit.RANK_MISSING, "short/tp1")]
+
+
+async def test_one_whose_lease_has_lapsed_is_told_from_one_that_never_came(engine: Ranks, registry: str) -> None:
+    engine.register("lapsed", TP0)
+    engine.register("lapsed", TP1, ttl_s=0.5)
+    async with asyncio.timeout(20):
+        while (told := await culprits(registry, "lapsed")) == []:  # noqa: ASYNC110 - another process's lease
+            await asyncio.sleep(0.1)
+    assert told == ["lease_lapsed"]
+
+
+# --- 3, 4. addresses
+
+
+async def test_a_wildcard_address_is_named(engine: Ranks, registry: str) -> None:
+    [(status, _, _)] = engine.register("everywhere", TP0, host="0.0.0.0")
+    told = await explained(registry, "everywhere")
+    assert (status, told.findings[0].what) == (400, Culprit.WILDCARD_ADDRESS)
+    assert "SGLANG_HOST_IP" in told.findings[0].do
+
+
+async def test_a_loopback_address_from_another_host_is_named(engine: Ranks, running: Service, registry: str) -> None:
+    outer = outer_address()
+    if outer is None:
+        pytest.skip("this host has no address but loopback: nothing comes from elsewhere")
+    elsewhere = f"http://{outer}:{running.port}"  # who asks there comes from there
+    [(status, _, _)] = engine.register("nowhere", TP0, registry=elsewhere)
+    told = await explained(registry, "nowhere")
+    assert (status, told.findings[0].what) == (400, Culprit.LOOPBACK_ADDRESS)
+
+
+async def test_a_loopback_address_that_was_taken_is_named_when_there_are_ranks_elsewhere(
+    engine: Ranks, registry: str
+) -> None:
+    engine.register("inside", TP0, TP1)
+    outside = Shape(1, 1, 1, 1, 64, "bfloat16")
+    engine.register("outside", TP0, shape=outside, host="198.51.100.7", role="decode")  # TEST-NET: nobody is there
+    assert await culprits(registry, "inside") == ["loopback_address"] * 2
+    assert await delete(f"{registry}/v1/instances/outside/ranks/tp0") == 200  # the other tests' fleet is on one host
+
+
+async def test_an_address_without_a_way_is_told_from_a_dead_rank(engine: Ranks, registry: str) -> None:
+    with blackhole() as port:
+        engine.register("far", TP0, shape=Shape(1, 1, 1, 1, 64, "bfloat16"), port=port)
+        assert await culprits(registry, "far") == ["unreachable_address"]
+
+
+# --- 5, 6. layouts
+
+
+async def test_a_rank_of_another_page_size_is_named_with_both(engine: Ranks, registry: str) -> None:
+    engine.register("pages", TP0)
+    [(status, _, _)] = engine.register("pages", TP1, shape=Shape(2, 1, 1, 1, 16, "bfloat16"))
+    told = await explained(registry, "pages")
+    assert (status, told.findings[0].what) == (400, Culprit.PAGE_SIZE_MISMATCH)
+    assert "64" in told.findings[0].why
+    assert "16" in told.findings[0].why
+
+
+async def test_a_pair_of_other_page_sizes_is_named(engine: Ranks, registry: str) -> None:
+    engine.register("pages-p", TP0, TP1)
+    engine.register("pages-d", TP0, TP1, shape=Shape(2, 1, 1, 1, 16, "bfloat16"), role="decode")
+    assert (await culprits(registry, "pages-p", "pages-d"))[0] == "page_size_mismatch"
+    assert (await culprits(registry, "pages-d", "pages-p"))[0] == "page_size_mismatch"
+
+
+async def test_a_rank_of_another_tp_size_is_named(engine: Ranks, registry: str) -> None:
+    engine.register("tp", TP0)
+    engine.register("tp", TP1, shape=Shape(4, 1, 1, 1, 64, "bfloat16"))
+    assert (await culprits(registry, "tp"))[0] == "tp_mismatch"
+
+
+async def test_tp_sizes_that_do_not_divide_each_other_are_named(engine: Ranks, registry: str) -> None:
+    engine.register("tp-p", TP0, TP1)
+    three = Shape(3, 1, 1, 1, 64, "bfloat16")
+    engine.register("tp-d", TP0, TP1, Seat(0, 0, 2, 0), shape=three, role="decode")
+    assert (await culprits(registry, "tp-p", "tp-d"))[0] == "tp_mismatch"
+
+
+async def test_a_refusal_that_was_put_right_is_no_news(engine: Ranks, registry: str) -> None:
+    engine.register("mended", TP0)
+    engine.register("mended", TP1, shape=Shape(2, 1, 1, 1, 16, "bfloat16"))
+    assert (await culprits(registry, "mended"))[0] == "page_size_mismatch"
+    engine.register("mended", TP1)
+    assert await culprits(registry, "mended") == []
+
+
+# --- 7. a port is taken
+
+
+async def test_the_holder_of_the_registrys_port_is_named() -> None:
+    port = free_port()
+    with program(LISTENS, str(port)) as other:
+        [said] = await rounds(settings("http://127.0.0.1:1", serve=ServeSettings(port=port)), ["ports"])
+    assert said.result is Result.FAIL
+    assert f"pid {other.pid}" in said.evidence
+    assert str(port) in said.fix
+
+
+async def test_a_registry_that_serves_there_is_no_trouble(running: Service, registry: str) -> None:
+    [said] = await rounds(settings(registry, serve=ServeSettings(port=running.port)), ["ports"])
+    assert (said.result, "a pdctl registry" in said.evidence) == (Result.OK, True)
+
+
+async def test_a_program_that_has_a_dead_ranks_port_is_told_from_the_rank(engine: Ranks, registry: str) -> None:
+    with ranks(registry) as gone:
+        [(_, _, port)] = gone.register("usurped", TP0, shape=Shape(1, 1, 1, 1, 64, "bfloat16"))
+    with program(LISTENS, str(port)):
+        assert await culprits(registry, "usurped") == ["port_taken"]
+
+
+# --- 8, 9. who is not there
+
+
+async def test_a_registry_that_is_down_is_named() -> None:
+    told = await explained(f"http://127.0.0.1:{free_port()}", "of-nobody")
+    assert (told.reached, told.findings[0].what) == (False, Culprit.REGISTRY_DOWN)
+    assert "refused" in told.findings[0].why
+
+
+async def test_a_rank_that_died_without_a_word_is_named(registry: str) -> None:
+    with ranks(registry) as gone:
+        gone.register("stale", TP0, shape=Shape(1, 1, 1, 1, 64, "bfloat16"))
+        assert await culprits(registry, "stale") == []
+    told = await explained(registry, "stale")
+    assert [(finding.what, finding.who) for finding in told.findings] == [(Culprit.STALE_REGISTRATION, "stale/tp0")]
+
+
+async def test_a_rank_that_stands_still_is_told_from_a_dead_one(registry: str) -> None:
+    with ranks(registry) as hung:
+        hung.register("hung", TP0, shape=Shape(1, 1, 1, 1, 64, "bfloat16"))
+        hung.child.stop()
+        assert await culprits(registry, "hung") == ["hangs"]
+        hung.child.resume()
+
+
+# --- 11. the store's master
+
+
+async def test_a_store_master_that_is_down_is_named() -> None:
+    master = Master()
+    extra = {"master_server_address": master.address, "master_metrics_port": master.http}
+    configured = settings("http://127.0.0.1:1", store=StoreSettings(extra=json.dumps(extra)))
+    [down] = await rounds(configured, ["store"])
+    assert (down.result, master.address in down.evidence) == (Result.FAIL, True)
+    master.start()
+    try:
+        [up] = await rounds(configured, ["store"])
+    finally:
+        master.kill()
+    assert (up.result, up.fix) == (Result.OK, "")
+
+
+async def test_a_rank_without_its_store_is_named(engine: Ranks, registry: str) -> None:
+    engine.register("storeless", TP0, shape=Shape(1, 1, 1, 1, 64, "bfloat16"))
+    report = {"role": "prefill", "store": {"attached": False, "sentence": "the master refuses connections"}}
+    assert await put(f"{registry}/v1/instances/storeless/ranks/tp0/report", report) == 200
+    assert await culprits(registry, "storeless") == ["store_not_ready"]
+
+
+# --- 12. a library
+
+
+@pytest.fixture
+def lacking(tmp_path: Path) -> Path:
+    """The installed wheel, whose engine wants what the CUDA one wants: names of one length, so nothing else moves."""
+    [name] = [each for each in ("mooncake-transfer-engine-non-cuda",) if metadata.version(each)]
+    files = metadata.files(name) or ()
+    package = Path(str(next(each for each in files if each.name == "engine.so").locate())).parent
+    for beside in package.parent.glob("mooncake_transfer_engine*"):
+        (tmp_path / beside.name).symlink_to(beside)
+    shutil.copytree(package, tmp_path / "mooncake", copy_function=os.symlink)
+    engine = tmp_path / "mooncake" / "engine.so"
+    code = engine.read_bytes().replace(b"libibverbs.so.1\0", b"libcudart.so.12\0")
+    engine.unlink()
+    engine.write_bytes(code)
+    return tmp_path
+
+
+def doctor(*arguments: str, **environ: str) -> tuple[int, dict[str, Any]]:
+    done = subprocess.run(
+        [sys.executable, "-m", "pdctl", "doctor", "--json", *arguments],
+        env=os.environ | environ,
+        capture_output=True,
+        check=False,
+    )
+    return done.returncode, {each["name"]: each for each in json.loads(done.stdout)["checks"]}
+
+
+def test_a_library_that_is_missing_is_named_with_what_brings_it(lacking: Path) -> None:
+    status, said = doctor("--only", "libraries", "--only", "engine", PYTHONPATH=str(lacking))
+    assert (status, said["libraries"]["result"], said["engine"]["result"]) == (1, "fail", "fail")
+    assert "engine.so need libcudart.so.12" in said["libraries"]["evidence"]
+    assert "nvidia-cuda-runtime-cu12" in said["libraries"]["fix"]
+    assert "libcudart.so.12" in said["engine"]["evidence"]
+
+
+def test_without_that_both_are_well() -> None:
+    status, said = doctor("--only", "libraries", "--only", "engine")
+    assert (status, {each["result"] for each in said.values()}) == (0, {"ok"})
+
+
+# --- what a shell gets
+
+
+def pdctl(*arguments: str) -> tuple[int, str]:
+    done = subprocess.run([sys.executable, "-m", "pdctl", "explain", *arguments], capture_output=True, check=False)
+    return done.returncode, done.stdout.decode()
+
+
+def test_the_exit_status_tells_nothing_found_from_found_and_from_no_registry(engine: Ranks, registry: str) -> None:
+    engine.register("well", TP0, TP1)
+    engine.register("ill", TP0)
+    assert pdctl("well", "--at", registry)[0] == 0
+    status, said = pdctl("ill", "--json", "--at", registry)
+    assert (status, json.loads(said)["findings"][0]["what"]) == (1, "rank_missing")
+    status, said = pdctl("of-nobody", "--at", f"http://127.0.0.1:{free_port()}")
+    assert status == 69
+    assert said.startswith("1. registry_down")
+    assert "\x1b" not in said

@@ -1,0 +1,76 @@
+"""A registry, a prefill and a decode as processes of their own, and a real Prometheus that scrapes them."""
+
+from __future__ import annotations
+
+import itertools
+import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.engine.processes import Child
+from tests.monitoring.prometheus import Prometheus, prometheus
+from tests.service import Service, service, until
+
+
+@dataclass
+class Fleet:
+    """`quicker`: how many times shorter the rules' times are than those of deploy/prometheus."""
+
+    registry: Service
+    prefill: Child
+    decode: Child
+    _rooms: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+
+    @property
+    def metrics_urls(self) -> dict[str, str]:
+        return {
+            "serve": f"{self.registry.url}/metrics",
+            "prefill": str(self.prefill.hello["metrics"]),
+            "decode": str(self.decode.hello["metrics"]),
+        }
+
+    def move(self) -> None:
+        """One room, from end to end."""
+        room = next(self._rooms)
+        self.prefill.ask_now("begin", room=room)
+        self.decode.ask_now("begin", room=room)
+        assert (self.prefill.ask_now("end", room=room), self.decode.ask_now("end", room=room)) == ({"why": ""},) * 2
+
+    def hold(self) -> int:
+        """A room whose page the decode has named, and whose prefill waits to be told to `go`."""
+        room = next(self._rooms)
+        self.prefill.ask_now("begin", room=room, held=True)
+        self.decode.ask_now("begin", room=room)
+        self.prefill.ask_now("is_named", room=room)
+        return room
+
+
+@contextmanager
+def fleet(directory: Path) -> Iterator[Fleet]:
+    with ExitStack() as stack:
+        journal = f"sqlite:{directory / 'journal'}"
+        registry = stack.enter_context(service(directory / "registry.log", "--journal", journal))
+        prefill, decode = (
+            stack.enter_context(Child("tests.monitoring.node", role, registry.url)) for role in ("prefill", "decode")
+        )
+        for node in (prefill, decode):
+            until(lambda node=node: read(node.hello["metrics"].replace("/metrics", "/readyz")) == 200)  # type: ignore[misc]
+        yield Fleet(registry, prefill, decode)
+
+
+@contextmanager
+def watched(directory: Path, running: Fleet) -> Iterator[Prometheus]:
+    registry, *ranks = (url.split("/")[2] for url in running.metrics_urls.values())
+    with prometheus(directory, {"pdctl-registry": [registry], "pdctl-ranks": ranks}) as it:
+        until(lambda: [value for _, value in it.query("up")] == [1, 1, 1])
+        yield it
+
+
+def read(url: str) -> int:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
