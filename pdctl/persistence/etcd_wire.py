@@ -153,13 +153,18 @@ class Etcd:
         call = rpc.WatchStub(channel).Watch(metadata=(*metadata, _WITH_LEADER))
         create = rpc.WatchCreateRequest(key=prefix.encode(), range_end=_end_of(prefix), start_revision=since)
         try:
-            try:
-                await call.write(rpc.WatchRequest(create_request=create))
-            except (grpc.aio.AioRpcError, grpc.aio.UsageError) as error:
-                raise await self.failed(error, channel) from error
+            await self.write(channel, call, rpc.WatchRequest(create_request=create))
             yield Watch(self, channel, call)
         finally:
             call.cancel()
+
+    async def write(self, channel: grpc.aio.Channel, call: Any, message: Any) -> None:
+        """On a stream. Raises Unreachable, also where gRPC waits for ever: on a channel that was closed meanwhile."""
+        try:
+            async with asyncio.timeout(self._settings.timeout_s):
+                await _said(call.write(message))
+        except (grpc.aio.AioRpcError, grpc.aio.UsageError, TimeoutError) as error:
+            raise await self.failed(error, channel) from error
 
     async def failed(self, error: Exception, channel: grpc.aio.Channel) -> Unreachable:
         """Turn to the next endpoint, unless another call on `channel` has failed already; returns what to raise."""
@@ -196,9 +201,11 @@ class Etcd:
     async def _authenticated(self, channel: grpc.aio.Channel) -> str:
         request = rpc.AuthenticateRequest(name=self._settings.username, password=self._settings.password)
         try:
-            answer = await rpc.AuthStub(channel).Authenticate(request, timeout=self._settings.timeout_s)
+            answer = await _said(rpc.AuthStub(channel).Authenticate(request, timeout=self._settings.timeout_s))
         except grpc.aio.AioRpcError as error:
             raise await self.failed(error, channel) from error
+        if channel is not self._channel:  # another call has let go of it meanwhile
+            raise await self.failed(EOFError("the channel was closed"), channel)
         token: str = answer.token
         return token
 
@@ -219,10 +226,7 @@ class KeepAlive:
 
     async def renew(self, lease: int) -> None:
         """Ask; the answer comes by `answer`. Raises Unreachable."""
-        try:
-            await self._call.write(rpc.LeaseKeepAliveRequest(ID=lease))
-        except (grpc.aio.AioRpcError, grpc.aio.UsageError) as error:
-            raise await self._etcd.failed(error, self._channel) from error
+        await self._etcd.write(self._channel, self._call, rpc.LeaseKeepAliveRequest(ID=lease))
 
     async def answer(self) -> tuple[int, int]:
         """A lease, and the seconds that it has left: 0 for one that is over. Raises Unreachable."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
@@ -16,6 +17,7 @@ import trustme
 from aetcd import rpc
 from structlog.testing import capture_logs
 
+from pdctl.core.address import Endpoint
 from pdctl.core.lives import ChangeKind, Record
 from pdctl.errors import Behind, ConfigError, JournalUnavailable, JournalUnusable, Unreachable
 from pdctl.persistence import etcd as module
@@ -302,6 +304,35 @@ async def late(etcd: Cluster, name: str) -> AsyncIterator[tuple[EtcdJournal, Lat
         await asyncio.wait_for(held.asked.wait(), DEADLINE_S)
         yield journal, held
         await asyncio.wait_for(journal.aclose(), DEADLINE_S)
+
+
+async def _asks(etcd: Etcd) -> None:
+    await etcd.get("k")
+
+
+async def _renews(etcd: Etcd) -> None:
+    async with etcd.keep_alive() as stream:
+        await stream.renew(1)
+        await stream.answer()
+
+
+async def _watches(etcd: Etcd) -> None:
+    async with etcd.watch("k", 1) as watch:
+        await watch.news()
+
+
+@pytest.mark.parametrize("call", [_asks, _renews, _watches])
+@pytest.mark.parametrize("user", [{}, {"username": "u", "password": "p"}], ids=["nobody", "a user"])
+async def test_a_call_whose_channel_is_closed_by_another_has_failed_and_is_not_cancelled(
+    call: Callable[[Etcd], Awaitable[None]], user: dict[str, str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        async with open_etcd([Endpoint("127.0.0.1", mute.getsockname()[1])], EtcdSettings(**user)) as etcd:  # type: ignore[arg-type]
+            asking = asyncio.ensure_future(call(etcd))
+            with (await asyncio.to_thread(mute.accept))[0]:
+                await etcd.aclose()
+                with pytest.raises(Unreachable):
+                    await asyncio.wait_for(asking, DEADLINE_S)
 
 
 async def test_an_answer_that_the_watch_has_overtaken_is_no_loss(etcd: Cluster, tmp_path: Path) -> None:
