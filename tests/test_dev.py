@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ("bench", "check", "demo", "gpu", "lint", "lock", "setup", "sim", "test")
+COMMANDS = ("bench", "check", "demo", "docs", "gpu", "image-check", "lint", "lock", "setup", "sim", "test")
 SCRIPTS = ("dev", ".ci/run")
 LOCKS = sorted((ROOT / "deploy/lock").glob("*.txt"))
 REQUIREMENT = re.compile(r"(?P<name>[a-z0-9-]+)==(?P<version>[^ ;]+)(?: ; (?P<marker>.+))?")
@@ -57,8 +57,9 @@ def test_scripts_are_executable_and_valid(script: str) -> None:
 def test_help_lists_every_command_and_no_other() -> None:
     said = dev("--help")
     assert said.returncode == 0
-    assert sorted(re.findall(r"^  ([a-z]+) ", said.stdout, re.MULTILINE)) == list(COMMANDS)
-    assert sorted(re.findall(r"^do_([a-z]+)\(", (ROOT / "dev").read_text(), re.MULTILINE)) == list(COMMANDS)
+    assert sorted(re.findall(r"^  ([a-z-]+)(?: |$)", said.stdout, re.MULTILINE)) == list(COMMANDS)
+    functions = re.findall(r"^do_([a-z_]+)\(", (ROOT / "dev").read_text(), re.MULTILINE)
+    assert sorted(name.replace("_", "-") for name in functions) == list(COMMANDS)
 
 
 def test_help_and_mistakes_need_no_set_up(checkout: Path) -> None:
