@@ -169,6 +169,8 @@ class NodeSettings:
     http_port         where this rank's own /metrics, /livez and /readyz answer; 0 = any free port
     announce_every_s  how often a registration is repeated at a registry without leases, so that it learns it again
     exhaustion        what the end of all registration attempts means: raise, exit or keep-trying
+    report_every_s    how often this rank tells its registry how it is, besides whenever that turns (docs/overview.md);
+                      0: never
     """
 
     registry: str = "http://127.0.0.1:8998"
@@ -180,6 +182,7 @@ class NodeSettings:
     http_port: int = 0
     announce_every_s: float = 10.0
     exhaustion: Exhaustion = Exhaustion.RAISE
+    report_every_s: float = 5.0
 
     def __post_init__(self) -> None:
         if any(urlsplit(url).scheme not in ("http", "https") for url in self.registry.split(",")):
@@ -193,7 +196,7 @@ class NodeSettings:
         for name in ("instance", "decode_instance"):
             if not re.fullmatch(NAME, getattr(self, name), re.ASCII):
                 raise ValueError(f"{name} is {getattr(self, name)!r}: give letters, digits and . _ -, at most 128")
-        check_seconds(self, "node")
+        check_seconds(self, "node", or_zero=("report_every_s",))
         if not SHORTEST_TTL_S <= self.ttl_s <= LONGEST_TTL_S:
             raise ValueError(f"ttl_s needs {SHORTEST_TTL_S} to {LONGEST_TTL_S:g}")
 

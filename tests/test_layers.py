@@ -64,6 +64,8 @@ FLOORS = {
     "pdctl.beside": 2,
     "pdctl.lookout": 3,
     "pdctl.looking": 5,
+    "pdctl.reporting": 4,
+    "pdctl.holding": 5,
     "pdctl.answers": 2,
     "pdctl.persistence.lock": 2,
     "pdctl.counts": 2,
