@@ -54,6 +54,7 @@ from pdctl.persistence.etcd_place import EtcdSettings
 from pdctl.persistence.open import check
 from pdctl.retry import RetryPolicy
 from pdctl.sender import SenderLimits
+from pdctl.tracing import TraceSettings
 
 PREFIX = "PDCTL_"
 
@@ -74,6 +75,7 @@ ALIASES: dict[str, str] = {
     "MOONCAKE_PROTOCOL": "engine.protocol",
     "MOONCAKE_DEVICE": "engine.device",
     "MC_FORCE_TCP": "engine.force_tcp",
+    "OTEL_EXPORTER_OTLP_ENDPOINT": "trace.endpoint",
 }
 """What operators of the field have set already -> our name for it. The first of two names for one knob wins."""
 
@@ -336,6 +338,7 @@ class Settings(BaseSettings):
     reports: ReportLimits = ReportLimits()
     engine: MooncakeSettings = MooncakeSettings()
     log: LogSettings = LogSettings()
+    trace: TraceSettings = TraceSettings()
 
 
 class _Given(PydanticBaseSettingsSource):

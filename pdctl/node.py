@@ -34,6 +34,7 @@ from pdctl.core.pairing import Paired, check_rank, dp_rank_of, pair, rank_id
 from pdctl.core.registry import Registry
 from pdctl.core.rooms import EXTENSIONS, RoomBook
 from pdctl.core.route import Announcement, Seat, Shape
+from pdctl.core.trace import Trace, trace_of
 from pdctl.core.transfer import Side
 from pdctl.core.witness import Verdict, WitnessPolicy, WitnessTable
 from pdctl.dated import Dated
@@ -60,6 +61,10 @@ from pdctl.registrar import Registrar
 from pdctl.reporting import Rank as Reported
 from pdctl.reporting import Reporter
 from pdctl.sender import Sender
+from pdctl.spans import Spans, within
+from pdctl.telling import Telling
+from pdctl.traced import traced
+from pdctl.tracing import open_tracing
 from pdctl.wires import OtherWires, bind_all, instance_at
 from pdctl.witness import Witness, asking
 
@@ -107,8 +112,9 @@ async def sidecar(settings: Settings) -> AsyncIterator[Sidecar]:
         inner = sglang.in_front(plain, server.app(routers, metrics, unready=registrar.unready))
         admitted = Turnstile(inner, Admission(settings.admission), time.monotonic, metrics)
         service = Dated(admitted, lambda: registrar.copy_age_s) if isinstance(journal, Shared) else admitted
+        spans = await stack.enter_async_context(open_tracing(settings.trace, role="registry"))
         witness = _witness(settings.witness, registrar, metrics)
-        http = door.services(service, socks, settings.serve.grace_s)
+        http = door.services(traced(service, spans), socks, settings.serve.grace_s)
         loops = {
             "listening": registrar.listen(),
             "news": news.run(),
@@ -255,8 +261,11 @@ async def prefill_node(
             time.monotonic,
             rank.metrics,
             settings.sender,
+            rank.telling,
         )
-        client = RegistryClient(settings.node.registry, policy=settings.retry, credentials=settings.client)
+        client = RegistryClient(
+            settings.node.registry, policy=settings.retry, credentials=settings.client, spans=rank.spans
+        )
         async with sender, client:
             unready = lambda: [] if client.registered else [f"not registered at {client.url}"]  # noqa: E731
             rank.metrics.registration.follow("prefill", lambda: client.registered)
@@ -298,12 +307,16 @@ class DecodeNode:
         """Whether the registry that was given has this rank, by its last answer."""
         return self._listed is not None and self._listed.client.registered
 
-    async def pair(self, registry: str, room: int) -> Paired:
+    async def pair(self, registry: str, room: int, *, trace: Trace = None) -> Paired:
         """The control links of the prefill ranks that will send `room` to this one.
 
         Asked anew for every room (requests of a millisecond): a prefill that was replaced is found by the next one,
         and no stale address can be kept. Raises NotReady, Unreachable, and LayoutMismatch with both values.
         """
+        with within(trace_of(trace)):
+            return await self._pair(registry, room)
+
+    async def _pair(self, registry: str, room: int) -> Paired:
         how = self._settings
         async with self._registries.asking(registry, how.retry, how.client) as client:
             await self.receiver.pace.step()
@@ -352,13 +365,14 @@ async def decode_node(
             time.monotonic,
             rank.metrics,
             rank.link.is_gone,
+            rank.telling,
         )
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(receiver)
             registries = await stack.enter_async_context(Registries())
             listed = None
             if registry is not None:
-                client = RegistryClient(registry, policy=settings.retry, credentials=settings.client)
+                client = RegistryClient(registry, policy=settings.retry, credentials=settings.client, spans=rank.spans)
                 listed = shown = Listed(await stack.enter_async_context(client), settings)
                 rank.metrics.registration.follow("decode", lambda: not shown.unready())
             http = rank.http(list if listed is None else listed.unready)
@@ -405,6 +419,8 @@ class _Rank:
     door: Door
     grace_s: float
     report_every_s: float
+    spans: Spans | None
+    telling: Telling
 
     def reporter(
         self,
@@ -457,10 +473,22 @@ async def _rank(
             _device(settings, given) as device,
             open_mooncake(replace(settings.engine, host=host), device) as engine,
             open_link(host, metrics=metrics) as link,
+            open_tracing(settings.trace, role=role, rank=name) as spans,
         ):
             for region in (arena,) if isinstance(arena, Region) else arena:
                 if (on := device.where(region)) not in (HOST, device.spec):
                     raise BadField("arena", f"{region} is on {on}, and this rank's device is {device.spec}: open {on}")
                 await engine.register(region)
-            how = settings.node
-            yield _Rank(device, engine, link, metrics, sock, door, settings.serve.grace_s, how.report_every_s)
+            telling = Telling(spans, settings.log.rooms_a_second)
+            yield _Rank(
+                device,
+                engine,
+                link,
+                metrics,
+                sock,
+                door,
+                settings.serve.grace_s,
+                settings.node.report_every_s,
+                spans,
+                telling,
+            )
