@@ -347,3 +347,16 @@ def test_scripts_name_no_place_to_fetch_from(script: str) -> None:
 def test_a_browser_is_installed_only_where_a_test_may_look_at_the_page(arguments: str, looks: bool) -> None:
     said = with_functions(ROOT, f"if looks_at_the_page {arguments}; then echo looks; fi")
     assert (said.stdout, said.stderr) == ("looks\n" if looks else "", "")
+
+
+def test_of_the_programs_for_tests_only_those_are_fetched_that_are_missing_and_kubectl_always(checkout: Path) -> None:
+    """A kubectl that is on the machine may be somebody's way into a cluster: tests ask Debian's, which knows none."""
+    (checkout / "bin").mkdir()
+    for name in ("etcd", "prometheus", "kubectl"):
+        (checkout / "bin" / name).touch(mode=0o755)
+    program = 'fetch_server() { echo "fetched $1"; }\nPATH="$0/bin:$PATH"\nfetch_servers'
+    assert with_functions(checkout, program).stdout.split("\n")[:-1] == ["fetched kubernetes-client"]
+    unpacked = checkout / ".cache/servers/usr/bin"
+    unpacked.mkdir(parents=True)
+    (unpacked / "kubectl").touch(mode=0o755)
+    assert with_functions(checkout, program).stdout == ""
