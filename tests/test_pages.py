@@ -27,6 +27,10 @@ def test_every_page_can_be_reached_from_the_site() -> None:
     assert [page.name for page in PAGES[1:] if page.name not in nav] == []
 
 
+def test_the_readme_leads_into_the_site() -> None:
+    assert {name for name in ("index", "quickstart", "concepts") if f"](docs/{name}.md)" not in README} == set()
+
+
 def test_the_readme_shows_every_room_of_the_house_and_no_other() -> None:
     house = README.split("## The house")[1].split("```")[1]
     there = {path.name for path in (ROOT / "pdctl").glob("*.py") if not path.name.startswith("__")}
