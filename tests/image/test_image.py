@@ -14,7 +14,7 @@ from tests.image.building import UNWANTED, Image
 from tests.image.container import Container, running
 
 pytestmark = pytest.mark.timeout(1200)  # the first one builds
-LARGEST_NBYTES = {"cpu": 420e6, "cuda12": 480e6, "cuda13": 480e6}
+LARGEST_NBYTES = {"cpu": 420e6, "cuda12": 600e6, "cuda13": 600e6}
 FROM_THE_HOST = {"libcuda.so.1"}  # the driver's
 FROM_PIP = {"libcudart.so.12", "libcudart.so.13"}  # pdctl finds it where pip puts it: device/cuda.py
 
