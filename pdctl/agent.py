@@ -27,6 +27,7 @@ from aiohttp import web
 from pdctl.core.handover import Mapped, Offer, Row
 from pdctl.core.layout import Pool, RankPools, Region
 from pdctl.core.plan import Ints
+from pdctl.core.trace import TraceContext
 from pdctl.core.transfer import Quarantined
 from pdctl.errors import (
     BadField,
@@ -102,6 +103,7 @@ class Arrival:
     aux_row: int
     prefix_len: int
     state_rows: tuple[tuple[int, ...], ...]
+    trace: TraceContext | None = None
 
 
 class Rank(Protocol):
@@ -122,7 +124,9 @@ class Rank(Protocol):
     @property
     def quarantine(self) -> Sequence[Quarantined]: ...
 
-    def sending(self, room: int, release: Release) -> AbstractAsyncContextManager[Sending]: ...
+    def sending(
+        self, room: int, release: Release, trace: TraceContext | None
+    ) -> AbstractAsyncContextManager[Sending]: ...
 
     async def announce(self, room: int) -> None:
         """Say at the registry that this rank's DP group has the room."""
@@ -354,7 +358,8 @@ class Agent:
         whole = row.get("pages") is not None
         pages, (aux_row, states) = _pages(row, life.pools.kv), _rows(row, life.pools)
         row.end()
-        async with self._entered(life, rank, room, ticket) as sending:
+        trace = TraceContext.from_headers(request.headers)
+        async with self._entered(life, rank, room, ticket, trace) as sending:
             if announce:
                 await rank.announce(room)
             await sending.peers_ready()
@@ -392,12 +397,14 @@ class Agent:
         return web.json_response({"free": free})
 
     @asynccontextmanager
-    async def _entered(self, life: _Life, rank: Rank, room: int, ticket: int) -> AsyncIterator[Sending]:
+    async def _entered(
+        self, life: _Life, rank: Rank, room: int, ticket: int, trace: TraceContext | None
+    ) -> AsyncIterator[Sending]:
         """A new room; closed, and so failed, if the block is left by an error."""
         life.take(ticket)
         stack, release = AsyncExitStack(), life.release(room, ticket)
         try:
-            sending = await stack.enter_async_context(rank.sending(room, release))
+            sending = await stack.enter_async_context(rank.sending(room, release, trace))
         except BaseException:
             life.tickets.discard(ticket)  # nothing was begun
             raise
@@ -436,7 +443,7 @@ class Agent:
             raise BadField("aux_row", "is missing: name the row for what comes beside the pages")
         if room in life.receiving:
             raise CallerError(f"room {room} is open already: give each request a room of its own")
-        asked = Arrival(pages, aux_row, prefix_len, states)
+        asked = Arrival(pages, aux_row, prefix_len, states, TraceContext.from_headers(request.headers))
         task = asyncio.create_task(_arrive(life, rank, room, ticket, asked), name=f"arrival of room {room}")
         life.receiving[room] = _Arrival(task, ticket)
         try:

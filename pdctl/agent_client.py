@@ -33,6 +33,7 @@ from pdctl.core.handover import Handed, Offer, Role
 from pdctl.core.layout import RankPools
 from pdctl.core.plan import Ints
 from pdctl.core.route import Seat, Shape
+from pdctl.core.trace import Trace, TraceContext, trace_of
 from pdctl.errors import BadField, CallerError, NotReady, RoomFailed, Unreachable
 
 log = structlog.get_logger(__name__)
@@ -102,14 +103,16 @@ class AgentClient:
         async with self._handed_over(offer) as stream:
             yield AgentReceiver(self, stream)
 
-    async def ask(self, method: str, path: str, body: object = None, **query: int) -> dict[str, Any]:
+    async def ask(
+        self, method: str, path: str, body: object = None, trace: TraceContext | None = None, **query: int
+    ) -> dict[str, Any]:
         """One request. Raises RoomFailed, BadField, CallerError, NotReady, Unreachable."""
         if self._http is None:
             raise CallerError(_NOT_OPEN)
         data = b"" if body is None else json.dumps(body).encode()
         asked = "?" + "&".join(f"{name}={value}" for name, value in query.items()) if query else ""
         try:
-            status, raw = await self._lines.ask(f"{method} {path}{asked}", data)
+            status, raw = await self._lines.ask(f"{method} {path}{asked}", data, trace)
         except (OSError, EOFError, asyncio.LimitOverrunError, ValueError) as error:
             raise self._unreachable(error) from error
         return _said(status, raw)
@@ -166,12 +169,12 @@ class _Connections:
         self._idle: list[tuple[float, _Connection]] = []
         self._closed = False
 
-    async def ask(self, what: str, body: bytes) -> tuple[int, bytes]:
+    async def ask(self, what: str, body: bytes, trace: TraceContext | None = None) -> tuple[int, bytes]:
         """Status and body. Raises OSError, EOFError, ValueError and LimitOverrunError. Cancelled, the connection ends,
         by which the agent knows."""
         connection = self._take() or await self._connect()
         try:
-            status, answer, is_kept = await connection.ask(what, body)
+            status, answer, is_kept = await connection.ask(what, body, trace)
         except BaseException:
             connection.close()
             raise
@@ -209,9 +212,10 @@ class _Connection:
     def stands(self) -> bool:
         return not self.reader.at_eof() and not self.writer.is_closing()
 
-    async def ask(self, what: str, body: bytes) -> tuple[int, bytes, bool]:
+    async def ask(self, what: str, body: bytes, trace: TraceContext | None) -> tuple[int, bytes, bool]:
         """Status, body, and whether the connection may be asked again."""
-        head = f"{what} HTTP/1.1\r\nHost: agent\r\nContent-Length: {len(body)}\r\n\r\n"
+        said = "" if trace is None else "".join(f"{name}: {value}\r\n" for name, value in trace.headers().items())
+        head = f"{what} HTTP/1.1\r\nHost: agent\r\n{said}Content-Length: {len(body)}\r\n\r\n"
         self.writer.write(head.encode() + body)
         with suppress(ConnectionError):  # it may refuse a body before it has read it, and then says so
             await self.writer.drain()
@@ -296,10 +300,10 @@ class AgentRank:
         """Whether it is registered, its open rooms, its quarantine: docs/agent.md."""
         return await self._client.ask("GET", "/v1/rank")
 
-    async def _ask(self, path: str, ticket: int, body: dict[str, Any]) -> dict[str, Any]:
+    async def _ask(self, path: str, ticket: int, body: dict[str, Any], trace: Trace = None) -> dict[str, Any]:
         """One step of a room; what ends it without the agent's word for its pages is settled here."""
         try:
-            return await self._client.ask("POST", path, body)
+            return await self._client.ask("POST", path, body, trace_of(trace))
         except (RoomFailed, Unreachable):
             raise  # the agent says when its pages are free, at the latest by its end
         except BaseException:
@@ -323,9 +327,12 @@ class AgentRank:
 class AgentSender(AgentRank):
     """A prefill rank."""
 
-    def room(self, room: int, release: Release | None = None, *, announce: bool = False) -> AgentRoom:
-        """`announce`: say at the registry that this DP group has the room, where rooms are given to groups freely."""
-        return AgentRoom(self, room, release, announce=announce)
+    def room(
+        self, room: int, release: Release | None = None, *, announce: bool = False, trace: Trace = None
+    ) -> AgentRoom:
+        """`announce`: say at the registry that this DP group has the room, where rooms are given to groups freely.
+        `trace`: whose request it is."""
+        return AgentRoom(self, room, release, announce=announce, trace=trace)
 
     async def send(
         self,
@@ -336,11 +343,12 @@ class AgentSender(AgentRank):
         release: Release | None = None,
         *,
         announce: bool = False,
+        trace: Trace = None,
     ) -> None:
         """A whole room in one request: its pages after the prefix that decode has, then the rest. Raises RoomFailed."""
         ticket = self._stream.hold(release)
         body = {"ticket": ticket, "announce": announce, "pages": self._stream.add(ticket, pages)}
-        await self._ask(f"/v1/sending/{room}", ticket, body | _rows(aux_row, state_rows))
+        await self._ask(f"/v1/sending/{room}", ticket, body | _rows(aux_row, state_rows), trace)
 
     async def abort(self, room: int) -> None:
         """Give up a room that is being sent, whoever waits for it: that one hears RoomFailed."""
@@ -350,11 +358,13 @@ class AgentSender(AgentRank):
 class AgentRoom:
     """One room of a prefill rank. Every failure comes out of its methods as RoomFailed with the first cause."""
 
-    def __init__(self, rank: AgentSender, room: int, release: Release | None, *, announce: bool) -> None:
+    def __init__(
+        self, rank: AgentSender, room: int, release: Release | None, *, announce: bool, trace: Trace = None
+    ) -> None:
         self.room = room
         self.prefix_len = 0
         self.n_pages = 0
-        self._rank, self._release, self._announce = rank, release, announce
+        self._rank, self._release, self._announce, self._trace = rank, release, announce, trace_of(trace)
         self._path = f"/v1/sending/{room}"
         self._is_open = True
 
@@ -370,7 +380,7 @@ class AgentRoom:
 
     async def peers_ready(self) -> None:
         """Return when every decode rank of the room has named its pages."""
-        said = await self._step("", {"ticket": self._ticket, "announce": self._announce})
+        said = await self._step("", {"ticket": self._ticket, "announce": self._announce}, self._trace)
         self.prefix_len, self.n_pages = said["prefix_len"], said["n_pages"]
 
     async def send(self, pages: npt.ArrayLike, layers: range | None = None) -> None:
@@ -383,9 +393,9 @@ class AgentRoom:
         await self._step("/finish", _rows(aux_row, state_rows))
         self._is_open = False
 
-    async def _step(self, what: str, body: dict[str, Any]) -> dict[str, Any]:
+    async def _step(self, what: str, body: dict[str, Any], trace: TraceContext | None = None) -> dict[str, Any]:
         try:
-            return await self._rank._client.ask("POST", self._path + what, body)
+            return await self._rank._client.ask("POST", self._path + what, body, trace)
         except (RoomFailed, Unreachable):
             self._is_open = False
             raise
@@ -402,12 +412,14 @@ class AgentReceiver(AgentRank):
         prefix_len: int = 0,
         state_rows: Sequence[Sequence[int]] = (),
         release: Release | None = None,
+        *,
+        trace: Trace = None,
     ) -> None:
         """Return when the room's pages, aux row and state are here. Raises RoomFailed, and NotReady where it is not
         known yet who sends it; cancelled, the room is given up."""
         ticket = self._stream.hold(release)
         body = {"ticket": ticket, "pages": self._stream.add(ticket, pages), "prefix_len": prefix_len}
-        await self._ask(f"/v1/receiving/{room}", ticket, body | _rows(aux_row, state_rows))
+        await self._ask(f"/v1/receiving/{room}", ticket, body | _rows(aux_row, state_rows), trace)
 
     async def abort(self, room: int) -> None:
         """Give up a room that is being received, whoever waits for it: that one hears RoomFailed."""

@@ -6,6 +6,7 @@ Flags -> Settings -> run. The only place that prints or exits.
     2   wrong usage or settings; nothing was started
     69  a service that was needed cannot be had (the registry, the engine, the port)
     130 stopped by SIGINT
+    141 nobody reads any more what is printed
     143 stopped by SIGTERM before the work was whole; what runs until it is stopped exits 0
 """
 
@@ -30,7 +31,7 @@ import uvloop
 
 from pdctl import config, handed, inquiry, logs, node, succession
 from pdctl.beside import beside
-from pdctl.commands import completion, conformance, doctor, drain, explain
+from pdctl.commands import completion, conformance, doctor, drain, events, explain, status
 from pdctl.commands.base import Commands, add_command, add_credentials, add_service, always, never
 from pdctl.config import Settings
 from pdctl.core.kvstore import Resolved
@@ -60,7 +61,12 @@ def run(argv: Sequence[str] | None = None) -> int:
         settings = config.load(flags, file=args.config)
         logs.configure(settings.log)
         with asyncio.Runner(loop_factory=args.loop) as runner:
-            return runner.run(_until_told_to_stop(args.run(settings, args), lasting=args.lasts(settings)))
+            status = runner.run(_until_told_to_stop(args.run(settings, args), lasting=args.lasts(settings)))
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # whoever read us has seen enough: `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except PdctlError as error:
@@ -102,7 +108,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"pdctl {version('pdctl')}")
     commands = top.add_subparsers(metavar="COMMAND", required=True)
     here = (_add_serve, _add_register, _add_agent, _add_sessions, _add_probe, _add_store, _add_journal, _add_demo)
-    elsewhere = (conformance.add, doctor.add, drain.add, explain.add)
+    elsewhere = (conformance.add, doctor.add, drain.add, events.add, explain.add, status.add)
     for add in (*here, *elsewhere):
         add(commands)
     completion.add(commands, parser)

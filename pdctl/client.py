@@ -45,6 +45,7 @@ from pdctl.errors import (
     Unreachable,
 )
 from pdctl.retry import Failure, RetryPolicy, Sleep, parse_retry_after, retrying, root_cause
+from pdctl.spans import CURRENT, Open, Spans, spanned
 from pdctl.watching import SILENT_AFTER_S, WATCH, Read, follow
 
 log = structlog.get_logger(__name__)
@@ -90,6 +91,7 @@ class RegistryClient:
                        an old copy, the next is asked, and goes on being asked
     policy             for registrations; `look_up` for the questions that a request waits for
     credentials        what is shown to the registry, and whose certificate is believed
+    spans              who wants one of each registration
     attempt_timeout_s  for one attempt, from name resolution to the answer's last byte
     max_connections    at once; a question that finds none free waits for one, within its attempt
     """
@@ -102,6 +104,7 @@ class RegistryClient:
         policy: RetryPolicy | None = None,
         look_up: RetryPolicy = LOOK_UP,
         credentials: Credentials | None = None,
+        spans: Spans | None = None,
         attempt_timeout_s: float = 5.0,
         random: Random | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -114,6 +117,7 @@ class RegistryClient:
         self._at = 0
         self._policy = policy or RetryPolicy()
         self._look_up = look_up
+        self._spans = spans
         credentials = credentials or Credentials()
         self._token = own_token(credentials)
         self._certified = credentials.tls_cert is not None
@@ -190,14 +194,19 @@ class RegistryClient:
             await attempt()
             self._confirmed = announcement
 
-        try:
+        async def until_confirmed(span: Open | None) -> None:
+            if span is not None:
+                span.show(seat=str(announcement.seat), registry=self.url)
             await self._retrying(
                 confirmed,
                 policy,
-                on_failure=lambda failure: self._not_registered(announcement, failure),
+                on_failure=lambda failure: self._not_registered(announcement, failure, span),
                 on_exhaustion=lambda failure: self._gave_up(announcement, failure),
                 keep_trying=exhaustion is Exhaustion.KEEP_TRYING,
             )
+
+        try:
+            await spanned(None if self.registered else self._spans, "pdctl.registration", until_confirmed)
         except RegistrationGaveUp as gave_up:
             self._exit_or_raise(gave_up, exhaustion)
 
@@ -312,8 +321,10 @@ class RegistryClient:
         if not self.registered:
             log.info("registered", registry=self.url, seat=str(announcement.seat), address=str(announcement.address))
 
-    def _not_registered(self, announcement: Announcement, failure: Failure) -> None:
+    def _not_registered(self, announcement: Announcement, failure: Failure, span: Open | None) -> None:
         self._confirmed = None
+        if span is not None:
+            span.say("attempt failed", attempt=failure.attempt, cause=failure.cause)
         log.warning(
             "registration attempt failed",
             attempt=failure.attempt,
@@ -491,8 +502,9 @@ class RegistryClient:
 
     def _shown(self) -> dict[str, str]:
         """The headers of every question; a file is looked at again for each."""
-        token = self._token.refresh()
-        return {} if token is None else {"Authorization": f"Bearer {token}"}
+        token, trace = self._token.refresh(), CURRENT.get()
+        shown = {} if token is None else {"Authorization": f"Bearer {token}"}
+        return shown if trace is None else shown | trace.headers()
 
     def _warn_of_eavesdroppers(self) -> None:
         """Once, by who registers: a decode opens a client for every room."""

@@ -54,6 +54,7 @@ from pdctl.persistence.etcd_place import EtcdSettings
 from pdctl.persistence.open import check
 from pdctl.retry import RetryPolicy
 from pdctl.sender import SenderLimits
+from pdctl.tracing import TraceSettings
 
 PREFIX = "PDCTL_"
 
@@ -74,6 +75,7 @@ ALIASES: dict[str, str] = {
     "MOONCAKE_PROTOCOL": "engine.protocol",
     "MOONCAKE_DEVICE": "engine.device",
     "MC_FORCE_TCP": "engine.force_tcp",
+    "OTEL_EXPORTER_OTLP_ENDPOINT": "trace.endpoint",
 }
 """What operators of the field have set already -> our name for it. The first of two names for one knob wins."""
 
@@ -169,6 +171,8 @@ class NodeSettings:
     http_port         where this rank's own /metrics, /livez and /readyz answer; 0 = any free port
     announce_every_s  how often a registration is repeated at a registry without leases, so that it learns it again
     exhaustion        what the end of all registration attempts means: raise, exit or keep-trying
+    report_every_s    how often this rank tells its registry how it is, besides whenever that turns (docs/overview.md);
+                      0: never
     """
 
     registry: str = "http://127.0.0.1:8998"
@@ -180,6 +184,7 @@ class NodeSettings:
     http_port: int = 0
     announce_every_s: float = 10.0
     exhaustion: Exhaustion = Exhaustion.RAISE
+    report_every_s: float = 5.0
 
     def __post_init__(self) -> None:
         if any(urlsplit(url).scheme not in ("http", "https") for url in self.registry.split(",")):
@@ -193,7 +198,7 @@ class NodeSettings:
         for name in ("instance", "decode_instance"):
             if not re.fullmatch(NAME, getattr(self, name), re.ASCII):
                 raise ValueError(f"{name} is {getattr(self, name)!r}: give letters, digits and . _ -, at most 128")
-        check_seconds(self, "node")
+        check_seconds(self, "node", or_zero=("report_every_s",))
         if not SHORTEST_TTL_S <= self.ttl_s <= LONGEST_TTL_S:
             raise ValueError(f"ttl_s needs {SHORTEST_TTL_S} to {LONGEST_TTL_S:g}")
 
@@ -333,6 +338,7 @@ class Settings(BaseSettings):
     reports: ReportLimits = ReportLimits()
     engine: MooncakeSettings = MooncakeSettings()
     log: LogSettings = LogSettings()
+    trace: TraceSettings = TraceSettings()
 
 
 class _Given(PydanticBaseSettingsSource):

@@ -21,6 +21,7 @@ from pdctl.config import Settings, environment
 from pdctl.core.device import DeviceKind
 from pdctl.core.handover import Mapped, Offer, Role
 from pdctl.core.layout import RankPools, Region
+from pdctl.core.trace import TraceContext
 from pdctl.core.transfer import Quarantined
 from pdctl.device.base import Device
 from pdctl.device.cpu import Cpu
@@ -128,8 +129,8 @@ class _Prefill(_Opened):
     def quarantine(self) -> Sequence[Quarantined]:
         return self.node.sender.quarantine
 
-    def sending(self, room: int, release: Release) -> AbstractAsyncContextManager[Sending]:
-        return self.node.sender.open(room, release=release)
+    def sending(self, room: int, release: Release, trace: TraceContext | None) -> AbstractAsyncContextManager[Sending]:
+        return self.node.sender.open(room, release=release, trace=trace)
 
     async def announce(self, room: int) -> None:
         await self.node.client.announce_room(room, self.dp_rank)
@@ -156,14 +157,18 @@ class _Decode(_Opened):
     def quarantine(self) -> Sequence[Quarantined]:
         return self.node.receiver.quarantine
 
-    def sending(self, room: int, release: Release) -> AbstractAsyncContextManager[Sending]:  # noqa: ARG002
+    def sending(
+        self,
+        room: int,
+        release: Release,  # noqa: ARG002
+        trace: TraceContext | None,  # noqa: ARG002
+    ) -> AbstractAsyncContextManager[Sending]:
         raise CallerError(f"room {room} cannot be sent by a decode rank: hand the pool over as prefill")
 
     async def announce(self, room: int) -> None:
         raise CallerError(f"room {room} cannot be announced by a decode rank: its prefill does that")
 
     async def receiving(self, room: int, asked: Arrival, release: Release) -> AbstractAsyncContextManager[Arriving]:
-        paired = await self.node.pair(self.registry, room)
-        return self.node.receiver.open(
-            room, paired, asked.pages, asked.aux_row, asked.prefix_len, release, state_rows=asked.state_rows
-        )
+        paired = await self.node.pair(self.registry, room, trace=asked.trace)
+        where = (asked.pages, asked.aux_row, asked.prefix_len)
+        return self.node.receiver.open(room, paired, *where, release, state_rows=asked.state_rows, trace=asked.trace)

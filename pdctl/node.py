@@ -13,7 +13,6 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from dataclasses import dataclass, field, replace
-from functools import partial
 from random import SystemRandom
 from typing import Any
 
@@ -35,6 +34,8 @@ from pdctl.core.pairing import Paired, check_rank, dp_rank_of, pair, rank_id
 from pdctl.core.registry import Registry
 from pdctl.core.rooms import EXTENSIONS, RoomBook
 from pdctl.core.route import Announcement, Seat, Shape
+from pdctl.core.trace import Trace, trace_of
+from pdctl.core.transfer import Side
 from pdctl.core.witness import Verdict, WitnessPolicy, WitnessTable
 from pdctl.dated import Dated
 from pdctl.device.base import Device
@@ -45,6 +46,7 @@ from pdctl.engine.asking import Asking
 from pdctl.engine.base import Engine
 from pdctl.engine.mooncake import by_name, open_mooncake
 from pdctl.errors import BadField, ConfigError, NotReady, PdctlError
+from pdctl.holding import Listed, hold_prefill, lease_of
 from pdctl.lease import Lease, LeaseTerms, NoLeases
 from pdctl.links import Links
 from pdctl.looking import Looking
@@ -56,7 +58,13 @@ from pdctl.persistence.open import MEMORY, SQLITE, open_journal, path_in
 from pdctl.prober import Prober
 from pdctl.receiver import Receiver
 from pdctl.registrar import Registrar
+from pdctl.reporting import Rank as Reported
+from pdctl.reporting import Reporter
 from pdctl.sender import Sender
+from pdctl.spans import Spans, within
+from pdctl.telling import Telling
+from pdctl.traced import traced
+from pdctl.tracing import open_tracing
 from pdctl.wires import OtherWires, bind_all, instance_at
 from pdctl.witness import Witness, asking
 
@@ -104,8 +112,9 @@ async def sidecar(settings: Settings) -> AsyncIterator[Sidecar]:
         inner = sglang.in_front(plain, server.app(routers, metrics, unready=registrar.unready))
         admitted = Turnstile(inner, Admission(settings.admission), time.monotonic, metrics)
         service = Dated(admitted, lambda: registrar.copy_age_s) if isinstance(journal, Shared) else admitted
+        spans = await stack.enter_async_context(open_tracing(settings.trace, role="registry"))
         witness = _witness(settings.witness, registrar, metrics)
-        http = door.services(service, socks, settings.serve.grace_s)
+        http = door.services(traced(service, spans), socks, settings.serve.grace_s)
         loops = {
             "listening": registrar.listen(),
             "news": news.run(),
@@ -196,51 +205,12 @@ async def register(settings: Settings) -> None:
     announcement = given.announcement()
     async with RegistryClient(how.registry, policy=settings.retry, credentials=settings.client) as client:
         if given.hold:
-            await _hold_prefill(client, LeaseTerms(how.instance, announcement, how.ttl_s), settings)
+            terms = LeaseTerms(how.instance, announcement, how.ttl_s)
+            await hold_prefill(client, lease_of(client, terms, settings), terms, settings)
         try:
-            await _lease(client, LeaseTerms(how.instance, announcement, None), settings).take()
+            await lease_of(client, LeaseTerms(how.instance, announcement, None), settings).take()
         except NoLeases:
             await client.register(announcement, how.exhaustion)
-
-
-async def _hold_prefill(client: RegistryClient, terms: LeaseTerms, settings: Settings) -> None:
-    """Hold a lease until cancelled; at a registry that has none, announce on SGLang's wire again and again."""
-    try:
-        await _lease(client, terms, settings).hold()
-    except NoLeases as told:
-        log.info("registry has no leases, announcing on the plain paths", registry=client.url, answered=str(told))
-    await client.hold(terms.announcement, settings.node.announce_every_s, settings.node.exhaustion)
-
-
-@dataclass(frozen=True, slots=True)
-class _Listed:
-    """A decode's place in a registry. `alone` is set where it holds no leases, which keeps no decode from serving."""
-
-    client: RegistryClient
-    settings: Settings
-    alone: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def unready(self) -> list[str]:
-        done = self.client.registered or self.alone.is_set()
-        return [] if done else [f"not registered at {self.client.url}"]
-
-    async def hold(self, terms: LeaseTerms) -> None:
-        """Hold a lease until cancelled.
-
-        Never on SGLang's wire: it knows no roles, and other decodes would take this one for a prefill.
-        """
-        try:
-            await _lease(self.client, terms, self.settings).hold()
-        except NoLeases as told:
-            registry = self.client.url
-            log.warning("registry has no leases, this decode is not listed", registry=registry, answered=str(told))
-        self.alone.set()
-        await asyncio.Event().wait()
-
-
-def _lease(client: RegistryClient, terms: LeaseTerms, settings: Settings) -> Lease:
-    insist = partial(client.insist, terms.announcement, exhaustion=settings.node.exhaustion)
-    return Lease(client.tell, insist, terms, settings.retry)
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,8 +261,11 @@ async def prefill_node(
             time.monotonic,
             rank.metrics,
             settings.sender,
+            rank.telling,
         )
-        client = RegistryClient(settings.node.registry, policy=settings.retry, credentials=settings.client)
+        client = RegistryClient(
+            settings.node.registry, policy=settings.retry, credentials=settings.client, spans=rank.spans
+        )
         async with sender, client:
             unready = lambda: [] if client.registered else [f"not registered at {client.url}"]  # noqa: E731
             rank.metrics.registration.follow("prefill", lambda: client.registered)
@@ -309,7 +282,10 @@ async def prefill_node(
                     rooms=lambda: len(sender.rooms) + len(sender.early),
                     metadata={SESSION_KEY: rank.engine.session},
                 )
-                async with beside(registration=_hold_prefill(client, terms, settings)):
+                lease = lease_of(client, terms, settings)
+                reporter = rank.reporter(client, lease, terms, sender, unready, links.prober)
+                links.prober.subscribe(reporter.changed)
+                async with beside(registration=hold_prefill(client, lease, terms, settings), reports=reporter.run()):
                     yield PrefillNode(sender, rank.engine, links.prober, client, rank.metrics_url)
 
 
@@ -323,7 +299,7 @@ class DecodeNode:
     shape: Shape
     seat: Seat
     _settings: Settings
-    _listed: _Listed | None = None
+    _listed: Listed | None = None
     _registries: Registries = field(default_factory=Registries)
 
     @property
@@ -331,12 +307,16 @@ class DecodeNode:
         """Whether the registry that was given has this rank, by its last answer."""
         return self._listed is not None and self._listed.client.registered
 
-    async def pair(self, registry: str, room: int) -> Paired:
+    async def pair(self, registry: str, room: int, *, trace: Trace = None) -> Paired:
         """The control links of the prefill ranks that will send `room` to this one.
 
         Asked anew for every room (requests of a millisecond): a prefill that was replaced is found by the next one,
         and no stale address can be kept. Raises NotReady, Unreachable, and LayoutMismatch with both values.
         """
+        with within(trace_of(trace)):
+            return await self._pair(registry, room)
+
+    async def _pair(self, registry: str, room: int) -> Paired:
         how = self._settings
         async with self._registries.asking(registry, how.retry, how.client) as client:
             await self.receiver.pace.step()
@@ -385,14 +365,15 @@ async def decode_node(
             time.monotonic,
             rank.metrics,
             rank.link.is_gone,
+            rank.telling,
         )
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(receiver)
             registries = await stack.enter_async_context(Registries())
             listed = None
             if registry is not None:
-                client = RegistryClient(registry, policy=settings.retry, credentials=settings.client)
-                listed = shown = _Listed(await stack.enter_async_context(client), settings)
+                client = RegistryClient(registry, policy=settings.retry, credentials=settings.client, spans=rank.spans)
+                listed = shown = Listed(await stack.enter_async_context(client), settings)
                 rank.metrics.registration.follow("decode", lambda: not shown.unready())
             http = rank.http(list if listed is None else listed.unready)
             await stack.enter_async_context(beside(link=rank.link.serve(receiver.handle), **http))
@@ -405,7 +386,9 @@ async def decode_node(
                     rooms=lambda: len(receiver.rooms),
                     metadata={SESSION_KEY: rank.engine.session},
                 )
-                await stack.enter_async_context(beside(registration=listed.hold(terms)))
+                lease = lease_of(listed.client, terms, settings)
+                reporter = rank.reporter(listed.client, lease, terms, receiver, listed.unready)
+                await stack.enter_async_context(beside(registration=listed.hold(lease), reports=reporter.run()))
             yield DecodeNode(receiver, rank.engine, rank.metrics_url, shape, seat, settings, listed, registries)
 
 
@@ -435,6 +418,24 @@ class _Rank:
     sock: socket.socket
     door: Door
     grace_s: float
+    report_every_s: float
+    spans: Spans | None
+    telling: Telling
+
+    def reporter(
+        self,
+        client: RegistryClient,
+        lease: Lease,
+        terms: LeaseTerms,
+        rooms: Sender | Receiver,
+        unready: Callable[[], list[str]],
+        links: Prober | None = None,
+    ) -> Reporter:
+        side = Side.SENDER if isinstance(rooms, Sender) else Side.RECEIVER
+        who = Reported(terms.role, terms.path, self.engine.session, side, rooms, rooms.telling, unready, links)
+        return Reporter(
+            client.tell, who, lambda: lease.granted, self.report_every_s, self.metrics.reports, time.monotonic
+        )
 
     @property
     def metrics_url(self) -> str:
@@ -472,9 +473,22 @@ async def _rank(
             _device(settings, given) as device,
             open_mooncake(replace(settings.engine, host=host), device) as engine,
             open_link(host, metrics=metrics) as link,
+            open_tracing(settings.trace, role=role, rank=name) as spans,
         ):
             for region in (arena,) if isinstance(arena, Region) else arena:
                 if (on := device.where(region)) not in (HOST, device.spec):
                     raise BadField("arena", f"{region} is on {on}, and this rank's device is {device.spec}: open {on}")
                 await engine.register(region)
-            yield _Rank(device, engine, link, metrics, sock, door, settings.serve.grace_s)
+            telling = Telling(spans, settings.log.rooms_a_second)
+            yield _Rank(
+                device,
+                engine,
+                link,
+                metrics,
+                sock,
+                door,
+                settings.serve.grace_s,
+                settings.node.report_every_s,
+                spans,
+                telling,
+            )

@@ -30,7 +30,7 @@ import asyncio
 import ctypes
 import itertools
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Self
@@ -135,6 +135,7 @@ class Receiver:
         pools.check_aux_written_here()
         if wants_sums:
             pools.check_summed_here()
+        self._nbytes = sum(pools.kv.item_lens), sum(pools.aux.item_lens)
         self._registration = _registration(session, reply, pools, tp_rank, tp_size, wants_sums).to_frames()
         self.checksums = Checksums()
         self._send, self._is_gone = send, is_gone
@@ -161,6 +162,14 @@ class Receiver:
     def rooms(self) -> tuple[int, ...]:
         """Open now."""
         return tuple(self._rooms)
+
+    @property
+    def open_rooms(self) -> Mapping[int, ArrivingRoom]:
+        return self._rooms
+
+    def nbytes_of(self, n_pages: int) -> int:
+        """What a room of so many pages brings, with its aux row."""
+        return n_pages * self._nbytes[0] + self._nbytes[1]
 
     @property
     def prefills(self) -> tuple[Endpoint, ...]:
@@ -620,14 +629,16 @@ class ArrivingRoom:
             self._watch()
         if self.phase.is_final and not self._ended.is_set():
             self._ended.set()
-            self._of.telling.ended(self.phase, self.course.ended, lambda: self._outcome(event))
+            self.course.nbytes = self._of.nbytes_of(len(self.pages)) if self.phase is Phase.SUCCESS else 0
+            self._of.telling.ended(self.phase, self.course, lambda: self._outcome(event))
 
     def _outcome(self, event: Event) -> Ended:
-        done, n_pages = self.phase is Phase.SUCCESS, len(self.pages)
-        nbytes = n_pages * sum(self._of.pools.kv.item_lens) + sum(self._of.pools.aux.item_lens) if done else 0
-        peers = tuple(str(at) for at, _ in self._telling)
-        why = (event, None, self.reason)
-        return Ended(Side.RECEIVER, self.room, self.phase, *why, n_pages, nbytes, peers, self.course)
+        what = (len(self.pages), self.course.nbytes, self.peers, self.course)
+        return Ended(Side.RECEIVER, self.room, self.phase, event, None, self.reason, *what)
+
+    @property
+    def peers(self) -> tuple[str, ...]:
+        return tuple(str(at) for at, _ in self._telling)
 
     def _check(self) -> None:
         if self.phase is Phase.FAILED:

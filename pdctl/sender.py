@@ -20,7 +20,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter, OrderedDict
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Self
@@ -165,6 +165,10 @@ class Sender:
     def rooms(self) -> tuple[int, ...]:
         """Open now."""
         return tuple(self._rooms)
+
+    @property
+    def open_rooms(self) -> Mapping[int, SendingRoom]:
+        return self._rooms
 
     @property
     def early(self) -> tuple[int, ...]:
@@ -393,6 +397,10 @@ class SendingRoom:
     def sessions(self) -> tuple[str, ...]:
         """Decode ranks that have named pages in it."""
         return tuple(self._destinations)
+
+    @property
+    def peers(self) -> tuple[str, ...]:
+        return tuple(f"{named.reply} ({session})" for session, named in self._named.items())
 
     @property
     def prefix_len(self) -> int:
@@ -630,16 +638,15 @@ class SendingRoom:
     def _step(self, event: Event) -> None:
         before, self.phase = self.phase, step(SENDER, self.phase, event)
         if self.phase is not before:
-            self.course.step(self.phase, now := self._of.clock())
+            self.course.step(self.phase, self._of.clock())
             self._watch()
             if self.phase.is_final:
-                self._of.telling.ended(self.phase, now, lambda: self._outcome(event))
+                self._of.telling.ended(self.phase, self.course, lambda: self._outcome(event))
 
     def _outcome(self, event: Event) -> Ended:
         pages = self._n_sent if self._open_chunk is None else len(self._pages())
-        peers = tuple(f"{named.reply} ({session})" for session, named in self._named.items())
         why = (event, self.cause, self.reason)
-        return Ended(Side.SENDER, self.room, self.phase, *why, pages, self.course.nbytes, peers, self.course)
+        return Ended(Side.SENDER, self.room, self.phase, *why, pages, self.course.nbytes, self.peers, self.course)
 
     def _check(self) -> None:
         if self.phase is Phase.FAILED:

@@ -21,6 +21,8 @@ from pdctl.core.trace import Attribute, Bits, Event, Span, TraceContext
 
 T = TypeVar("T")
 
+MAX_EVENTS = 32  # a registry may be away for a day, and each attempt is an event
+
 CURRENT: ContextVar[TraceContext | None] = ContextVar("pdctl_trace", default=None)
 """For whom the present task works; tasks born in it inherit it."""
 
@@ -50,7 +52,7 @@ class Spans:
 
 
 class Open:
-    """A span under way: `say` what happens in it, and `show` what is known of it."""
+    """A span under way: `say` what happens in it, the first MAX_EVENTS times, and `show` what is known of it."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -58,7 +60,8 @@ class Open:
         self.attributes: dict[str, Attribute] = {}
 
     def say(self, name: str, **attributes: Attribute) -> None:
-        self.events.append(Event(name, self._clock(), attributes))
+        if len(self.events) < MAX_EVENTS:
+            self.events.append(Event(name, self._clock(), attributes))
 
     def show(self, **attributes: Attribute) -> None:
         self.attributes |= {f"pdctl.{name}": value for name, value in attributes.items()}

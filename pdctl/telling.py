@@ -24,13 +24,20 @@ A_SECOND = 10.0
 
 
 class Telling:
-    """Of the rooms of one rank. `a_second`: lines for rooms that succeed, 0 for none."""
+    """Of the rooms of one rank. `a_second`: lines for rooms that succeed, 0 for none.
+
+    ended_in, nbytes  rooms that are over, by phase, and what they have moved
+    hear              called with each that has failed
+    """
 
     def __init__(self, spans: Spans | None = None, a_second: float = A_SECOND) -> None:
         self._spans = spans
         self._a_second = a_second
         self._allowed, self._allowed_at = max(1.0, a_second), float("-inf")
         self._unsaid = 0
+        self.ended_in = {Phase.SUCCESS: 0, Phase.FAILED: 0}
+        self.nbytes = 0
+        self.hear: Callable[[Ended], None] | None = None
 
     def begin(self, phase: Phase, now: float, given: TraceContext | None, *, is_first: bool) -> Course:
         """Of a new room. `is_first`: whether the other side is told by us what trace it is, so that it must be known;
@@ -48,9 +55,11 @@ class Telling:
         elif said != course.given and said not in course.links:
             course.links = (*course.links, said)
 
-    def ended(self, phase: Phase, now: float, describe: Callable[[], Ended]) -> None:
+    def ended(self, phase: Phase, course: Course, describe: Callable[[], Ended]) -> None:
         """A room is over. Most have nothing said of them, and then nobody describes them."""
-        says = phase is Phase.FAILED or (_plain.isEnabledFor(logging.INFO) and self._may_say(now))
+        self.ended_in[phase] += 1
+        self.nbytes += course.nbytes
+        says = phase is Phase.FAILED or (_plain.isEnabledFor(logging.INFO) and self._may_say(course.ended))
         if not says and self._spans is None:
             return
         ended = describe()
@@ -60,6 +69,8 @@ class Telling:
                 self._spans.record(ended.span(context))
         if ended.failed:
             log.warning("room failed", **ended.line())
+            if self.hear is not None:
+                self.hear(ended)
         elif says:
             more = {"unsaid": self._unsaid} if self._unsaid else {}
             self._unsaid = 0

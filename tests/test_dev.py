@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ("bench", "check", "demo", "gpu", "lint", "lock", "setup", "sim", "test")
+COMMANDS = ("bench", "check", "demo", "docs", "gpu", "image-check", "lint", "lock", "setup", "sim", "test")
 SCRIPTS = ("dev", ".ci/run")
 LOCKS = sorted((ROOT / "deploy/lock").glob("*.txt"))
 REQUIREMENT = re.compile(r"(?P<name>[a-z0-9-]+)==(?P<version>[^ ;]+)(?: ; (?P<marker>.+))?")
@@ -57,8 +57,9 @@ def test_scripts_are_executable_and_valid(script: str) -> None:
 def test_help_lists_every_command_and_no_other() -> None:
     said = dev("--help")
     assert said.returncode == 0
-    assert sorted(re.findall(r"^  ([a-z]+) ", said.stdout, re.MULTILINE)) == list(COMMANDS)
-    assert sorted(re.findall(r"^do_([a-z]+)\(", (ROOT / "dev").read_text(), re.MULTILINE)) == list(COMMANDS)
+    assert sorted(re.findall(r"^  ([a-z-]+)(?: |$)", said.stdout, re.MULTILINE)) == list(COMMANDS)
+    functions = re.findall(r"^do_([a-z_]+)\(", (ROOT / "dev").read_text(), re.MULTILINE)
+    assert sorted(name.replace("_", "-") for name in functions) == list(COMMANDS)
 
 
 def test_help_and_mistakes_need_no_set_up(checkout: Path) -> None:
@@ -346,3 +347,16 @@ def test_scripts_name_no_place_to_fetch_from(script: str) -> None:
 def test_a_browser_is_installed_only_where_a_test_may_look_at_the_page(arguments: str, looks: bool) -> None:
     said = with_functions(ROOT, f"if looks_at_the_page {arguments}; then echo looks; fi")
     assert (said.stdout, said.stderr) == ("looks\n" if looks else "", "")
+
+
+def test_of_the_programs_for_tests_only_those_are_fetched_that_are_missing_and_kubectl_always(checkout: Path) -> None:
+    """A kubectl that is on the machine may be somebody's way into a cluster: tests ask Debian's, which knows none."""
+    (checkout / "bin").mkdir()
+    for name in ("etcd", "prometheus", "kubectl"):
+        (checkout / "bin" / name).touch(mode=0o755)
+    program = 'fetch_server() { echo "fetched $1"; }\nPATH="$0/bin:$PATH"\nfetch_servers'
+    assert with_functions(checkout, program).stdout.split("\n")[:-1] == ["fetched kubernetes-client"]
+    unpacked = checkout / ".cache/servers/usr/bin"
+    unpacked.mkdir(parents=True)
+    (unpacked / "kubectl").touch(mode=0o755)
+    assert with_functions(checkout, program).stdout == ""

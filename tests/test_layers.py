@@ -18,8 +18,8 @@ ROOT = Path(__file__).parent.parent
 
 FLOORS = {
     **dict.fromkeys(["pdctl", "pdctl.__main__", "pdctl.cli", "pdctl.demo", "pdctl.commands"], 6),
-    **dict.fromkeys(["pdctl.handed"], 5),
-    **dict.fromkeys([f"pdctl.{shell}" for shell in ("agent_client", "succession", "scout")], 4),
+    **dict.fromkeys(["pdctl.handed", "pdctl.dismissal", "pdctl.onlooker"], 5),
+    **dict.fromkeys([f"pdctl.{shell}" for shell in ("agent_client", "succession", "scout", "traced")], 4),
     **dict.fromkeys(["pdctl.node", "pdctl.wires", "pdctl.door", "pdctl.links", "pdctl.inquiry", "pdctl.config"], 5),
     **dict.fromkeys([f"pdctl.{shell}" for shell in ("server", "guard", "dialects", "client", "prober", "peer")], 4),
     **dict.fromkeys([f"pdctl.{shell}" for shell in ("sender", "receiver", "agent", "kvstore", "lease")], 4),
@@ -64,6 +64,8 @@ FLOORS = {
     "pdctl.beside": 2,
     "pdctl.lookout": 3,
     "pdctl.looking": 5,
+    "pdctl.reporting": 4,
+    "pdctl.holding": 5,
     "pdctl.answers": 2,
     "pdctl.persistence.lock": 2,
     "pdctl.counts": 2,

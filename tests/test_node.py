@@ -13,7 +13,7 @@ import aiohttp
 import numpy as np
 import pytest
 
-from pdctl.beside import LoopEnded
+from pdctl.beside import LoopEnded, beside
 from pdctl.config import NodeSettings, ServeSettings, Settings
 from pdctl.core.address import Endpoint
 from pdctl.core.layout import Pool, RankPools
@@ -25,7 +25,6 @@ from pdctl.memory import Arena
 from pdctl.node import (
     DecodeNode,
     PrefillNode,
-    beside,
     decode_node,
     journal_url,
     prefill_node,

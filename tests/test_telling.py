@@ -38,7 +38,7 @@ def end(telling: Telling, now: float = 2.0, phase: Phase = Phase.SUCCESS, given:
     course.step(phase, now)
     event, reason = (Event.ABORTED, "why") if phase is Phase.FAILED else (Event.ALL_ANSWERED, None)
     ended = Ended(Side.RECEIVER, 7, phase, event, None, reason, 1, 64, ("10.0.0.9:5",), course)
-    telling.ended(phase, now, lambda: ended)
+    telling.ended(phase, course, lambda: ended)
 
 
 def said(telling: Telling, *ends: tuple[float, Phase]) -> list[Any]:
@@ -80,12 +80,13 @@ def test_no_lines_a_second_are_none() -> None:
 def test_where_nobody_listens_a_room_is_not_even_described() -> None:
     logging.getLogger().setLevel(logging.WARNING)
     telling = Telling()
+    course = telling.begin(Phase.BOOTSTRAPPING, 1.0, None, is_first=True)
 
     def describe() -> Ended:
         raise AssertionError("it was described")
 
-    telling.ended(Phase.SUCCESS, 2.0, describe)
-    assert telling.begin(Phase.BOOTSTRAPPING, 1.0, None, is_first=True).trace is None
+    telling.ended(Phase.SUCCESS, course, describe)
+    assert course.trace is None
 
 
 def test_a_callers_trace_is_handed_on_as_it_came_where_nobody_records() -> None:

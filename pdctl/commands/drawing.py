@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TextIO
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -24,6 +25,25 @@ STYLES: Mapping[str, str] = {
     **dict.fromkeys(("untried", "suspect", "draining", "trial", "not ready", "missing"), "yellow"),
 }
 """Words that stand for a state, and how they look: never the only sign of it."""
+
+
+_UNITS = ("B", "KB", "MB", "GB", "TB", "PB")
+
+
+def nbytes(number: float) -> str:
+    """`1.2 GB`: powers of 1000, as networks are sold."""
+    unit = 0
+    while number >= 999.5 and unit < len(_UNITS) - 1:
+        number, unit = number / 1000, unit + 1
+    return f"{number:.0f} {_UNITS[unit]}" if unit == 0 or number >= 100 else f"{number:.1f} {_UNITS[unit]}"
+
+
+def seconds(number: float) -> str:
+    """`0.4 s`, `12 s`, `3 min`, `5 h`, `2 d`: as much as a person wants of it."""
+    for most, unit, each in ((120, "s", 1), (7200, "min", 60), (172_800, "h", 3600)):
+        if number < most:
+            return f"{number:.1f} {unit}" if each == 1 and number < 10 else f"{number / each:.0f} {unit}"
+    return f"{number / 86_400:.0f} d"
 
 
 def console(file: TextIO | None = None) -> Console:
@@ -53,7 +73,9 @@ def show(to: Console, columns: Sequence[str], rows: Iterable[Sequence[object]], 
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str = "") -> Table:
-    made = Table(*columns, title=title or None, title_justify="left", title_style="bold")
+    made = Table(title=title or None, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        made.add_column(column, overflow="fold")  # what is cut off cannot be looked for
     for row in rows:
         made.add_row(*(styled(str(cell)) for cell in row))
     return made

@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
+from pdctl.errors import BadField
+
 TRACEPARENT, TRACESTATE = "traceparent", "tracestate"
 
 MAX_STATE = 512  # what W3C asks everybody to hand on at least; more of a stranger's text is not remembered here
@@ -23,6 +25,7 @@ _MAX_MEMBERS = 32
 _SAMPLED, _RANDOM = 0x01, 0x02
 
 _PARENT = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?", re.ASCII)
+_DIGITS = re.compile(r"[0-9a-f]+", re.ASCII)
 _MEMBER = re.compile(
     r"(?:[a-z][_0-9a-z\-*/]{0,255}|[a-z0-9][_0-9a-z\-*/]{0,240}@[a-z][_0-9a-z\-*/]{0,13})"
     r"=[\x20-\x2b\x2d-\x3c\x3e-\x7e]{0,255}[\x21-\x2b\x2d-\x3c\x3e-\x7e]"
@@ -43,6 +46,14 @@ class TraceContext:
     span_id: str
     flags: int = _SAMPLED
     state: str = ""
+
+    def __post_init__(self) -> None:
+        """Raises BadField: what stands here is put into headers and log lines as it is."""
+        for name, value, size in (("trace_id", self.trace_id, 32), ("span_id", self.span_id, 16)):
+            if len(value) != size or not _DIGITS.fullmatch(value) or not value.strip("0"):
+                raise BadField(name, f"is {value[:64]!r}: give {size} digits of 0 to 9 and a to f, not all of them 0")
+        if self.state and self.state != _state(self.state):
+            raise BadField("state", f"is {self.state[:64]!r}: give what a tracestate header may hold")
 
     @property
     def is_sampled(self) -> bool:

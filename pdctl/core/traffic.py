@@ -134,21 +134,28 @@ def _unfit(seen: Seen, prefill: str, decode: str) -> Finding | None:
 
 
 def links(seen: Seen, scope: Scope) -> Iterator[Finding]:
-    for (name, seat), report in seen.reports.items():
-        if scope.covers(name, seat) or _speaks_of(seen, report, scope):
-            yield from _links_of(seen, scope, (name, seat), report)
+    for key, report in seen.reports.items():
+        yield from _links_of(seen, scope, key, report)
+        if scope.covers(*key):
+            yield from _own_fault(rank_name(*key), report)
     ours = [row for row in seen.overview.get("sessions", ()) if row.get("state") in ("blocked", "dropped")]
     for row in ours:
-        if _is_in(seen, scope, str(row.get("session"))):
+        if _leads_to(seen, scope, str(row.get("session"))):
             yield _ejected(seen, f"the service at {seen.registry}", row)
 
 
 def _links_of(seen: Seen, scope: Scope, key: tuple[str, Seat], report: Row) -> Iterator[Finding]:
-    who = rank_name(*key)
-    out = [link for link in report.get("links", ()) if link.get("state") in ("blocked", "dropped")]
-    for link in out:
-        if not _names_two(scope) or _is_in(seen, scope, str(link.get("session")), but=key[0]):
-            yield _ejected(seen, who, link)
+    """Of a pair, what is between the two; else what either end of it may be asked about."""
+    own = scope.covers(*key)
+    for link in report.get("links", ()):
+        if link.get("state") not in ("blocked", "dropped"):
+            continue
+        leads = _leads_to(seen, scope, str(link.get("session")), but=key[0])
+        if (own and leads) if _names_two(scope) else (own or leads):
+            yield _ejected(seen, rank_name(*key), link)
+
+
+def _own_fault(who: str, report: Row) -> Iterator[Finding]:
     if report.get("doubt") or report.get("panicking"):
         groups = ", ".join(map(str, report.get("panicking", ())))
         why = f"{who} doubts itself: most of what it asks fails at once" if report.get("doubt") else ""
@@ -190,16 +197,11 @@ def _cure(link: Row, knock: Knock | None) -> str:
     return "look at the peer's process and the way to it: it is let back by itself when it answers twice"
 
 
-def _speaks_of(seen: Seen, report: Row, scope: Scope) -> bool:
-    """Whether a link of this rank leads to one who is asked about."""
-    return any(_is_in(seen, scope, str(link.get("session"))) for link in report.get("links", ()))
-
-
-def _is_in(seen: Seen, scope: Scope, session: str, but: str = "") -> bool:
-    """Whether the session is an engine of those who are asked about, or nobody knows whose it is."""
+def _leads_to(seen: Seen, scope: Scope, session: str, but: str = "") -> bool:
+    """Whether the session is an engine of those who are asked about."""
     name = seen.by_session.get(session)
     if name is None:
-        return not scope.places or not _names_two(scope)
+        return not scope.places
     place = Place.parse(name)
     return place.instance != but and scope.covers(place.instance, place.seat)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdctl.core.trace import MAX_STATE, TraceContext, trace_of
+from pdctl.errors import BadField
 
 TRACE, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 GOOD = f"00-{TRACE}-{SPAN}-01"
@@ -103,6 +105,15 @@ def test_a_caller_may_give_a_context_a_text_or_nothing() -> None:
     assert trace_of(GOOD) == context
     assert trace_of("nonsense") is None
     assert trace_of(None) is None
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("trace_id", TRACE[1:]), ("trace_id", "0" * 32), ("span_id", SPAN.upper()), ("state", "a=1\r\nx: y")],
+)
+def test_a_context_made_by_hand_holds_only_what_a_header_may(field: str, value: str) -> None:
+    with pytest.raises(BadField, match=field):
+        replace(TraceContext(TRACE, SPAN), **{field: value})  # type: ignore[arg-type]  # of several kinds
 
 
 @given(st.text(max_size=80), st.text(max_size=80))

@@ -44,12 +44,12 @@ def _read(raw: bytes) -> Any:
 
 
 @contextmanager
-def running(each: Container, tmp_path: Path, journal: str | None = None) -> Iterator[Service]:
-    """The container's own words, at a free port of loopback, with its files below `tmp_path`."""
+def running(each: Container, tmp_path: Path, journal: str | None = None, host: str = "127.0.0.1") -> Iterator[Service]:
+    """The container's own words, at a free port of `host`, with its files below `tmp_path`."""
     kept = [word for word in each.words[2:] if not word.startswith(("--host=", "--port=", "--journal="))]
     journal = journal or each.flag("journal").replace("/var/lib/pdctl", str(tmp_path))
     environ = {name: value for name, value in each.environment.items() if name.startswith("PDCTL_")}
-    with service(tmp_path / "log", f"--journal={journal}", *kept, **environ) as one:
+    with service(tmp_path / "log", f"--journal={journal}", f"--host={host}", *kept, **environ) as one:
         yield one
 
 

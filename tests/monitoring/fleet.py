@@ -7,6 +7,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from tests.engine.processes import Child
@@ -16,11 +17,13 @@ from tests.service import Service, service, until
 
 @dataclass
 class Fleet:
-    """`quicker`: how many times shorter the rules' times are than those of deploy/prometheus."""
+    """`stack` ends what it has started."""
 
     registry: Service
     prefill: Child
     decode: Child
+    stack: ExitStack
+    directory: Path
     _rooms: Iterator[int] = field(default_factory=lambda: itertools.count(1))
 
     @property
@@ -38,6 +41,12 @@ class Fleet:
         self.decode.ask_now("begin", room=room)
         assert (self.prefill.ask_now("end", room=room), self.decode.ask_now("end", room=room)) == ({"why": ""},) * 2
 
+    def start_registry_again(self) -> None:
+        """At the port and with the journal of the one that was killed."""
+        port, journal = str(self.registry.port), journal_in(self.directory)
+        again = service(self.directory / "again.log", "--port", port, "--journal", journal)
+        self.registry = self.stack.enter_context(again)
+
     def hold(self) -> int:
         """A room whose page the decode has named, and whose prefill waits to be told to `go`."""
         room = next(self._rooms)
@@ -50,14 +59,14 @@ class Fleet:
 @contextmanager
 def fleet(directory: Path) -> Iterator[Fleet]:
     with ExitStack() as stack:
-        journal = f"sqlite:{directory / 'journal'}"
-        registry = stack.enter_context(service(directory / "registry.log", "--journal", journal))
+        registry = stack.enter_context(service(directory / "registry.log", "--journal", journal_in(directory)))
         prefill, decode = (
             stack.enter_context(Child("tests.monitoring.node", role, registry.url)) for role in ("prefill", "decode")
         )
         for node in (prefill, decode):
-            until(lambda node=node: read(node.hello["metrics"].replace("/metrics", "/readyz")) == 200)  # type: ignore[misc]
-        yield Fleet(registry, prefill, decode)
+            ready = str(node.hello["metrics"]).replace("/metrics", "/readyz")
+            until(partial(serves, ready))
+        yield Fleet(registry, prefill, decode, stack, directory)
 
 
 @contextmanager
@@ -68,9 +77,13 @@ def watched(directory: Path, running: Fleet) -> Iterator[Prometheus]:
         yield it
 
 
-def read(url: str) -> int:
+def journal_in(directory: Path) -> str:
+    return f"sqlite:{directory / 'journal'}"
+
+
+def serves(url: str) -> bool:
     try:
-        with urllib.request.urlopen(url, timeout=5) as answer:
-            return int(answer.status)
-    except urllib.error.HTTPError as error:
-        return error.code
+        with urllib.request.urlopen(url, timeout=5):
+            return True
+    except urllib.error.HTTPError:
+        return False
