@@ -86,7 +86,12 @@ class Sending(Protocol):
 
     async def send(self, pages: npt.ArrayLike, layers: range | None = None) -> None: ...
 
-    async def finish(self, aux_row: int | None = None, state_rows: Sequence[npt.ArrayLike] = ()) -> None: ...
+    async def finish(
+        self,
+        aux_row: int | None = None,
+        state_rows: Sequence[npt.ArrayLike] = (),
+        pages: npt.ArrayLike | None = None,
+    ) -> None: ...
 
 
 class Arriving(Protocol):
@@ -365,8 +370,7 @@ class Agent:
             await sending.peers_ready()
             said = {"prefix_len": sending.prefix_len, "n_pages": sending.n_pages}
             if whole:
-                await sending.send(pages)
-                await sending.finish(aux_row, states)
+                await sending.finish(aux_row, states, pages)
         if whole:
             await self._close(life, room)
         return web.json_response(said)
@@ -381,10 +385,11 @@ class Agent:
 
     async def _finish(self, request: web.Request) -> web.Response:
         room, (life, _), row = _number(request), self._opened(), await _row(request)
+        pages = _pages(row, life.pools.kv) if row.get("pages") is not None else None
         aux_row, states = _rows(row, life.pools)
         row.end()
         async with self._at(life, room) as sending:
-            await sending.finish(aux_row, states)
+            await sending.finish(aux_row, states, pages)
         await self._close(life, room)
         return web.json_response({})
 

@@ -388,9 +388,15 @@ class AgentRoom:
         body: dict[str, Any] = {"pages": self._rank._stream.add(self._ticket, pages)}
         await self._step("/pages", body | ({} if layers is None else {"layers": [layers.start, layers.stop]}))
 
-    async def finish(self, aux_row: int | None = None, state_rows: Sequence[Sequence[int]] = ()) -> None:
-        """As SendingRoom.finish: then the decode ranks hear of success."""
-        await self._step("/finish", _rows(aux_row, state_rows))
+    async def finish(
+        self,
+        aux_row: int | None = None,
+        state_rows: Sequence[Sequence[int]] = (),
+        pages: npt.ArrayLike | None = None,
+    ) -> None:
+        """As SendingRoom.finish, with the last `pages` in the same transfer: then the decode ranks hear of success."""
+        last = {} if pages is None else {"pages": self._rank._stream.add(self._ticket, pages)}
+        await self._step("/finish", last | _rows(aux_row, state_rows))
         self._is_open = False
 
     async def _step(self, what: str, body: dict[str, Any], trace: TraceContext | None = None) -> dict[str, Any]:

@@ -31,7 +31,7 @@ import structlog
 
 from pdctl.core.address import Endpoint
 from pdctl.core.course import Ended
-from pdctl.core.destination import Destination, LayerGroups
+from pdctl.core.destination import Destination, Last, LayerGroups
 from pdctl.core.early import EarlyBook, EarlyLimits
 from pdctl.core.layout import RankPools
 from pdctl.core.plan import CopyPlan, Ints
@@ -440,18 +440,30 @@ class SendingRoom:
             self._n_sent += len(source)
         return start
 
-    async def finish(self, aux_row: int | None = None, state_rows: Sequence[npt.ArrayLike] = ()) -> None:
+    async def finish(
+        self,
+        aux_row: int | None = None,
+        state_rows: Sequence[npt.ArrayLike] = (),
+        pages: npt.ArrayLike | None = None,
+    ) -> None:
         """Copy the aux row and the rows of each group of state, when all chunks have landed; then the decode ranks hear
-        of success. Those that sum have to say first that what arrived is what was sent."""
+        of success. Those that sum have to say first that what arrived is what was sent.
+
+        `pages`: the last chunk, or the only one, as for `send`: it goes in one transfer with the rows, which costs half
+        of the two.
+        """
         while self._writes:
             await asyncio.wait(self._writes)
         self._check()
+        source, start = None, self._n_sent
+        if pages is not None:
+            source = np.asarray(pages, dtype=np.int64).ravel()
+            start = self._next_chunk(source, None)
         if self._open_chunk is not None:
             raise self._open_chunk.unfinished()
         self._step(Event.CHUNK_QUEUED)
-        await self._write(
-            lambda d: d.last(self._n_sent, aux_row, state_rows), lambda d: d.last_summands(aux_row, state_rows)
-        )
+        last = Last(source, start, self._n_sent, aux_row, state_rows)
+        await self._write(last.plan, last.summands)
         self._comparing = set(self._sums)
         for destination in self._destinations.values():
             sums = self._sums.get(destination.session)

@@ -97,9 +97,10 @@ class Engine:
         assert isinstance(self.rank, AgentSender)
         async with self.rank.room(room, self.free) as sending:
             await sending.peers_ready()
-            for chunk in chunks:
+            *first, last = chunks
+            for chunk in first:
                 await sending.send(chunk)
-            await sending.finish(row)
+            await sending.finish(row, pages=last)
         return {"n_pages": sending.n_pages}
 
     async def send_at_once(self, room: int, pages: list[int], row: int = 1) -> dict[str, Any]:

@@ -179,8 +179,7 @@ async def test_a_damaged_row_of_state_fails_the_room(clock: Clock) -> None:
 async def one_page(sender: Sender, room: int, state_rows: Sequence[Sequence[int]] = ()) -> None:
     async with sender.open(room) as r:
         await r.peers_ready()
-        await r.send([1])
-        await r.finish(2, state_rows=state_rows)
+        await r.finish(2, state_rows, [1])
 
 
 async def test_layers_that_are_sent_in_groups_are_summed_in_groups(clock: Clock) -> None:

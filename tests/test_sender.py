@@ -120,8 +120,9 @@ async def until_busy(rig: Rig) -> None:
 # --- the good way
 
 
+@pytest.mark.parametrize("together", [False, True], ids=["apart", "last with the rows"])
 @pytest.mark.parametrize("lens", [(64, 64, 64, 64), (96, 96)], ids=["mha", "mla"])
-async def test_chunks_land_in_the_pages_that_decode_named(clock: Clock, lens: tuple[int, ...]) -> None:
+async def test_chunks_land_in_the_pages_that_decode_named(clock: Clock, lens: tuple[int, ...], together: bool) -> None:
     engine, post, ours, theirs = RigEngine(), Post(), memory(lens, seed=1), memory(lens)
     async with Sender(engine, post.send, ours.pools, RANK, RigGate(), PATIENT, clock, Metrics()) as sender:
         decode, given_back = Decode(sender, theirs), Released()
@@ -132,9 +133,11 @@ async def test_chunks_land_in_the_pages_that_decode_named(clock: Clock, lens: tu
             assert (room.prefix_len, room.n_pages) == (32, 5)
             await room.send([1, 0])
             await room.send([7])
-            await room.send([8, 9])
+            if not together:
+                await room.send([8, 9])
             assert post.is_empty
-            await room.finish(2)
+            await room.finish(2, pages=[8, 9] if together else None)
+        assert len(engine.written) == (3 if together else 4)
         for mine, landed in zip(ours.kv, theirs.kv, strict=True):
             assert (landed[[9, 2, 3, 11, 4]] == mine[[1, 0, 7, 8, 9]]).all()
             assert not landed[[0, 1, 5, 6, 7, 8, 10, 12, 13, 14, 15]].any()
@@ -159,6 +162,8 @@ async def test_a_chunk_may_be_sent_layer_by_layer_as_it_is_computed(clock: Clock
             assert not theirs.kv[1].any()
             with pytest.raises(CallerError, match="layers 1 of the chunk before are not sent"):
                 await room.finish(0)
+            with pytest.raises(CallerError, match="layers"):
+                await room.finish(0, pages=[7])
             await room.send([1, 0], layers=range(1, 2))
             await room.send([7])
             await room.finish(0)

@@ -225,6 +225,26 @@ class State:
 
 
 @dataclass(frozen=True, slots=True)
+class Last:
+    """What a room ends with: our pages `source` from number `start` on, where there are any left, and the rows."""
+
+    source: Ints | None
+    start: int
+    n_sent: int
+    aux_row: int | None
+    state_rows: Sequence[npt.ArrayLike]
+
+    def plan(self, to: Destination) -> CopyPlan:
+        rows = to.last(self.n_sent, self.aux_row, self.state_rows)
+        return rows if self.source is None else CopyPlan.join(to.chunk(self.source, self.start), rows)
+
+    def summands(self, to: Destination) -> list[Summand]:
+        """As `Destination.last_summands`."""
+        rows = to.last_summands(self.aux_row, self.state_rows)
+        return rows if self.source is None else [*to.chunk_summands(self.source, self.start), *rows]
+
+
+@dataclass(frozen=True, slots=True)
 class LayerGroups:
     """A chunk that is sent in groups of layers: its pages, and the layers that are still to be sent."""
 

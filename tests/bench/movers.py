@@ -162,8 +162,7 @@ class OursPrefill(Rank):
         return {"began": began, "ended": time.monotonic()}
 
     async def _send(self, room: Any, job: Job) -> None:
-        await room.send(job.sent)
-        await room.finish(job.row)
+        await room.finish(job.row, pages=job.sent)
 
     async def leave(self) -> JSON:
         for room in self.rooms:

@@ -101,8 +101,7 @@ class PrefillHere:
         async with self.node.sender.open(room) as sending:
             await sending.peers_ready()
             began = time.monotonic()
-            await sending.send(pages)
-            await sending.finish(row)
+            await sending.finish(row, pages=pages)
         return began
 
 
