@@ -12,6 +12,7 @@ from pdctl.config import Settings
 from pdctl.core.findings import Scope
 
 UNAVAILABLE = 69
+SHOWN = 40
 
 
 def add(commands: Commands) -> None:
@@ -44,8 +45,10 @@ async def _explain(settings: Settings, args: argparse.Namespace) -> int:
 def _show(told: explaining.Explained) -> None:
     if not told.findings:
         print(f"nothing is known to be wrong with {told.scope}: {told.known} ranks known, {told.asked} addresses asked")
-    for number, finding in enumerate(told.findings, 1):
+    for number, finding in enumerate(told.findings[:SHOWN], 1):
         print(f"{number}. {finding.what.value}: {finding.why}")
         for fact in finding.evidence:
             print(textwrap.indent(f"seen: {fact}", "   "))
         print(f"   do: {finding.do}")
+    if (more := len(told.findings) - SHOWN) > 0:
+        print(f"and {more} more: ask about one of them, or for all with --json")
