@@ -16,9 +16,9 @@ const inOrder = (a, b) => collator.compare(a, b);
 const worse = (a, b) => (WORSE.indexOf(a) >= WORSE.indexOf(b) ? a : b);
 const sum = (numbers) => numbers.reduce((a, b) => a + b, 0);
 
-/** "dp0-cp0-tp1-pp0" and "tp1" are one seat: the second is shown. */
+/** "dp0/cp0/tp1/pp0", "dp0-cp0-tp1-pp0" and "tp1" are one seat: the last is shown. */
 function shortSeat(seat) {
-  const parts = String(seat).split("-").filter((part) => !/^[a-z]+0$/.test(part));
+  const parts = String(seat).split(/[-/]/).filter((part) => !/^[a-z]+0$/.test(part));
   return parts.length ? parts.join("-") : "tp0";
 }
 
@@ -358,10 +358,11 @@ function ofRooms(rooms, now, say) {
   say("warn", `${lately.length === 1 ? "1 room" : `${lately.length} rooms`} failed in the last minute, mostly: ${plain(most)}`, "the list below says each one's reason", "");
 }
 
-/** Each room once, though both of its sides have told of it. */
+/** Each room once, though both of its sides have told of it: in the words of the sender, who knows why. */
 function failedLately(rooms, now) {
   const seen = new Map();
-  for (const room of rooms.failed) if (now - room.at < LATELY_MS && !seen.has(room.room)) seen.set(room.room, room);
+  for (const room of rooms.failed)
+    if (now - room.at < LATELY_MS && (!seen.has(room.room) || room.side === "sender")) seen.set(room.room, room);
   return [...seen.values()];
 }
 

@@ -147,6 +147,21 @@ async def test_rooms_are_shown_by_phase_and_their_numbers_are_whole(browser: Chr
         await window.sees("1 room failed in the last minute, mostly: timed out", "#problems")
 
 
+async def test_a_hundred_rooms_that_say_the_same_are_one_line(browser: Chromium) -> None:
+    async with shown(browser) as (told, window):
+        told.happens("seated", "decode-0 tp0: seat taken", instance="decode-0", rank="tp0")
+        for n in range(100):
+            told.happens(
+                "room_failed", f"room {n} failed at prefill-0 tp0: timed out", instance="prefill-0", rank="tp0"
+            )
+        about = {"instance": "prefill-0", "rank": "tp0", "session": session_of("decode", 0, 0)}
+        told.happens("ejected", "session ejected: see whether that process runs", **about)
+        await window.sees("ejected · prefill-0/tp0 → decode-0/tp0", "#events")
+        await window.sees("room failed · prefill-0/tp0 · 100 times", "#events")
+        await window.sees("room 99 failed", "#events")
+        assert await window.do(lambda page: page.locator("#events li").count()) == 3
+
+
 async def test_throughput_is_what_reports_differ_by(browser: Chromium) -> None:
     fleet = Fleet()
     async with planted(fleet) as (told, url), browser.window() as window:
