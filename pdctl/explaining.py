@@ -77,7 +77,7 @@ async def why(settings: Settings, scope: Scope) -> Explained:
             told = await service.identify()
             if told.who in (Who.REGISTRY, Who.STOCK):
                 seen = await _look(service, told.who)
-                return await _explained(seen, scope, down)
+                return await _explained(seen, scope if told.who is Who.REGISTRY else EVERYTHING, down)
             down.append(await nobody_there(url, told, scope))
     return Explained(scope, settings.node.registry, False, down)
 
@@ -147,7 +147,7 @@ async def _stock(service: Service) -> Row:
     ask = dict.fromkeys(("prefill_dp_rank", "prefill_cp_rank", "target_tp_rank", "target_pp_rank"), "-1")
     reply = await service.get("/route", ask)
     if reply.status != HTTPStatus.OK:
-        return {"instances": [], "service": {"unready": [f"SGLang's own server says: {reply.words}"]}}
+        return {"instances": [], "stock": reply.words}
     try:
         shape = shape_from_topology(reply.json)
     except BadField:

@@ -144,8 +144,23 @@ def absent(seen: Seen, scope: Scope) -> Iterator[Finding]:
         came = any(event.get("instance") == place.instance for event in _refused(seen, Scope((place,))))
         if place.instance not in seen.instances and not came:
             yield _gone(seen, place) or _never_came(seen, place)
-    if not scope.places and scope.room is None and not seen.ranks:
+    if (words := seen.overview.get("stock")) is not None:
+        yield _stock(seen, str(words))
+    elif not scope.places and scope.room is None and not seen.ranks:
         yield _never_came(seen, None)
+
+
+def _stock(seen: Seen, words: str) -> Finding:
+    """SGLang's own server counts registrations; who is missing it cannot say."""
+    nobody = "(0 workers" in words
+    do = "see each prefill rank's log for its registration; pdctl serve in this server's place names who is missing"
+    return Finding(
+        Culprit.NEVER_REGISTERED if nobody else Culprit.RANK_MISSING,
+        f"the instance of {seen.registry}",
+        f"{'no rank' if nobody else 'not every rank'} has registered with SGLang's own bootstrap server",
+        do,
+        (f"GET /route: {words}",),
+    )
 
 
 def _gone(seen: Seen, place: Place) -> Finding | None:
