@@ -39,6 +39,7 @@ from pdctl.core.sessions import Depth, State
 from pdctl.device.open import open_device
 from pdctl.errors import CallerError, ConfigError, NotReady, OperatorError, PdctlError, Superseded, Unreachable
 from pdctl.kvstore import check_store, open_store
+from pdctl.tracing import open_tracing
 
 log = structlog.get_logger(__name__)
 
@@ -425,7 +426,8 @@ async def _store_warmup(settings: Settings, args: argparse.Namespace) -> int:
     )
     async with (
         open_device(store.device, environ=config.environment()) as device,
-        open_store(trial, rank, device, patience=store.patience()) as opened,
+        open_tracing(settings.trace, role="store") as spans,
+        open_store(trial, rank, device, patience=store.patience(), spans=spans) as opened,
     ):
         report = opened.report
     print(json.dumps(asdict(report) | {"ready": report.ready}) if args.json else report)
