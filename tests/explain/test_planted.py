@@ -291,7 +291,7 @@ def doctor(*arguments: str, **environ: str) -> tuple[int, dict[str, Any]]:
 def test_a_library_that_is_missing_is_named_with_what_brings_it(lacking: Path) -> None:
     status, said = doctor("--only", "libraries", "--only", "engine", PYTHONPATH=str(lacking))
     assert (status, said["libraries"]["result"], said["engine"]["result"]) == (1, "fail", "fail")
-    assert "engine.so need libcudart.so.12" in said["libraries"]["evidence"]
+    assert "engine.so need libcudart.so.12, which is not found" in said["libraries"]["evidence"]
     assert "nvidia-cuda-runtime-cu12" in said["libraries"]["fix"]
     assert "libcudart.so.12" in said["engine"]["evidence"]
 
