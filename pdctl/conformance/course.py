@@ -97,10 +97,10 @@ class Recognised:
 
 async def recognised(ask: Asker) -> Recognised:
     """What answers there. Raises Unreachable where it is no bootstrap registry."""
-    answers = [await ask("GET", "/health"), await ask("GET", "/route"), await _topology(ask)]
-    health, without_query, topology = answers
+    answers = [await ask("GET", "/route"), await _topology(ask)]
+    without_query, topology = answers
     served = topology.status == 200 and "attn_tp_size" in topology.row()
-    if health.status in (200, 503) and without_query.status == 400 and (served or topology.status == 503):
+    if without_query.status == 400 and (served or topology.status == 503):
         listed = await ask("GET", "/v1/instances")
         ours = listed.status in (401, 403) or "instances" in listed.row()
         return Recognised("pdctl" if ours else "a bootstrap registry on SGLang's wire", ours)
@@ -156,7 +156,7 @@ async def _checked(promise: Promise, one: Subject, tell: Callable[[Promise], Non
 
 async def _answers(one: Subject) -> bool:
     try:
-        return (await one.ask("GET", "/health")).status > 0
+        return (await one.topology()).status > 0
     except NoAnswer:
         return False
 
