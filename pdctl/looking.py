@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from fastapi import APIRouter
 
 from pdctl.config import Settings
-from pdctl.dialects import native, overview, sessions
+from pdctl.dialects import native, overview, sessions, targets
 from pdctl.dialects.board import Board
 from pdctl.dialects.native import Others
 from pdctl.dialects.watch import Broadcast
@@ -75,7 +75,9 @@ class Looking:
         registrar.subscribe_refusals(lookout.refused)
         links.prober.subscribe(lookout.turned)
         news.subscribe(partial(board.changed, "instance"))
-        return cls(lookout, overview.router(lookout, shown, native.refusing(registrar), board), board, service)
+        router = overview.router(lookout, shown, native.refusing(registrar), board)
+        router.include_router(targets.router(registrar.views))
+        return cls(lookout, router, board, service)
 
     @property
     def loops(self) -> dict[str, Coroutine[Any, Any, None]]:

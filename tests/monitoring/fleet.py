@@ -71,8 +71,10 @@ def fleet(directory: Path) -> Iterator[Fleet]:
 
 @contextmanager
 def watched(directory: Path, running: Fleet) -> Iterator[Prometheus]:
-    registry, *ranks = (url.split("/")[2] for url in running.metrics_urls.values())
-    with prometheus(directory, {"pdctl-registry": [registry], "pdctl-ranks": ranks}) as it:
+    """The registry tells it where the ranks are."""
+    url = running.registry.url
+    jobs = {"pdctl-registry": [url.split("/")[2]], "pdctl-ranks": f"{url}/v1/targets"}
+    with prometheus(directory, jobs) as it:
         until(lambda: [value for _, value in it.query("up")] == [1, 1, 1])
         yield it
 

@@ -52,6 +52,15 @@ def test_what_a_process_answers_is_what_the_page_of_metrics_says(seen: Seen, who
     assert ("pdctl_registered{" in text) == (who != "serve")
 
 
+def test_ranks_at_any_port_are_scraped_under_their_names_because_the_registry_says_where_they_are(seen: Seen) -> None:
+    running, prometheus = seen
+    up = {labels["instance"]: labels for labels, value in prometheus.query('up{job="pdctl-ranks"}') if value == 1}
+    for role, instance in (("prefill", "default"), ("decode", "decode")):
+        labels = up[running.metrics_urls[role].split("/")[2]]
+        assert (labels["pdctl_role"], labels["pdctl_instance"]) == (role, instance)
+        assert labels["pdctl_seat"] == "dp0/cp0/tp0/pp0"
+
+
 def test_every_query_of_the_dashboard_finds_what_there_is(seen: Seen) -> None:
     running, prometheus = seen
     for _ in range(5):

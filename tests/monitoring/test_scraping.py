@@ -64,8 +64,19 @@ def test_pod_monitors_and_files_scrape_as_often() -> None:
     assert every == {"15s"}
 
 
-def test_promtool_takes_the_configuration() -> None:
+def test_promtool_takes_the_configuration_with_what_is_offered_in_comments(tmp_path: Path) -> None:
     promtool("check", "config", str(DEPLOY / "prometheus.yml"))
+    text = (DEPLOY / "prometheus.yml").read_text()
+    text = (
+        text.replace("    # http_sd", "    http_sd")
+        .replace("    #   - url", "      - url")
+        .replace("    #     ", "        ")
+    )
+    text = text.replace("  - recording", f"  - {DEPLOY}/recording").replace("  - alerts", f"  - {DEPLOY}/alerts")
+    (tmp_path / "prometheus.yml").write_text(text)
+    said = yaml.safe_load(text)["scrape_configs"][1]["http_sd_configs"]
+    assert [each["url"] for each in said] == ["http://10.0.0.1:8998/v1/targets"]
+    promtool("check", "config", str(tmp_path / "prometheus.yml"))
 
 
 def test_without_the_operator_the_same_ports_become_the_same_jobs(tmp_path: Path) -> None:
