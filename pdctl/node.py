@@ -110,7 +110,7 @@ async def sidecar(settings: Settings) -> AsyncIterator[Sidecar]:
         shown = [looking.router, page.router()]
         routers = [plain.router(), *others.routers(registrar, instance), ours, links.router, *shown]
         inner = sglang.in_front(plain, server.app(routers, metrics, unready=registrar.unready))
-        admitted = Turnstile(inner, Admission(settings.admission), time.monotonic, metrics)
+        admitted = Turnstile(looking.in_front(inner), Admission(settings.admission), time.monotonic, metrics)
         service = Dated(admitted, lambda: registrar.copy_age_s) if isinstance(journal, Shared) else admitted
         spans = await stack.enter_async_context(open_tracing(settings.trace, role="registry"))
         witness = _witness(settings.witness, registrar, metrics)

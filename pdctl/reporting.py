@@ -176,7 +176,7 @@ class Reporter:
             log.error("report failed by a defect", exc_info=defect)
             return LEFT_ALONE_S
         self._counts.sent(Sent.TAKEN)
-        return min(self._every_s, wanted.again_s)
+        return max(self._every_s, wanted.again_s)  # of a crowd the registry wants to hear less often
 
     def _bear(self, refused: RegistryRefused, granted: Grant) -> float:
         self._counts.sent(Sent.REFUSED)
