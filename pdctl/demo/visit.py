@@ -15,15 +15,14 @@ from dataclasses import dataclass
 
 from pdctl.demo.prompts import Prompt
 from pdctl.demo.screen import Screen
-from pdctl.demo.stage import Stage, fetch, until
+from pdctl.demo.stage import REQUEST_DEADLINE_S, Stage, fetch, until
 from pdctl.demo.stage import value_of as metric
 from pdctl.errors import PdctlError, Unreachable
 
-OPENED_WITHIN_S = 120.0
 LOOK_S = 6.0
 """As long as a person takes to find what has changed."""
 STOPPED_S = 8.0
-BETWEEN_REQUESTS_S = 0.5
+BETWEEN_REQUESTS_S = 1.0
 WATCHERS = "pdctl_watch_streams_open"
 
 
@@ -33,9 +32,10 @@ class Visit:
 
     screen: Screen
     prompts: tuple[Prompt, ...]
+    opened_within_s: float = 120.0
 
     async def open(self, stage: Stage) -> None:
-        """Say where the page is, and wait until somebody has it open, or for two minutes."""
+        """Say where the page is, and wait until somebody has it open; not for ever."""
         self.screen.call(f"open {stage.registry_url}/ in a browser: the show goes on when the page is open")
 
         async def is_open() -> bool:
@@ -43,7 +43,7 @@ class Visit:
             return metric(text.splitlines(), WATCHERS) > 0
 
         with contextlib.suppress(Unreachable):  # nobody has come: the show goes on for those who read here
-            await until(is_open, "the page", deadline_s=OPENED_WITHIN_S)
+            await until(is_open, "the page", deadline_s=self.opened_within_s)
 
     async def look(self, what: str, stage: Stage | None = None, seconds: float = LOOK_S) -> None:
         """`what` can be seen now. With a `stage`, requests go on."""
@@ -84,8 +84,10 @@ class Visit:
         for prompt in itertools.cycle(self.prompts):
             if ended.is_set():
                 return
+            room = stage.next_room()
             with contextlib.suppress(PdctlError):
-                await stage.run(prompt).finished()
+                for asked in (stage.ask_decode(room, prompt), stage.ask_prefill(room, prompt)):
+                    await asked.within(REQUEST_DEADLINE_S)
             await asyncio.sleep(BETWEEN_REQUESTS_S)
 
 

@@ -173,7 +173,8 @@ function layoutOf(instance) {
 
 /**
  * Prefill x decode, by rank. A row is who judges (a prefill rank by its report, or this service by its own table), a
- * column a session that is judged; a decode that nobody has judged yet is a column as well.
+ * column a session that is judged; a decode that nobody has judged yet is a column as well. `stray` sessions are no
+ * registered rank's, though others' are: of a rank that another has replaced, mostly, and no loss.
  */
 function linksOf(picture, now) {
   const columns = new Map();
@@ -199,7 +200,9 @@ function linksOf(picture, now) {
   }
   for (const row of rows) for (const session of row.links.keys()) column(session);
   const byPlace = (a, b) => inOrder(a.name, b.name);
-  return { rows: rows.sort(byPlace), columns: [...columns.values()].sort(columnOrder) };
+  const all = [...columns.values()].sort(columnOrder), known = all.some((each) => each.instance);
+  const stray = new Set(known ? all.filter((each) => !each.instance).map((each) => each.session) : []);
+  return { rows: rows.sort(byPlace), columns: all, stray };
 }
 
 /** Those that the registry knows first: a bare address is of somebody who is gone, or who never registered. */
@@ -305,11 +308,11 @@ function ofAnInstance(instance, say) {
 }
 
 /** One sentence for a rank that all refuse, or that refuses all; else one for each decode. */
-function ofLinks({ rows, columns }, say) {
-  const told = new Set();
+function ofLinks({ rows, columns, stray }, say) {
+  const told = new Set(), n_known = columns.length - stray.size;
   for (const row of rows) {
-    const { out } = row;
-    if (columns.length < 2 || out.length < columns.length) continue;
+    const out = row.out.filter((link) => !stray.has(link.session));
+    if (n_known < 2 || out.length < n_known) continue;
     told.add(row.name);
     say("bad", `${row.name} refuses all ${out.length} decode ranks: ${causes(out)}`, `the fault is probably at ${row.name} itself, or in its network`, row.name);
   }
@@ -321,6 +324,10 @@ function ofLinks({ rows, columns }, say) {
     if (!out) continue;
     const state = out.map((link) => link.state).reduce(worse);
     const by = judges.length > 1 ? `${out.length} of ${judges.length} prefill ranks` : judges[0].name;
+    if (stray.has(column.session)) {
+      say("info", `${column.name} is refused by ${by}, and no registered rank has that session`, "of a rank that is gone: it is forgotten when nobody asks for it", column.name);
+      continue;
+    }
     const what = { trial: "is on trial at", dropped: "was dropped by", blocked: "is blocked at" }[state];
     say(state === "trial" ? "warn" : "bad", `${column.name} ${what} ${by}: ${causes(out)}`, outlook(out, state), column.name);
   }

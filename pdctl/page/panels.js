@@ -77,11 +77,12 @@ function roles(instances) {
   return [...counted].sort().map(([role, n]) => `${n} ${role}`).join(", ");
 }
 
-function showLinksTile({ rows }) {
-  const out = rows.flatMap((row) => row.out), used = sum(rows.map((row) => row.links.size));
+function showLinksTile({ rows, stray }) {
+  const all = rows.flatMap((row) => row.out), out = all.filter((link) => !stray.has(link.session)), used = sum(rows.map((row) => row.links.size));
   const count = (state) => out.filter((link) => link.state === state).length;
   const gone = count("blocked") + count("dropped"), trial = count("trial");
-  const below = [`of ${used} in use`, trial ? `${trial} on trial` : ""].filter(Boolean).join(", ");
+  const past = all.length - out.length;
+  const below = [`of ${used} in use`, trial ? `${trial} on trial` : "", past ? `${past} to ranks that are gone` : ""].filter(Boolean).join(", ");
   tile("links", String(gone), rows.length ? below : "no rank reports any", gone ? "bad" : trial ? "warn" : "");
 }
 

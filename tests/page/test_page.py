@@ -12,7 +12,7 @@ import aiohttp
 import pytest
 
 from pdctl.dialects import page as dialect
-from tests.page.planted import Fleet, Told, instance, link, planted, report, session_of
+from tests.page.planted import Fleet, Told, blocked, instance, link, planted, report, session_of
 from tests.page.window import Chromium, Scheme, Window
 
 
@@ -116,6 +116,19 @@ async def test_a_prefill_that_refuses_everybody_is_the_suspect_itself(browser: C
     async with shown(browser, fleet) as (_, window):
         await window.sees("prefill-0/tp0 refuses all 3 decode ranks: timed out", "#problems")
         await window.sees("One thing is broken", "#verdict")
+
+
+async def test_a_block_of_a_rank_that_was_replaced_is_a_note_and_no_trouble(browser: Chromium) -> None:
+    fleet = Fleet(decodes=2)
+    fleet.reports["prefill-0", 0]["links"].append(blocked("10.9.9.9:15001"))
+    async with shown(browser, fleet) as (told, window):
+        await window.sees("10.9.9.9:15001 is refused by prefill-0/tp0, and no registered rank has that", "#problems")
+        await window.sees("Everything serves", "#verdict")
+        await window.sees("1 to ranks that are gone", "#tile-links-sub")
+        for name in ("decode-0", "decode-1"):  # where no decode registers, it is all that is known of them
+            told.say("instance", {"name": name, "gone": True})
+            told.say("report", {"instance": name, "seat": "tp0", "gone": True})
+        await window.sees("10.9.9.9:15001 is blocked at prefill-0/tp0: timed out", "#problems")
 
 
 async def test_the_cause_of_a_link_is_told_on_hover(browser: Chromium) -> None:
