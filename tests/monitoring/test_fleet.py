@@ -16,7 +16,7 @@ from pdctl.core.native import Registration
 from pdctl.core.route import Announcement, Seat, Shape
 from tests.monitoring.contract import breaches
 from tests.monitoring.dashboard import queries
-from tests.monitoring.fleet import Fleet, fleet, watched
+from tests.monitoring.fleet import Fleet, watched
 from tests.monitoring.prometheus import Prometheus
 from tests.service import until
 
@@ -37,9 +37,8 @@ Seen = tuple[Fleet, Prometheus]
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen]:
-    directory = tmp_path_factory.mktemp("fleet")
-    with fleet(directory) as running, watched(directory, running) as prometheus:
-        yield running, prometheus
+    with watched(tmp_path_factory.mktemp("fleet")) as both:
+        yield both
 
 
 @pytest.mark.parametrize("who", ["serve", "prefill", "decode"])
