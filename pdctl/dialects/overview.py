@@ -39,8 +39,8 @@ from pdctl.lookout import Lookout
 from pdctl.metrics import Metrics
 from pdctl.shortcut import Answer, Answered, Beside, at_once_of
 
-BODY_LIMIT = 1 << 20
-"""4,096 links of a sentence each are 0.8 MB."""
+BODY_LIMIT = 2 << 20
+"""4,096 links in trouble are 1.0 MB, with the longest names and sentences that a rank of ours gives them."""
 EVENTS_SHOWN = 1000
 
 _REPORT = TypeAdapter(Report)
