@@ -39,10 +39,10 @@ class LastWords:
         self._send, self._rank, self._timeouts = send, rank, timeouts
         self._untold: dict[tuple[int, Endpoint], asyncio.Task[None]] = {}
         self._errands = Errands()
-        self._reports = Errands()  # apart: what cannot be delivered stays long, and may not crowd out an abort's answer
+        self.reports = Errands()  # apart: what cannot be delivered stays long, and may not crowd out an abort's answer
 
     async def aclose(self) -> None:
-        await asyncio.gather(self._reports.aclose(_FLUSH_S), self._errands.aclose(_FLUSH_S))
+        await asyncio.gather(self.reports.aclose(_FLUSH_S), self._errands.aclose(_FLUSH_S))
 
     def report(
         self,
@@ -66,7 +66,7 @@ class LastWords:
                 log.warning("decode rank not told", what="status", to=str(to), why=str(error))
 
         self.hush(room, to)
-        task = self._reports.spawn(f"status to {to}", deliver())
+        task = self.reports.spawn(f"status to {to}", deliver())
         if task is not None:
             self._untold[room, to] = task
             task.add_done_callback(lambda told: self._told(room, to, told))
