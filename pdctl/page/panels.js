@@ -348,7 +348,7 @@ class Chart {
 }
 
 function watched_s(meter, now) {
-  return meter.since === null ? 0 : Math.max(0, Math.min(CHART_S.at(-1), now / 1000 - LAG_S - meter.since));
+  return meter.since === null ? 0 : Math.max(0, Math.min(CHART_S.at(-1), now / 1000 - meter.lag_s - meter.since));
 }
 
 function toldOf(values, seconds) {
