@@ -16,7 +16,20 @@ from pdctl.core.layout import Kind
 from pdctl.core.naming import SESSION_KEY
 from pdctl.core.pairing import check_shapes
 from pdctl.core.route import Seat
-from pdctl.core.seen import SHOWN, Door, Knock, Row, Seen, ago, endpoint_of, role_of, shape_of, sizes
+from pdctl.core.seen import (
+    SHOWN,
+    Door,
+    Knock,
+    Row,
+    Seen,
+    ago,
+    endpoint_of,
+    role_of,
+    said,
+    seat_of,
+    shape_of,
+    sizes,
+)
 from pdctl.errors import BadField, LayoutMismatch
 
 STUCK_S = 30.0
@@ -232,6 +245,27 @@ def reports(seen: Seen, scope: Scope) -> Iterator[Finding]:
             why = f"{who} is not ready: {reason}"
             do = "mend what it names; its own /readyz says when it is over"
             yield Finding(Culprit.RANK_UNREADY, who, why, do, (f"report of {who}, {report.get('age_s')} s old",))
+
+
+def silent(seen: Seen, scope: Scope) -> Iterator[Finding]:
+    """Who holds its seat, and does not tell any more how it is."""
+    lost = {(str(event.get("instance")), seat_of(event)): event for event in seen.events if _is_lost(event)}
+    for (name, seat), event in lost.items():
+        if (
+            seat is None
+            or (name, seat) not in seen.ranks
+            or (name, seat) in seen.reports
+            or not scope.covers(name, seat)
+        ):
+            continue
+        who = rank_name(name, seat)
+        why = f"{who} holds its seat, and has stopped to tell this registry how it is"
+        do = "look at its log and its load; of several registries over one etcd it may tell another one: ask that too"
+        yield Finding(Culprit.REPORT_LOST, who, why, do, (f"event {event.get('id')}: {said(event)}",))
+
+
+def _is_lost(event: Row) -> bool:
+    return event.get("kind") == "report_lost"
 
 
 # --- rooms
