@@ -182,8 +182,6 @@ def _ejected(seen: Seen, who: str, link: Row) -> Finding:
     peer = seen.by_session.get(session)
     name = f"{peer} ({session})" if peer else session
     cause = str(link.get("cause") or "unknown").replace("_", " ")
-    again_s = link.get("again_in_s", link.get("next_question_s"))
-    until = f"asked again in {again_s:.1f} s" if again_s is not None else "until the peer registers anew"
     facts = [f"link as {who} has it: {link.get('sentence', '')}"]
     knock = seen.knocks.get(session)
     if knock is not None:
@@ -192,15 +190,26 @@ def _ejected(seen: Seen, who: str, link: Row) -> Finding:
     return Finding(
         Culprit.EJECTED_LINK,
         f"{who} -> {peer or session}",
-        f"{who} {verb} {name} since {float(link.get('since_s') or 0):.0f} s because of {cause}; {until}",
+        f"{who} {verb} {name} since {float(link.get('since_s') or 0):.0f} s because of {cause}; {_until(link)}",
         _cure(link, knock),
         tuple(facts),
     )
 
 
+def _until(link: Row) -> str:
+    again_s = link.get("again_in_s", link.get("next_question_s"))
+    if again_s is not None:
+        return f"asked again in {again_s:.1f} s"
+    is_asked = link.get("asking") or "being asked now" in str(link.get("sentence"))
+    return "being asked now" if is_asked and link.get("state") == "blocked" else "until the peer registers anew"
+
+
 def _cure(link: Row, knock: Knock | None) -> str:
     if link.get("state") == "dropped":
-        return "another process answers there now: start the peer anew, so that it registers; or pdctl sessions --lift"
+        return (
+            "that life is over, by its lease's end or as another process answers there: start the peer anew, so that it "
+            "registers; or pdctl sessions --lift"
+        )
     if knock is not None and knock.door is Door.ANSWERS:
         return (
             "the peer answers again: it is let back by itself when its hold is over; pdctl sessions --lift does so now"
