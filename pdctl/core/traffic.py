@@ -207,8 +207,8 @@ def _until(link: Row) -> str:
 def _cure(link: Row, knock: Knock | None) -> str:
     if link.get("state") == "dropped":
         return (
-            "that life is over, by its lease's end or as another process answers there: start the peer anew, so that it "
-            "registers; or pdctl sessions --lift"
+            "that life is over, by its lease's end or as another process answers there: start the peer anew, so that "
+            "it registers; or pdctl sessions --lift"
         )
     if knock is not None and knock.door is Door.ANSWERS:
         return (
