@@ -363,7 +363,7 @@ function ofRooms(rooms, now, say) {
   const counted = new Map();
   for (const room of lately) counted.set(room.cause, (counted.get(room.cause) || 0) + 1);
   const [most] = [...counted].sort((a, b) => b[1] - a[1])[0];
-  say("warn", `${lately.length === 1 ? "1 room" : `${lately.length} rooms`} failed in the last minute, mostly: ${plain(most)}`, "the list below says each one's reason", "");
+  say("warn", `${lately.length === 1 ? "1 room" : `${lately.length} rooms`} failed in the last minute, mostly: ${plain(most)}`, `the last: ${lately[0].sentence || plain(lately[0].cause)}`, "");
 }
 
 /** Each room once, though both of its sides have told of it: in the words of the sender, who knows why. */

@@ -89,7 +89,7 @@ async def past(told: Told, window: Window, seconds: int) -> None:
         wave = 1 + math.sin(second / 17) / 3 + math.sin(second / 5) / 8
         for row in told.fleet.reports.values():
             if second % 5 == row["epoch"] % 5 or second == 0:
-                row["bytes"] += int(4e8 * wave * (row["role"] == "prefill" or 0.75))
+                row["bytes"] += int(4e8 * wave * (row["role"] == "prefill" or 0.75)) if second > 4 else 0
                 told.say("report", row)
         await asyncio.sleep(0.02)
         await window.do(lambda page: page.clock.run_for(1000))
@@ -100,7 +100,7 @@ async def of_paper(
 ) -> None:
     async with (
         planted(fleet) as (told, url),
-        browser.window(width=1240, height=920, scheme=scheme) as window,
+        browser.window(width=1200, height=840, scheme=scheme) as window,
     ):
         await window.do(lambda page: page.clock.install())
         await window.open(url)
@@ -110,7 +110,7 @@ async def of_paper(
             told.say("report", row)
         await asyncio.sleep(0.3)
         await window.do(lambda page: page.clock.run_for(500))
-        await window.ask("at => { scrollTo(0, document.querySelector(at).offsetTop - 56); }", at)
+        await window.ask("at => { scrollTo(0, document.querySelector(at).getBoundingClientRect().top - 70); }", at)
         await window.screenshot(IMAGES / name)
 
 
@@ -143,7 +143,7 @@ async def of_the_demo(browser: Chromium) -> None:
 async def draw(browser: Chromium, *, demo: bool) -> None:
     IMAGES.mkdir(exist_ok=True)
     await of_paper(browser, "page-light.png", troubled(), "light")
-    await of_paper(browser, "page-dark.png", troubled(), "dark", at="#matrix")
+    await of_paper(browser, "page-dark.png", troubled(), "dark", at="#h-links")
     many = Fleet(prefills=188, decodes=187, tp=8, links=24)
     for prefill in range(60):
         many.block(prefill, 17, 2)
