@@ -289,11 +289,11 @@ async def the_living_are_not_overwritten(subject: Subject) -> Finding:
         return untried("the instance never became complete")
     if subject.elsewhere is None:
         return untried("needs a second address of this host that reaches the server: --from-address")
+    if subject.is_locked:
+        return untried("its leases want a token: --token-file")
     how = "listens"
     if subject.has_leases:
         held = await subject.hold(7)
-        if held.status in (401, 403):
-            return untried(f"its leases want a token ({held}): --token-file")
         how = "listens and holds a lease" if held.status == 200 else f"listens (it got no lease: {held})"
     said = await subject.elsewhere("PUT", "/route", subject.rank(7, address=SIZE + 1))
     if await subject.finds(7):
@@ -305,14 +305,14 @@ async def the_living_are_not_overwritten(subject: Subject) -> Finding:
 async def a_rank_can_be_taken_out(subject: Subject) -> Finding:
     if not subject.is_complete:
         return untried("the instance never became complete")
+    if subject.is_locked:
+        return untried("its way wants a token: --token-file")
     gone = await subject.leave(7)
     if gone is None:
         said = await subject.ask("DELETE", "/route", subject.rank(7))
         if said.status != 200:
             return broken(f"there is no way: DELETE /route says {said}")
         gone = said
-    if gone.status in (401, 403):
-        return untried(f"it wants a token ({gone}): --token-file")
     served = await subject.topology()
     again = await subject.put(7)
     if gone.status != 200 or served.status == 200:
