@@ -33,6 +33,10 @@ class Fleet:
             "decode": str(self.decode.hello["metrics"]),
         }
 
+    @property
+    def journal(self) -> Path:
+        return self.directory / "journal"
+
     def move(self) -> None:
         """One room, from end to end."""
         room = next(self._rooms)
@@ -42,7 +46,7 @@ class Fleet:
 
     def start_registry_again(self) -> None:
         """At the port and with the journal of the one that was killed."""
-        port, journal = str(self.registry.port), journal_in(self.directory)
+        port, journal = str(self.registry.port), f"sqlite:{self.journal}"
         again = service(self.directory / "again.log", "--port", port, "--journal", journal)
         self.registry = self.stack.enter_context(again)
 
@@ -59,7 +63,9 @@ class Fleet:
 def watched(directory: Path) -> Iterator[tuple[Fleet, Prometheus]]:
     """All that takes its time is started at once: Prometheus is told of the ranks when they have registered."""
     with ExitStack() as stack, ThreadPoolExecutor(2) as pool:  # a child lives no longer than the thread that began it
-        registry = stack.enter_context(service(directory / "registry.log", "--journal", journal_in(directory)))
+        registry = stack.enter_context(
+            service(directory / "registry.log", "--journal", f"sqlite:{directory / 'journal'}")
+        )
         starting = [pool.submit(Child, "tests.monitoring.node", role, registry.url) for role in ("prefill", "decode")]
         for each in starting:
             stack.callback(lambda each=each: each.result().kill())  # type: ignore[misc]
@@ -68,7 +74,3 @@ def watched(directory: Path) -> Iterator[tuple[Fleet, Prometheus]]:
         prefill, decode = (each.result() for each in starting)
         until(lambda: [value for _, value in seen.query("up")] == [1, 1, 1])
         yield Fleet(registry, prefill, decode, stack, directory), seen
-
-
-def journal_in(directory: Path) -> str:
-    return f"sqlite:{directory / 'journal'}"

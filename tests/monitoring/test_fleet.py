@@ -8,6 +8,7 @@ import re
 import time
 import urllib.request
 from collections.abc import Iterator
+from urllib.error import HTTPError
 
 import pytest
 
@@ -92,10 +93,22 @@ def test_a_decode_that_stops_fires_and_clears_when_it_goes_on(seen: Seen) -> Non
 def test_a_rank_that_never_comes_fires_and_clears_when_it_does(seen: Seen) -> None:
     running, prometheus = seen
     assert "PdctlInstanceIncomplete" not in prometheus.firing()
-    claim(running, tp=0)
+    assert claim(running, tp=0) == 200
     until(lambda: "PdctlInstanceIncomplete" in prometheus.firing())
-    claim(running, tp=1)
+    assert claim(running, tp=1) == 200
     until(lambda: "PdctlInstanceIncomplete" not in prometheus.firing())
+
+
+def test_a_journal_that_is_moved_away_fires_and_clears_when_it_is_put_back(seen: Seen) -> None:
+    running, prometheus = seen
+    aside = running.journal.with_suffix(".aside")
+    running.journal.rename(aside)
+    assert claim(running, tp=0, instance="late") == 503
+    until(lambda: "PdctlJournalRefusesWrites" in prometheus.firing())
+    assert "PdctlRankUnregistered" not in prometheus.firing(), "who is there is not put out by it"
+    aside.rename(running.journal)
+    until(lambda: "PdctlJournalRefusesWrites" not in prometheus.firing())
+    assert [claim(running, tp, instance="late") for tp in (0, 1)] == [200, 200]
 
 
 def test_a_registry_that_is_killed_fires_for_it_and_for_its_ranks_and_clears_when_it_is_back(seen: Seen) -> None:
@@ -116,14 +129,18 @@ def alerts(prometheus: Prometheus, name: str) -> list[dict[str, dict[str, str]]]
     return [each for each in prometheus.alerts() if each["labels"]["alertname"] == name]
 
 
-def claim(running: Fleet, tp: int) -> None:
-    """A rank of another instance, as its client would register it."""
+def claim(running: Fleet, tp: int, instance: str = "half") -> int:
+    """What is answered to a rank of another instance that registers."""
     body = Registration.of(Announcement(Seat(0, 0, tp, 0), HALF, Endpoint("127.0.0.1", 9000 + tp)), 60.0).to_body()
     request = urllib.request.Request(
-        f"{running.registry.url}/v1/instances/half/ranks/dp0-cp0-tp{tp}-pp0",
+        f"{running.registry.url}/v1/instances/{instance}/ranks/dp0-cp0-tp{tp}-pp0",
         data=json.dumps(body).encode(),
         headers={"Content-Type": "application/json"},
         method="PUT",
     )
-    with urllib.request.urlopen(request, timeout=10) as answer:
-        assert answer.status == 200
+    try:
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return int(answer.status)
+    except HTTPError as error:
+        with error:
+            return error.code
