@@ -18,7 +18,7 @@ _LOADS = {
     "link": "href",
 }
 _VERBATIM = {"code", "pre", "script", "style"}
-_MARKDOWN = re.compile(r"\*\*|```|\]\(|\|-|\n(?:[-*]|\d+\.) |\n\| ")
+_MARKDOWN = re.compile(r"\*\*|```|\]\(|\|-|\n(?:[-*]|\d{1,2}\.) |\n\| ")
 _NOT_LOADED = {"canonical", "prev", "next", "alternate"}  # kinds of <link> that no browser follows by itself
 
 
