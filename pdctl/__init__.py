@@ -22,13 +22,23 @@ if TYPE_CHECKING:
     from pdctl.core.plan import CopyPlan
     from pdctl.core.route import Announcement, Seat, Shape
     from pdctl.core.sessions import ProbePolicy
+    from pdctl.core.trace import TraceContext
     from pdctl.core.transfer import RoomTimeouts
     from pdctl.credentials import Credentials
     from pdctl.device.base import Device
     from pdctl.device.open import open_device
     from pdctl.engine.base import Engine
     from pdctl.engine.mooncake import MooncakeSettings, open_mooncake
-    from pdctl.errors import Cause, PdctlError, RoomFailed, SessionBlocked, StoreNotReady, StoreUnusable, TransferFailed
+    from pdctl.errors import (
+        Cause,
+        NotReady,
+        PdctlError,
+        RoomFailed,
+        SessionBlocked,
+        StoreNotReady,
+        StoreUnusable,
+        TransferFailed,
+    )
     from pdctl.kvstore import StorePatience, open_store
     from pdctl.memory import Arena
     from pdctl.node import DecodeNode, PrefillNode, Sidecar, decode_node, prefill_node, sidecar
@@ -56,6 +66,7 @@ __all__ = [
     "KvLayout",
     "Listed",
     "MooncakeSettings",
+    "NotReady",
     "PdctlError",
     "Picture",
     "Pool",
@@ -79,6 +90,7 @@ __all__ = [
     "StorePatience",
     "StoreRank",
     "StoreUnusable",
+    "TraceContext",
     "TransferFailed",
     "decode_node",
     "load",
@@ -104,6 +116,7 @@ _ROOMS = {
     "core.plan": ("CopyPlan",),
     "core.route": ("Announcement", "Seat", "Shape"),
     "core.sessions": ("ProbePolicy",),
+    "core.trace": ("TraceContext",),
     "core.transfer": ("RoomTimeouts",),
     "credentials": ("Credentials",),
     "device.base": ("Device",),
@@ -112,6 +125,7 @@ _ROOMS = {
     "engine.mooncake": ("MooncakeSettings", "open_mooncake"),
     "errors": (
         "Cause",
+        "NotReady",
         "PdctlError",
         "RoomFailed",
         "SessionBlocked",

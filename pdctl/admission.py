@@ -17,7 +17,7 @@ from pdctl.metrics import Metrics
 from pdctl.shortcut import Answer, Answered, at_once_of
 
 _ENGINES_OWN = {("PUT", "/route"), ("POST", "/register"), ("PUT", "/metadata")}
-_INSTANCES, _RANKS = "/v1/instances/", "/ranks/"
+_INSTANCES, _RANKS, _REPORT = "/v1/instances/", "/ranks/", "/report"
 _ADMITTED = "admitted"
 
 
@@ -56,10 +56,11 @@ class Turnstile:
 
 
 def lane_of(method: str, path: str) -> Lane | None:
-    """Whose registration it is; None for what is none. A renewal is none: to let it wait would end the lease."""
+    """Whose registration it is; None for what is none. A renewal is none: to let it wait would end the lease. Nor is a
+    report, of which thousands of ranks send hundreds a second."""
     if (method, path) in _ENGINES_OWN:
         return Lane.STOCK
-    if method == "PUT" and path.startswith(_INSTANCES) and _RANKS in path:
+    if method == "PUT" and path.startswith(_INSTANCES) and _RANKS in path and not path.endswith(_REPORT):
         return Lane.LEASED
     return None
 

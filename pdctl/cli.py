@@ -39,6 +39,7 @@ from pdctl.core.sessions import Depth, State
 from pdctl.device.open import open_device
 from pdctl.errors import CallerError, ConfigError, NotReady, OperatorError, PdctlError, Superseded, Unreachable
 from pdctl.kvstore import check_store, open_store
+from pdctl.tracing import open_tracing
 
 log = structlog.get_logger(__name__)
 
@@ -280,8 +281,12 @@ def _add_demo(commands: Commands) -> None:
     command.add_argument("--prompt", action="append", help="a prompt to run; may be given again (a built-in set)")
     command.add_argument("--trace", type=Path, help="replay the lengths and shared prefixes of a trace, JSON lines")
     command.add_argument("--requests", type=int, default=20, help="how many requests of the trace (20)")
-    command.add_argument("--json", action="store_true", help="one JSON document instead of the show")
-    command.set_defaults(prompt=None, trace=None, requests=20, json=False)
+    how = command.add_mutually_exclusive_group()
+    how.add_argument("--json", action="store_true", help="one JSON document instead of the show")
+    how.add_argument(
+        "--page", action="store_true", help="slowly, for those who watch its page; stays until it is stopped"
+    )
+    command.set_defaults(prompt=None, trace=None, requests=20, json=False, page=False)
 
 
 def _if_held(settings: Settings) -> bool:
@@ -421,7 +426,8 @@ async def _store_warmup(settings: Settings, args: argparse.Namespace) -> int:
     )
     async with (
         open_device(store.device, environ=config.environment()) as device,
-        open_store(trial, rank, device, patience=store.patience()) as opened,
+        open_tracing(settings.trace, role="store") as spans,
+        open_store(trial, rank, device, patience=store.patience(), spans=spans) as opened,
     ):
         report = opened.report
     print(json.dumps(asdict(report) | {"ready": report.ready}) if args.json else report)
@@ -431,4 +437,4 @@ async def _store_warmup(settings: Settings, args: argparse.Namespace) -> int:
 async def _demo(settings: Settings, args: argparse.Namespace) -> int:  # noqa: ARG001
     from pdctl.demo import story  # rich and a transformer: only the demo pays for them
 
-    return await story.run(story.DemoOptions(args.prompt, args.trace, args.requests, args.json))
+    return await story.run(story.DemoOptions(args.prompt, args.trace, args.requests, args.json, args.page))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import aclosing
@@ -49,6 +50,7 @@ _PAGE = 1000
 _GREETING = (0xFF, 0x7F)  # the first and the tenth byte of whoever speaks ZMTP, whatever is between
 _LIKELY = ("pdctl", "sglang", "vllm", "mooncake", "python")
 _FLAGS = ("--registry", "--disaggregation-bootstrap-port")
+_VARIABLES = ("PDCTL_NODE__REGISTRY",)
 _DOORS = {
     Cause.REFUSED: Door.REFUSED,
     Cause.TIMED_OUT: Door.SILENT,
@@ -69,21 +71,25 @@ class Explained:
     known: int = 0
 
 
-async def why(settings: Settings, scope: Scope) -> Explained:
-    """What keeps `scope` from serving. Raises ConfigError for credentials that cannot be used."""
+async def why(settings: Settings, scope: Scope, tell: Callable[[str], None] = lambda _: None) -> Explained:
+    """What keeps `scope` from serving; `tell` hears what is being done. Raises ConfigError for credentials that cannot
+    be used."""
     down: list[Finding] = []
     for url in settings.node.registry.split(","):
         async with Service(url, settings.client) as service:
+            tell(f"asking {url}")
             told = await service.identify()
             if told.who in (Who.REGISTRY, Who.STOCK):
                 seen = await _look(service, told.who)
-                return await _explained(seen, scope, down)
+                return await _explained(seen, scope if told.who is Who.REGISTRY else EVERYTHING, down, tell)
             down.append(await nobody_there(url, told, scope))
     return Explained(scope, settings.node.registry, False, down)
 
 
-async def _explained(seen: Seen, scope: Scope, down: list[Finding]) -> Explained:
-    knocks = await _knocks(_questions(seen, scope))
+async def _explained(seen: Seen, scope: Scope, down: list[Finding], tell: Callable[[str], None]) -> Explained:
+    questions = _questions(seen, scope, beside=await is_ours(host_of(seen.registry)))
+    tell(f"asking {len(questions)} addresses of ranks")
+    knocks = await _knocks(questions)
     # frozen, and what is cached in it says nothing of knocks
     astray = await _astray(seen.registry)
     whole = Seen(seen.overview, seen.events, knocks, seen.now, seen.registry, seen.here, astray)
@@ -147,7 +153,7 @@ async def _stock(service: Service) -> Row:
     ask = dict.fromkeys(("prefill_dp_rank", "prefill_cp_rank", "target_tp_rank", "target_pp_rank"), "-1")
     reply = await service.get("/route", ask)
     if reply.status != HTTPStatus.OK:
-        return {"instances": [], "service": {"unready": [f"SGLang's own server says: {reply.words}"]}}
+        return {"instances": [], "stock": reply.words}
     try:
         shape = shape_from_topology(reply.json)
     except BadField:
@@ -245,7 +251,9 @@ async def _astray(registry: str) -> list[Astray]:
     """Processes of this host that were told of another port, or of another URL, than the one that was asked, where no
     registry of ours is: those of another fleet are where they should be."""
     port, found = port_of(registry), list[Astray]()
-    for process, flag, value in listeners.options(_FLAGS):
+    for process, flag, value in (*listeners.options(_FLAGS), *listeners.variables(_VARIABLES)):
+        if process.pid == os.getpid() or not any(word in process.command for word in _LIKELY):
+            continue  # a shell that only hands its environment on
         urls = value.split(",") if "://" in value else [f"http://127.0.0.1:{value}"] if value.isdigit() else []
         if not urls or any(_port(each) in (port, None) for each in urls) or len(found) == ASTRAY:
             continue
@@ -265,18 +273,19 @@ def _port(url: str) -> int | None:
 # --- the ranks
 
 
-def _questions(seen: Seen, scope: Scope) -> dict[str, Question]:
-    """Each question that is worth asking, by address."""
+def _questions(seen: Seen, scope: Scope, *, beside: bool) -> dict[str, Question]:
+    """Each question that is worth asking, by address. `beside`: the registry is on this host, so that what is loopback
+    to its ranks is the same here; elsewhere it would be somebody else's."""
     asked = scope if scope.room is None else with_ranks_of(seen, scope)
     found: dict[str, Question] = {}
     ranks = [(key, row) for key, row in seen.ranks.items() if asked.covers(*key)]
     for (name, _), row in ranks[:ASKED]:
-        if (at := endpoint_of(row)) is not None:
+        if (at := endpoint_of(row)) is not None and (beside or not at.is_loopback):
             found[str(at)] = partial(control, at, is_zmq=not name.startswith("vllm:"))
-        if _is_address(session := row.get("metadata", {}).get(SESSION_KEY)):
-            found[str(session)] = partial(engine, session)
+        sessions = [row.get("metadata", {}).get(SESSION_KEY)]
+        found |= {str(each): partial(engine, each) for each in sessions if _can_be_asked(each, beside)}
     for session in _out(seen):
-        if len(found) < 2 * ASKED and _is_address(session):
+        if len(found) < 2 * ASKED and _can_be_asked(session, beside):
             found[session] = partial(engine, session)
     return found
 
@@ -289,12 +298,12 @@ def _out(seen: Seen) -> Iterator[str]:
             yield str(row.get("session"))
 
 
-def _is_address(session: object) -> bool:
+def _can_be_asked(session: object, beside: bool) -> bool:
     try:
-        Endpoint.parse(str(session))
+        at = Endpoint.parse(str(session))
     except BadField:
         return False
-    return True
+    return beside or not at.is_loopback
 
 
 async def _knocks(questions: Mapping[str, Question]) -> dict[str, Knock]:

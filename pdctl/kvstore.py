@@ -32,6 +32,7 @@ from pdctl.engine.store_wheel import environment, store_class
 from pdctl.errors import ConfigError, StoreCause, StoreFailed, StoreNotReady, StoreUnusable
 from pdctl.metrics import StoreTrafficMetrics
 from pdctl.retry import Failure, RetryPolicy, retrying
+from pdctl.spans import Open, Spans, spanned
 from pdctl.store import master, rehearsal
 from pdctl.store.attachment import Attachment, AttachPolicy, attached
 from pdctl.store.base import Store, StoreAbility
@@ -148,10 +149,12 @@ async def open_store(
     metrics: StoreMetrics | None = None,
     traffic: StoreTrafficMetrics | None = None,
     means: StoreMeans | None = None,
+    spans: Spans | None = None,
 ) -> AsyncIterator[KVStore]:
     """A store that works, closed at the end of the block.
 
     device  whose memory it will carry (`open_device`), set on each of its threads
+    spans   who wants one of how it came up
     Raises StoreNotReady when time was up, StoreUnusable where waiting would not help, both with a `report`;
     ConfigError, EngineUnavailable. What the wheel itself raises, a TypeError above all, comes through as it is.
     """
@@ -162,7 +165,7 @@ async def open_store(
         if metrics is not None:
             metrics.begun(rank)
         try:
-            store, report = await chain.climb(stack)
+            store, report = await spanned(spans, "pdctl.store", partial(chain.climb_seen, stack))
         except StoreFailed as failure:
             report = chain.report(failure)
             raise (StoreUnusable if report.result is Result.NEVER else StoreNotReady)(report) from failure
@@ -209,6 +212,7 @@ class _Chain:
     metrics: StoreMetrics | None = None
     last: Report | None = None
     claim: Claim | None = None
+    span: Open | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     attempts: int = 0
     started: float = field(default_factory=time.monotonic)
@@ -217,6 +221,14 @@ class _Chain:
     def log(self) -> structlog.stdlib.BoundLogger:
         bound: structlog.stdlib.BoundLogger = log.bind(rank=str(self.rank))
         return bound
+
+    async def climb_seen(self, stack: AsyncExitStack, span: Open | None) -> tuple[Store, Report]:
+        self.span, began = span, time.monotonic()
+        try:
+            return await self.climb(stack)
+        finally:
+            if span is not None:
+                span.show(store_rank=str(self.rank), attempts=self.attempts, waited_s=time.monotonic() - began)
 
     async def climb(self, stack: AsyncExitStack) -> tuple[Store, Report]:
         plan = self._plan()
@@ -298,6 +310,8 @@ class _Chain:
             return await work
         finally:
             self.seconds[step] = time.monotonic() - since
+            if self.span is not None:
+                self.span.say(str(step), seconds=self.seconds[step])
 
     def _not_yet(self, failure: Failure) -> None:
         self._tell("store not ready yet", failure)

@@ -2,7 +2,7 @@
 Which processes of this host listen where, and what they were told: read from /proc as far as it shows them to us.
 
 Looks and says; starts, stops and asks nobody. Of a command line only words that name a program, and the values of those
-options that somebody asked for, are ever given away: the rest may be a secret.
+options and variables that somebody asked for, are ever given away: the rest may be a secret.
 """
 
 from __future__ import annotations
@@ -56,6 +56,15 @@ def options(names: Collection[str]) -> Iterator[tuple[Process, str, str]]:
                 yield Process(int(path.name), _command(path)), name, value if equals else following
 
 
+def variables(names: Collection[str]) -> Iterator[tuple[Process, str, str]]:
+    """The same of environment variables, as each process was given them."""
+    for path in _processes():
+        for word in _split(path / "environ"):
+            name, _, value = word.partition("=")
+            if name in names and value:
+                yield Process(int(path.name), _command(path)), name, value
+
+
 def _processes() -> list[Path]:
     return sorted(_PROC.glob("[0-9]*"), key=lambda path: int(path.name))
 
@@ -87,7 +96,11 @@ def _command(process: Path) -> str:
 
 
 def _words(process: Path) -> list[str]:
+    return _split(process / "cmdline")
+
+
+def _split(file: Path) -> list[str]:
     try:
-        return [*filter(None, (process / "cmdline").read_bytes().decode(errors="replace").split("\0"))]
-    except OSError:
+        return [*filter(None, file.read_bytes().decode(errors="replace").split("\0"))]
+    except OSError:  # gone meanwhile, or another user's
         return []

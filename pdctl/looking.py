@@ -13,11 +13,13 @@ from importlib.metadata import version
 from typing import Any, NoReturn
 
 from fastapi import APIRouter
+from starlette.types import ASGIApp
 
 from pdctl.config import Settings
-from pdctl.dialects import native, overview, sessions
+from pdctl.dialects import native, overview, sessions, targets
 from pdctl.dialects.board import Board
 from pdctl.dialects.native import Others
+from pdctl.dialects.strict import Refused
 from pdctl.dialects.watch import Broadcast
 from pdctl.links import Links
 from pdctl.lookout import Lookout
@@ -35,6 +37,7 @@ class Looking:
     router: APIRouter
     _board: Board
     _service: Callable[[], dict[str, Any]]
+    _refused: Refused
 
     @classmethod
     def open(
@@ -75,7 +78,14 @@ class Looking:
         registrar.subscribe_refusals(lookout.refused)
         links.prober.subscribe(lookout.turned)
         news.subscribe(partial(board.changed, "instance"))
-        return cls(lookout, overview.router(lookout, shown, native.refusing(registrar), board), board, service)
+        refused = native.refusing(registrar)
+        router = overview.router(lookout, shown, refused, board)
+        router.include_router(targets.router(registrar.views))
+        return cls(lookout, router, board, service, refused)
+
+    def in_front(self, api: ASGIApp) -> ASGIApp:
+        """`api`, with a short way for what comes most often."""
+        return overview.in_front(self.lookout, self._refused, api)
 
     @property
     def loops(self) -> dict[str, Coroutine[Any, Any, None]]:

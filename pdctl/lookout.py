@@ -80,7 +80,7 @@ class Lookout:
         self._counts.taken()
         self._changed("report", place)
         self._tell_of(place, news)
-        return Wanted(self.reports.limits.again_s)
+        return Wanted(self.reports.again_s)
 
     def heard(self, changes: Sequence[lives.Change]) -> None:
         """What the registry says."""
@@ -136,9 +136,10 @@ class Lookout:
             await asyncio.sleep(TICK_S)
 
     def tick(self) -> None:
+        silent_s = self.reports.expire_after_s
         for place in self.reports.expire(self.clock()):
             instance, rank = place[0], short_seat(place[1])
-            silent = f"{instance} {rank} has not told how it is for {self.reports.limits.expire_after_s:g} s"
+            silent = f"{instance} {rank} has not told how it is for {silent_s:g} s"
             self._counts.lost()
             self._add(Kind.REPORT_LOST, f"{silent}: see its log and its load", instance=instance, rank=rank)
             self._changed("report", place)

@@ -28,7 +28,7 @@ from pdctl.core.sessions import Change, ChangeKind, Depth, State
 from pdctl.core.sums import Checked
 from pdctl.core.transfer import Phase, Side
 from pdctl.core.witness import Means, Sign
-from pdctl.counts.nodes import OutMetrics, RegistrationMetrics
+from pdctl.counts.nodes import LoopMetrics, OutMetrics, RegistrationMetrics
 from pdctl.counts.reports import ReportMetrics
 from pdctl.counts.store import StoreMetrics
 from pdctl.errors import Cause, StoreCause
@@ -55,6 +55,7 @@ class Metrics:
         self.journal = JournalMetrics(self._registry)
         self.keys = KeyMetrics(self._registry)
         self.link = LinkMetrics(self._registry)
+        self.loop = LoopMetrics(self._registry)
         self.out = OutMetrics(self._registry)
         self.registration = RegistrationMetrics(self._registry)
         self.registry = RegistryMetrics(self._registry)

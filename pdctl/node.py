@@ -29,7 +29,7 @@ from pdctl.core.device import HOST
 from pdctl.core.draining import DrainPolicy
 from pdctl.core.layout import RankPools, Region
 from pdctl.core.lives import ERA, Life
-from pdctl.core.naming import SESSION_KEY
+from pdctl.core.naming import HTTP_KEY, SESSION_KEY
 from pdctl.core.pairing import Paired, check_rank, dp_rank_of, pair, rank_id
 from pdctl.core.registry import Registry
 from pdctl.core.rooms import EXTENSIONS, RoomBook
@@ -110,7 +110,7 @@ async def sidecar(settings: Settings) -> AsyncIterator[Sidecar]:
         shown = [looking.router, page.router()]
         routers = [plain.router(), *others.routers(registrar, instance), ours, links.router, *shown]
         inner = sglang.in_front(plain, server.app(routers, metrics, unready=registrar.unready))
-        admitted = Turnstile(inner, Admission(settings.admission), time.monotonic, metrics)
+        admitted = Turnstile(looking.in_front(inner), Admission(settings.admission), time.monotonic, metrics)
         service = Dated(admitted, lambda: registrar.copy_age_s) if isinstance(journal, Shared) else admitted
         spans = await stack.enter_async_context(open_tracing(settings.trace, role="registry"))
         witness = _witness(settings.witness, registrar, metrics)
@@ -280,7 +280,7 @@ async def prefill_node(
                     Announcement(seat, shape, rank.link.endpoint),
                     settings.node.ttl_s,
                     rooms=lambda: len(sender.rooms) + len(sender.early),
-                    metadata={SESSION_KEY: rank.engine.session},
+                    metadata=rank.metadata,
                 )
                 lease = lease_of(client, terms, settings)
                 reporter = rank.reporter(client, lease, terms, sender, unready, links.prober)
@@ -384,7 +384,7 @@ async def decode_node(
                     settings.node.ttl_s,
                     role="decode",
                     rooms=lambda: len(receiver.rooms),
-                    metadata={SESSION_KEY: rank.engine.session},
+                    metadata=rank.metadata,
                 )
                 lease = lease_of(listed.client, terms, settings)
                 reporter = rank.reporter(listed.client, lease, terms, receiver, listed.unready)
@@ -440,6 +440,10 @@ class _Rank:
     @property
     def metrics_url(self) -> str:
         return f"{self.door.scheme}://{server.bound(self.sock)}/metrics"
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        return {SESSION_KEY: self.engine.session, HTTP_KEY: self.metrics_url.removesuffix("/metrics")}
 
     def http(self, unready: Callable[[], list[str]], *routers: APIRouter) -> dict[str, Coroutine[Any, Any, None]]:
         """What serves this rank's own /livez, /readyz, /metrics and `routers`, by name."""

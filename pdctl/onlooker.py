@@ -7,9 +7,8 @@ registry is said by name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, Self
 
@@ -25,22 +24,6 @@ Row = Mapping[str, Any]
 DEADLINE_S = 30.0
 """The overview of thousands of ranks has megabytes."""
 _PAGE = 1000
-
-
-@dataclass(frozen=True, slots=True)
-class Wish:
-    """Which events: from the id `since` on; of these kinds, all unless named; of this instance."""
-
-    since: int = 0
-    kinds: frozenset[str] = frozenset()
-    instance: str | None = None
-
-    @property
-    def params(self) -> dict[str, str]:
-        asked = {"since": str(self.since), "limit": str(_PAGE)}
-        if len(self.kinds) == 1:
-            asked["kind"] = next(iter(self.kinds))
-        return asked if self.instance is None else asked | {"instance": self.instance}
 
 
 class Onlooker:
@@ -68,16 +51,15 @@ class Onlooker:
         """Raises Unreachable, RegistryRefused."""
         return await self._ask("/v1/overview", "instances")
 
-    async def events(self, wish: Wish) -> tuple[Sequence[Row], int]:
-        """All that are known of those, oldest first, and from where on the next are. As `overview`."""
+    async def events(self, since: int = 0) -> list[Row]:
+        """All that it knows from that id on, oldest first. As `overview`."""
         found: list[Row] = []
-        since = wish.since
         while True:
-            page = await self._ask("/v1/events", "events", Wish(since, wish.kinds, wish.instance).params)
-            found += [row for row in page["events"] if not wish.kinds or row["kind"] in wish.kinds]
+            page = await self._ask("/v1/events", "events", {"since": str(since), "limit": str(_PAGE)})
+            found += page["events"]
             following = int(page["next"])
             if not page["events"] or following <= since:
-                return found, following
+                return found
             since = following
 
     async def _ask(self, path: str, wanted: str, params: Mapping[str, str] | None = None) -> Row:
@@ -105,6 +87,33 @@ class Onlooker:
         if reply.status == HTTPStatus.OK and isinstance(told, dict) and wanted in told:
             return told
         raise await _no(service, path, reply)
+
+
+class Following:
+    """What happens, each event once, over restarts of the registry too: it begins its ids anew, and not its clock."""
+
+    def __init__(self, onlooker: Onlooker) -> None:
+        self._onlooker = onlooker
+        self._last: Row | None = None
+
+    async def more(self, since: int = 0) -> list[Row]:
+        """What is new; the first time all that is known from the id `since` on. As `Onlooker.events`."""
+        last = self._last
+        if last is None:
+            found = await self._onlooker.events(since)
+        else:
+            found = await self._after(int(last["id"]), str(last["at"]))
+        if found:
+            self._last = found[-1]
+        return found
+
+    async def _after(self, number: int, at: str) -> list[Row]:
+        found = await self._onlooker.events(number)
+        if found and (found[0]["id"], found[0]["at"]) == (number, at):
+            return found[1:]
+        if not found or found[0]["id"] <= number:  # the last one is not there: another registry answers, or it anew
+            found = await self._onlooker.events()
+        return [event for event in found if event["at"] > at]
 
 
 async def _no(service: Service, path: str, reply: Reply) -> PdctlError:

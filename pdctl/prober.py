@@ -122,6 +122,7 @@ class Prober:
             lambda: len(table), lambda: len(table.panicking()), lambda: table.doubting, lambda: len(asks.held)
         )
         metrics.out.follow(self.longest_out_s)
+        self._came = metrics.loop.came
         self._asking: dict[asyncio.Task[object], float] = {}  # when each was begun, in that order
         self._by_hand = 0
         self._unseen: dict[str, None] = {}  # registered, and to be looked at
@@ -232,7 +233,7 @@ class Prober:
         if not self._policy.enabled:
             log.warning("probing is off: a blocked session stays blocked until its peer registers anew")
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._lag.run(self._heed), name="loop lag")
+            tasks.create_task(self._lag.run(self._ticked), name="loop lag")
             while True:
                 self._news.clear()
                 self._begin(tasks)
@@ -403,6 +404,10 @@ class Prober:
             self.remember(session, card)
 
     # News
+
+    def _ticked(self, late_s: float) -> None:
+        self._came(late_s)
+        self._heed(late_s)
 
     def _heed(self, late_s: float) -> None:
         """Our own loop is late: before anybody is judged by a deadline of ours, the table must know."""

@@ -29,6 +29,7 @@ from pdctl.core.report import (
     MAX_LINKS,
     MAX_OPEN,
     MAX_REASONS,
+    MAX_TEXT,
     Ended,
     FailedRoom,
     LinkSeen,
@@ -50,6 +51,9 @@ LEFT_ALONE_S = 60.0
 """After a registry has said that it does not know the path, or takes no report of this rank."""
 
 _AT_ONCE = 64
+_TOLD_AT_LENGTH, _IN_BRIEF = 256, 60
+"""Links in trouble of which all is said; of more the beginning."""
+
 _MAX_NAME = 255
 _FINAL = (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED)
 
@@ -176,7 +180,7 @@ class Reporter:
             log.error("report failed by a defect", exc_info=defect)
             return LEFT_ALONE_S
         self._counts.sent(Sent.TAKEN)
-        return min(self._every_s, wanted.again_s)
+        return max(self._every_s, wanted.again_s)  # of a crowd the registry wants to hear less often
 
     def _bear(self, refused: RegistryRefused, granted: Grant) -> float:
         self._counts.sent(Sent.REFUSED)
@@ -247,11 +251,12 @@ async def _links(links: Links) -> list[LinkSeen]:
         if number % _AT_ONCE == _AT_ONCE - 1:
             await asyncio.sleep(0)  # 10,000 of them take 0.2 s
         standing = links.standing(session)
-        (well if standing.state is State.TRUSTED else out).append(_link(standing))
+        most = MAX_TEXT if len(out) < _TOLD_AT_LENGTH else _IN_BRIEF
+        (well if standing.state is State.TRUSTED else out).append(_link(standing, most))
     return list(islice(chain(out, well), MAX_LINKS))
 
 
-def _link(standing: Standing) -> LinkSeen:
+def _link(standing: Standing, most: int) -> LinkSeen:
     if standing.state is State.TRUSTED:
         return LinkSeen(standing.session)
     waits = [wait for wait in (standing.held_s or None, standing.next_question_s) if wait is not None]
@@ -259,7 +264,7 @@ def _link(standing: Standing) -> LinkSeen:
         standing.session,
         standing.state,
         standing.cause,
-        in_a_line(standing.sentence),
+        in_a_line(standing.sentence, most),
         round(max(0.0, *waits), 3) if waits else None,
         round(max(0.0, standing.since_s), 3),
     )

@@ -18,10 +18,9 @@ not bring its blocks to rest in time, when it has. Until then it shows in `sende
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections import Counter, OrderedDict
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
@@ -41,15 +40,12 @@ from pdctl.core.trace import Trace, TraceContext, trace_of
 from pdctl.core.transfer import OVERDUE, SENDER, Event, Phase, Quarantined, RoomTimeouts, Side, step
 from pdctl.core.turns import cut
 from pdctl.core.wire import (
-    FIRST_QUESTION,
     NOT_REGISTERED,
     Abort,
-    AbortAck,
     Bootstrap,
     Matched,
     Metadata,
     RegisterBuffers,
-    Status,
     Unknown,
     parse_to_prefill,
 )
@@ -68,24 +64,18 @@ from pdctl.errors import (
     RoomFailed,
     SessionBlocked,
     TransferFailed,
-    Unreachable,
 )
 from pdctl.lag import Alarm
 from pdctl.lanes import Lanes
+from pdctl.lastwords import LastWords, Send
 from pdctl.metrics import Metrics
 from pdctl.pace import Pace
-from pdctl.retry import RetryPolicy, retrying
 from pdctl.telling import Telling
 
 log = structlog.get_logger(__name__)
 
-Send = Callable[[Endpoint, Sequence[bytes]], Awaitable[None]]
 Release = Callable[[Ints], None]
 
-_FLUSH_S = 1.0  # what a peer is allowed for taking a last status
-# A decode that does not hear how a room ended waits for all of its waiting_s, and loses a room that has succeeded. A
-# way that was cut for a moment is found again so; who is gone for longer has lost more than a status.
-_AGAIN = RetryPolicy(first_wait_s=0.2, max_wait_s=2.0, give_up_after_s=30.0)
 _AHEAD = 2  # turns of one room at one peer at once: the second fills the gap between the first and the one after
 
 
@@ -136,7 +126,6 @@ class Sender:
             pools.check_summed_here()
         self.layers = frozenset(pools.layout.layer_of(len(pools.kv)).tolist())
         self.clock, self.metrics, self.telling = clock, metrics.rooms, telling or Telling()
-        self._send, self._rank = send, rank
         self.limits = limits or SenderLimits()
         self.lanes = Lanes(self.limits.max_nbytes_per_peer)
         self.pace = Pace()
@@ -146,9 +135,7 @@ class Sender:
         self._rooms: dict[int, SendingRoom] = {}
         self._unsettled: set[SendingRoom] = set()
         self._early = EarlyBook(self.limits.early, timeouts.bootstrap_s, _never_opened)
-        self._untold: dict[tuple[int, Endpoint], asyncio.Task[None]] = {}
-        self.errands = Errands()
-        self.reports = Errands()  # apart: what cannot be delivered stays long, and may not crowd out an abort's answer
+        self.words = LastWords(send, rank, timeouts)
         self.settling = Errands(limit=None)  # as many as rooms were left unsettled, and none may be dropped
 
     async def __aenter__(self) -> Self:
@@ -158,7 +145,7 @@ class Sender:
         if self._unsettled:
             log.warning("closing while the engine still reads pages", rooms=len(self._unsettled))
         await self.settling.aclose(flush_s=0)
-        await asyncio.gather(self.reports.aclose(_FLUSH_S), self.errands.aclose(_FLUSH_S))
+        await self.words.aclose()
         self.checksums.close()
 
     @property
@@ -222,7 +209,7 @@ class Sender:
         log.info("decode rank registered", session=said.session, entries=len(said.kv_pointers), reply=str(said.reply))
 
     def _named(self, named: Metadata) -> None:
-        self._hush(named.room, named.reply)
+        self.words.hush(named.room, named.reply)
         room = self._rooms.get(named.room)
         if room is None or room.phase.is_final:  # the next use of a room id may come while the last is being left
             self._early.put(named, self.clock())
@@ -231,14 +218,14 @@ class Sender:
 
     def _aborted(self, abort: Abort) -> None:
         if abort.reply is not None:
-            self._hush(abort.room, abort.reply)
+            self.words.hush(abort.room, abort.reply)
         room = self._rooms.get(abort.room) or next((r for r in self._unsettled if r.room == abort.room), None)
         if room is not None:
             room.aborted(abort)
             return
         self._early.abort(abort, self.clock())
         if abort.reply is not None and abort.generation is not None:
-            self.acknowledge(abort.room, abort.reply, abort.generation)  # nothing of it is in flight
+            self.words.acknowledge(abort.room, abort.reply, abort.generation)  # nothing of it is in flight
 
     # --- for the rooms
 
@@ -291,57 +278,6 @@ class Sender:
                 "send that decode rank fewer requests at once, or raise it"
             )
         self._rooms_of[session] += 1
-
-    def report(
-        self,
-        to: Endpoint,
-        room: int,
-        phase: Phase,
-        reason: str | None = None,
-        sums: Sequence[Sums] | None = None,
-    ) -> None:
-        """How the room has ended; said again until a connection takes it, or nobody there wants to know any more."""
-        frames = Status(room, phase, self._rank, reason, None if sums is None else tuple(sums)).to_frames()
-        policy = replace(_AGAIN, give_up_after_s=min(_AGAIN.give_up_after_s or 0.0, self.timeouts.waiting_s))
-
-        async def deliver() -> None:
-            with contextlib.suppress(Unreachable):
-                await self._send(to, frames)  # most of the time it is this; what may be repeated costs 0.1 ms more
-                return
-            try:
-                await retrying(policy, lambda: self._send(to, frames), is_permanent=_is_defect)
-            except Unreachable as error:
-                log.warning("decode rank not told", what="status", to=str(to), why=str(error))
-
-        self._hush(room, to)
-        task = self.reports.spawn(f"status to {to}", deliver())
-        if task is not None:
-            self._untold[room, to] = task
-            task.add_done_callback(lambda told: self._told(room, to, told))
-
-    def _told(self, room: int, to: Endpoint, task: asyncio.Task[None]) -> None:
-        if self._untold.get((room, to)) is task:
-            del self._untold[room, to]
-
-    def _hush(self, room: int, to: Endpoint) -> None:
-        """That end of the room's life is over: a status that came later would speak of the number's next use."""
-        task = self._untold.pop((room, to), None)
-        if task is not None:
-            task.cancel()
-
-    def acknowledge(self, room: int, to: Endpoint, generation: int) -> None:
-        """And answer the question that it may be."""
-        sums = room >= FIRST_QUESTION and self.timeouts.checksum.is_on
-        self._post(to, AbortAck(room, self._rank, generation, sums).to_frames(), "abort ack")
-
-    def _post(self, to: Endpoint, frames: Sequence[bytes], what: str) -> None:
-        async def deliver() -> None:
-            try:
-                await self._send(to, frames)
-            except Unreachable as error:
-                log.warning("decode rank not told", what=what, to=str(to), why=str(error))
-
-        self.errands.spawn(f"{what} to {to}", deliver())
 
 
 class SendingRoom:
@@ -467,7 +403,7 @@ class SendingRoom:
         self._comparing = set(self._sums)
         for destination in self._destinations.values():
             sums = self._sums.get(destination.session)
-            self._of.report(destination.named.reply, self.room, Phase.SUCCESS, sums=sums)
+            self._of.words.report(destination.named.reply, self.room, Phase.SUCCESS, sums=sums)
         if self._comparing:
             await self._comparison()
         self._step(Event.LAST_CHUNK_LANDED)
@@ -526,7 +462,7 @@ class SendingRoom:
         """A decode rank has given the room up; acknowledged when nothing of the room is in flight."""
         if self._never_heard_of(abort.reply):
             if abort.reply is not None and abort.generation is not None:
-                self._of.acknowledge(self.room, abort.reply, abort.generation)  # nothing was ever sent there
+                self._of.words.acknowledge(self.room, abort.reply, abort.generation)  # nothing was ever sent there
             return
         who = f"decode rank {abort.reply}" if abort.reply else "a decode rank"
         why = f"{who} has given the room up: {abort.reason or 'see its log'}"
@@ -676,7 +612,7 @@ class SendingRoom:
                 write.cancel()
         for named in self._named.values():
             if not named.is_dummy and named.reply != but_tell_not:
-                self._of.report(named.reply, self.room, Phase.FAILED, reason)
+                self._of.words.report(named.reply, self.room, Phase.FAILED, reason)
         self._no_longer_bootstrapping.set()
         self._compared.set()
 
@@ -685,7 +621,7 @@ class SendingRoom:
             return
         while self._acks:
             to, generation = self._acks.popitem()
-            self._of.acknowledge(self.room, to, generation)
+            self._of.words.acknowledge(self.room, to, generation)
 
     def _watch(self) -> None:
         """Bound the wait that the room is in. A write is bounded by its own deadline, and so is a comparison."""
@@ -725,10 +661,6 @@ class SendingRoom:
         self._acknowledge_at_rest()
         if self._release is not None:
             self._release(self._pages())
-
-
-def _is_defect(error: Exception) -> bool:
-    return not isinstance(error, Unreachable)
 
 
 def _never_opened(room: int) -> None:

@@ -91,7 +91,7 @@ async def registry_url(
     """The registry as `pdctl serve` runs it: real HTTP, port 0, in the test's own loop. No slash at the end."""
     plain = sglang.Plain(registrar)
     routers = [plain.router(), native.router(registrar, news), links.router, looking.router]
-    service = sglang.in_front(plain, app(routers, metrics, unready=list))
+    service = looking.in_front(sglang.in_front(plain, app(routers, metrics, unready=list)))
     with bind("127.0.0.1", 0) as sock:
         server = asyncio.create_task(serve(service, sock, grace_s=1.0))
         yield f"http://{bound(sock)}"

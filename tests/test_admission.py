@@ -90,6 +90,7 @@ async def test_stock_clients_renewals_and_look_ups_walk_past_the_herd(
         ("PUT", RANK, Lane.LEASED),
         ("POST", f"{RANK}/renew", None),
         ("POST", f"{RANK}/drain", None),
+        ("PUT", f"{RANK}/report", None),
         ("DELETE", RANK, None),
         ("GET", "/route", None),
         ("POST", "/register_dp_rank", None),

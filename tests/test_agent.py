@@ -417,6 +417,20 @@ async def until_open(at: AgentProcess, room: int) -> None:
             await asyncio.sleep(0.02)
 
 
+async def test_the_ranks_of_agents_tell_their_registry_how_they_are(calm: Pair) -> None:
+    async with aiohttp.ClientSession() as http, asyncio.timeout(20.0):
+        while True:
+            async with http.get(f"{calm.registry.url}/v1/overview") as answer:
+                reports = (await answer.json())["reports"]
+            if len(reports) == 2:
+                break
+            await asyncio.sleep(0.05)
+    assert {(each["instance"], each["role"], tuple(each["unready"])) for each in reports} == {
+        ("default", "prefill", ()),
+        ("dec", "decode", ()),
+    }
+
+
 async def seats(registry: Service, instance: str) -> list[Any]:
     async with aiohttp.ClientSession() as http, http.get(f"{registry.url}/v1/instances/{instance}") as answer:
         return list((await answer.json()).get("alive_seats", ()))

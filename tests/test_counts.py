@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
+import time
 
 from prometheus_client import CollectorRegistry
 
@@ -64,3 +66,22 @@ def test_failed_tries_of_a_store_stand_until_it_is_ready() -> None:
     store.opened(Report(RANK, Result.READY, attempts=1, waited_s=1.0))
     assert registry.get_sample_value("pdctl_store_failed_tries", rank) == 0
     assert registry.get_sample_value("pdctl_store_openings_total", {**rank, "result": "not_yet"}) == 1
+
+
+async def test_each_tick_of_the_loop_is_counted_by_how_late_it_came() -> None:
+    registry = CollectorRegistry()
+    table: SessionTable[PeerCard] = SessionTable(ProbePolicy(), random.Random(1).random)
+    prober = Prober(table, Asking(), clock=time.monotonic, metrics=Metrics(registry))
+    running = asyncio.create_task(prober.run())
+
+    def ticks(within: str) -> float:
+        return registry.get_sample_value("pdctl_loop_lag_seconds_bucket", {"le": within}) or 0.0
+
+    async with asyncio.timeout(20):
+        while not ticks("+Inf"):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        time.sleep(0.6)  # noqa: ASYNC251  the loop is held
+        while ticks("+Inf") == ticks("0.5"):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)

@@ -36,6 +36,7 @@ FLOORS = {
                 "roster",
                 "watching",
                 "telling",
+                "lastwords",
                 "tracing",
                 "device",
                 "memory",

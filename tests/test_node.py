@@ -18,7 +18,7 @@ from pdctl.config import NodeSettings, ServeSettings, Settings
 from pdctl.core.address import Endpoint
 from pdctl.core.layout import Pool, RankPools
 from pdctl.core.lives import Claim, Owner
-from pdctl.core.naming import SESSION_KEY
+from pdctl.core.naming import HTTP_KEY, SESSION_KEY
 from pdctl.core.route import Announcement, Seat, Shape
 from pdctl.errors import ConfigError, LayoutMismatch, NotReady, Superseded
 from pdctl.memory import Arena
@@ -209,7 +209,10 @@ async def test_a_decode_that_is_given_a_registry_is_listed_with_its_session_and_
                 view = registry.registrar.view(name)
                 assert view
                 assert (view.role, view.ready, view.alive[FIRST].ttl_s) == (role, True, NodeSettings().ttl_s)
-                assert view.alive[FIRST].claim.metadata == {SESSION_KEY: node.engine.session}
+                assert view.alive[FIRST].claim.metadata == {
+                    SESSION_KEY: node.engine.session,
+                    HTTP_KEY: node.metrics_url.removesuffix("/metrics"),
+                }
         view = registry.registrar.view("decode")
         assert view
         assert not view.alive

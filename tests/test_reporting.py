@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -23,6 +24,7 @@ from pdctl.core.native import Grant
 from pdctl.core.report import MAX_LINKS, FailedRoom, LinkSeen, OpenRoom, Report, StoreSeen, Wanted
 from pdctl.core.sessions import Standing, State
 from pdctl.core.transfer import Event, Phase, Quarantined, Side
+from pdctl.dialects.overview import BODY_LIMIT
 from pdctl.dialects.strict import as_body
 from pdctl.errors import Cause, PdctlError, PutOff, RegistryRefused, RoomFailed, Unreachable
 from pdctl.metrics import Metrics
@@ -92,13 +94,13 @@ async def test_both_ranks_of_a_pair_say_who_they_are_what_they_moved_and_whom_th
             await sending.send([3, 4])
             await sending.finish(2)
             await arriving.arrived()
-        prefill.prober.failed(decode.engine.session, Cause.TIMED_OUT, "no answer")  # turns, so that it is told of
+        prefill.prober.failed(decode.engine.session, Cause.REFUSED, "nobody listens")  # turns, so that it is told of
         sent = await watch.report("default", lambda report: any(link["cause"] for link in report["links"]))
         assert sent["ended"] == {"success": 1, "failed": 0}
         assert sent["bytes"] == 2 * 2 * 4096 + 64
         (link,) = sent["links"]
-        assert (link["session"], link["state"], link["cause"]) == (decode.engine.session, "blocked", "timed_out")
-        assert "timed out" in link["sentence"]
+        assert (link["session"], link["state"], link["cause"]) == (decode.engine.session, "blocked", "refused")
+        assert "nobody listens" in link["sentence"]
 
 
 async def test_a_link_that_goes_out_and_comes_back_is_told_within_a_moment_by_who_saw_it() -> None:
@@ -276,6 +278,12 @@ async def test_links_in_trouble_are_named_however_many_there_are_and_in_words_th
     assert "two lines" in report.links[0].sentence
     assert report.links[0].again_in_s == 2.0
     assert (report.doubt, report.panicking) == (True, ("group",))
+
+
+async def test_a_rank_whose_every_link_is_in_trouble_can_still_say_so() -> None:
+    report = await reporter(Registry(), Link(n_links=5000, n_out=5000)).report(1)
+    assert len(report.links) == MAX_LINKS
+    assert len(json.dumps(to_body(report))) < BODY_LIMIT / 2
 
 
 async def test_the_last_rooms_that_failed_are_kept_the_newest_at_the_end() -> None:

@@ -961,13 +961,13 @@ async def test_a_status_that_was_not_told_never_reaches_the_next_use_of_its_numb
     async with rig.sender.open(5):
         decode.name(5, [1])
     await let_others_run()
-    assert len(rig.sender.reports) == 1
+    assert len(rig.sender.words.reports) == 1
     if news == "gives it up":
         decode.abort(5, generation=3)
     else:
         decode.name(5, [2])
     await let_others_run()
-    assert len(rig.sender.reports) == 0
+    assert len(rig.sender.words.reports) == 0
     rig.post.unreachable.clear()
     decode.abort(5, generation=4)
     assert await rig.told() == (decode.reply, AbortAck(5, RANK, 4))

@@ -12,6 +12,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+from starlette.types import Receive, Scope, Send
 from structlog.testing import capture_logs
 
 from pdctl import config
@@ -21,7 +22,9 @@ from pdctl.core.route import Announcement, Seat, Shape
 from pdctl.core.trace import Event, Span, TraceContext
 from pdctl.errors import ConfigError, RegistrationGaveUp
 from pdctl.retry import RetryPolicy
+from pdctl.shortcut import Answer, Answered
 from pdctl.spans import Spans, within
+from pdctl.traced import Traced
 from pdctl.tracing import CLOSE_S, TraceSettings, open_tracing
 from tests.collector import Collector, collector
 from tests.service import service
@@ -191,3 +194,35 @@ def test_an_endpoint_that_names_the_path_keeps_it() -> None:
 def test_what_cannot_be_is_refused_by_name(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"trace {next(iter(wrong))} is"):
         TraceSettings(**wrong)
+
+
+class Inner:
+    """An application with a short way; `asked` says which way each request came."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def at_once(self, scope: Scope, body: bytes) -> Answered:
+        self.asked.append("at once")
+        return Answer(200, [], b"")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        raise AssertionError("nobody has taken the usual way here")
+
+
+@pytest.mark.parametrize(
+    ("said", "short"),
+    [
+        pytest.param(None, True, id="no trace"),
+        pytest.param(CALLER.traceparent, False, id="a trace that is recorded"),
+        pytest.param(CALLER.traceparent[:-1] + "0", True, id="one that is not"),
+        pytest.param("nonsense", True, id="none"),
+    ],
+)
+def test_only_a_request_that_has_a_span_leaves_the_short_way(said: str | None, short: bool) -> None:
+    inner, found = Inner(), list[Span]()
+    service = Traced(inner, Spans(found.append))
+    headers = [(b"host", b"x")] + ([] if said is None else [(b"traceparent", said.encode())])
+    answer = service.at_once({"type": "http", "method": "GET", "path": "/health", "headers": headers}, b"")
+    assert (answer is not None, bool(inner.asked)) == (short, short)
+    assert found == []

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import textwrap
+import sys
 from dataclasses import asdict
 
+from pdctl.commands import drawing
 from pdctl.commands.base import Commands, add_command, add_credentials, never
 from pdctl.config import Settings
 from pdctl.doctor.base import Checked, Result
@@ -29,7 +30,8 @@ def add(commands: Commands) -> None:
 
 
 async def _doctor(settings: Settings, args: argparse.Namespace) -> int:
-    found = await rounds(settings, args.only)
+    with drawing.console(sys.stderr).status("looking at this host"):
+        found = await rounds(settings, args.only)
     if args.json:
         print(json.dumps({"checks": [asdict(each) for each in found]}))
     else:
@@ -41,6 +43,6 @@ async def _doctor(settings: Settings, args: argparse.Namespace) -> int:
 
 
 def _show(said: Checked) -> None:
-    print(f"{said.result.value:<5} {said.name:<10} {said.evidence}")
+    print(f"{said.result.value:<5} {said.name:<10} {drawing.shown(said.evidence)}")
     if said.fix:
-        print(textwrap.indent(f"do: {said.fix}", " " * 17))
+        print(f"{'':17}do: {drawing.shown(said.fix)}")

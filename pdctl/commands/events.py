@@ -7,7 +7,6 @@ import asyncio
 import json
 import sys
 from collections.abc import Iterable
-from dataclasses import replace
 
 from rich.text import Text
 
@@ -17,7 +16,7 @@ from pdctl.config import Settings
 from pdctl.core.chronicle import Kind
 from pdctl.core.lives import ChangeKind
 from pdctl.errors import BadField, Unreachable
-from pdctl.onlooker import Onlooker, Row, Wish
+from pdctl.onlooker import Following, Onlooker, Row
 
 EVERY_S = 1.0
 KINDS = sorted({*(kind.value for kind in Kind), *(kind.value for kind in ChangeKind)})
@@ -45,30 +44,37 @@ def add(commands: Commands) -> None:
 async def _events(settings: Settings, args: argparse.Namespace) -> int:
     if args.since < 0 or (args.last is not None and args.last < 0):
         raise BadField("since" if args.since < 0 else "last", "is below 0: give an id or a number of events")
-    wish = Wish(args.since, frozenset(args.kind or ()), args.instance)
     async with Onlooker(settings) as onlooker:
-        found, following = await onlooker.events(wish)
+        following = Following(onlooker)
+        found = _wanted(await following.more(args.since), args)
         _show(found if args.last is None else found[len(found) - min(args.last, len(found)) :], as_json=args.json)
         if args.follow:
-            await _follow(onlooker, replace(wish, since=following), as_json=args.json)
+            await _follow(following, args)
     return 0
 
 
-async def _follow(onlooker: Onlooker, wish: Wish, *, as_json: bool) -> None:
+async def _follow(following: Following, args: argparse.Namespace) -> None:
     """For ever. A registry that does not answer is said once, and asked on."""
     is_lost = False
     while True:
         await asyncio.sleep(EVERY_S)
         try:
-            found, following = await onlooker.events(wish)
+            found = await following.more()
         except Unreachable as error:
             if not is_lost:
                 print(f"pdctl: {error}; still trying", file=sys.stderr)
             is_lost = True
             continue
         is_lost = False
-        _show(found, as_json=as_json)
-        wish = replace(wish, since=following)
+        _show(_wanted(found, args), as_json=args.json)
+
+
+def _wanted(events: Iterable[Row], args: argparse.Namespace) -> list[Row]:
+    return [
+        event
+        for event in events
+        if (not args.kind or event["kind"] in args.kind) and args.instance in (None, event["instance"])
+    ]
 
 
 def _show(events: Iterable[Row], *, as_json: bool) -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import textwrap
+import sys
 
 from pdctl import explaining
+from pdctl.commands import drawing
 from pdctl.commands.base import Commands, add_command, add_service, never
 from pdctl.config import Settings
 from pdctl.core.findings import Scope
 
 UNAVAILABLE = 69
+SHOWN = 40
 
 
 def add(commands: Commands) -> None:
@@ -28,7 +30,9 @@ def add(commands: Commands) -> None:
 
 
 async def _explain(settings: Settings, args: argparse.Namespace) -> int:
-    told = await explaining.why(settings, Scope.parse(args.what, args.room))
+    scope = Scope.parse(args.what, args.room)
+    with drawing.console(sys.stderr).status("") as status:
+        told = await explaining.why(settings, scope, status.update)
     if args.json:
         rows = explaining.as_rows(told.findings)
         print(
@@ -44,8 +48,10 @@ async def _explain(settings: Settings, args: argparse.Namespace) -> int:
 def _show(told: explaining.Explained) -> None:
     if not told.findings:
         print(f"nothing is known to be wrong with {told.scope}: {told.known} ranks known, {told.asked} addresses asked")
-    for number, finding in enumerate(told.findings, 1):
-        print(f"{number}. {finding.what.value}: {finding.why}")
+    for number, finding in enumerate(told.findings[:SHOWN], 1):
+        print(f"{number}. {finding.what.value}: {drawing.shown(finding.why)}")
         for fact in finding.evidence:
-            print(textwrap.indent(f"seen: {fact}", "   "))
-        print(f"   do: {finding.do}")
+            print(f"   seen: {drawing.shown(fact)}")
+        print(f"   do: {drawing.shown(finding.do)}")
+    if (more := len(told.findings) - SHOWN) > 0:
+        print(f"and {more} more: ask about one of them, or for all with --json")

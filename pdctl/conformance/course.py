@@ -77,7 +77,7 @@ async def run(
         elsewhere = None if local is None else await stack.enter_async_context(asking(url, credentials, local))
         addresses = await stack.enter_async_context(listening(ask.url))
         anew = partial(asking, url, credentials)
-        one = Subject(ask, elsewhere, anew, addresses, course.rooms, course.idle_s, server.has_leases)
+        one = Subject(ask, elsewhere, anew, addresses, course.rooms, course.idle_s, server.has_leases, server.is_locked)
         left: list[str] = []
         try:
             findings = [(promise, await _checked(promise, one, tell)) for promise in PROMISES]
@@ -89,21 +89,29 @@ async def run(
 
 @dataclass(frozen=True, slots=True)
 class Recognised:
-    """What answers, in words; `has_leases`: pdctl's own wire too, by which ranks hold leases and go again."""
+    """What answers, in words.
+
+    has_leases  pdctl's own wire too, by which ranks hold leases and go again
+    is_locked   it is there, and not for us
+    """
 
     name: str
-    has_leases: bool
+    has_leases: bool = False
+    is_locked: bool = False
 
 
 async def recognised(ask: Asker) -> Recognised:
     """What answers there. Raises Unreachable where it is no bootstrap registry."""
-    answers = [await ask("GET", "/health"), await ask("GET", "/route"), await _topology(ask)]
-    health, without_query, topology = answers
+    answers = [await ask("GET", "/route"), await _topology(ask)]
+    without_query, topology = answers
     served = topology.status == 200 and "attn_tp_size" in topology.row()
-    if health.status in (200, 503) and without_query.status == 400 and (served or topology.status == 503):
+    if without_query.status == 400 and (served or topology.status == 503):
         listed = await ask("GET", "/v1/instances")
-        ours = listed.status in (401, 403) or "instances" in listed.row()
-        return Recognised("pdctl" if ours else "a bootstrap registry on SGLang's wire", ours)
+        if listed.status in (401, 403):
+            return Recognised("pdctl, whose /v1 wants a token", is_locked=True)
+        if "instances" in listed.row():
+            return Recognised("pdctl", has_leases=True)
+        return Recognised("a bootstrap registry on SGLang's wire")
     if 401 in {said.status for said in answers} or 403 in {said.status for said in answers}:
         raise Unreachable(
             f"what answers at {ask.url} does not let us in ({topology}): give --token-file or a certificate"
@@ -156,7 +164,7 @@ async def _checked(promise: Promise, one: Subject, tell: Callable[[Promise], Non
 
 async def _answers(one: Subject) -> bool:
     try:
-        return (await one.ask("GET", "/health")).status > 0
+        return (await one.topology()).status > 0
     except NoAnswer:
         return False
 

@@ -36,7 +36,7 @@ _TOPOLOGY_KNOWN = _TOPOLOGY_NEEDED | {
 
 _LONG = 100_000
 _TOO_LONG = (1 << 20) + 1024
-_ROOMS_AT_ONCE = 64
+_ROOMS_AT_ONCE = 16
 
 
 class Verdict(StrEnum):
@@ -207,14 +207,14 @@ async def bad_rooms_are_refused(subject: Subject) -> Finding:
 
 
 async def rooms_are_remembered(subject: Subject) -> Finding:
-    beyond = (1 << 63) + ROOM
-    for room, dp_rank in ((ROOM, 0), (ROOM, 1), (beyond, 3)):
+    largest = (1 << 63) - 1  # that routers draw
+    for room, dp_rank in ((ROOM, 0), (ROOM, 1), (largest, 3)):
         said = await _room(subject.ask, room, dp_rank)
         if said.status != 200:
             return broken(f"room {room}: {said}")
-    asked = {"bootstrap_rooms": [ROOM, ROOM + 1, beyond]}
+    asked = {"bootstrap_rooms": [ROOM, ROOM + 1, largest]}
     found = await subject.ask("POST", "/query_dp_ranks", asked)
-    wanted = {str(ROOM): 1, str(beyond): 3}
+    wanted = {str(ROOM): 1, str(largest): 3}
     return kept("the last word of each, strangers absent") if found.body == wanted else broken(f"{found}")
 
 
@@ -274,10 +274,10 @@ async def a_restarted_rank_replaces_itself(subject: Subject) -> Finding:
 
 async def a_kept_connection_stays(subject: Subject) -> Finding:
     async with subject.anew() as ask:
-        await ask("GET", "/health")
+        before = await ask("GET", "/route")
         await asyncio.sleep(subject.idle_s)
-        said = await ask("GET", "/health")
-    if said.status != 200 or ask.connections() != 1:
+        after = await ask("GET", "/route")
+    if after.status != before.status or ask.connections() != 1:
         return broken(
             f"after {subject.idle_s:g} s of silence it was closed: a rank is looked up once, and would be lost"
         )
@@ -289,11 +289,11 @@ async def the_living_are_not_overwritten(subject: Subject) -> Finding:
         return untried("the instance never became complete")
     if subject.elsewhere is None:
         return untried("needs a second address of this host that reaches the server: --from-address")
+    if subject.is_locked:
+        return untried("its leases want a token: --token-file")
     how = "listens"
     if subject.has_leases:
         held = await subject.hold(7)
-        if held.status in (401, 403):
-            return untried(f"its leases want a token ({held}): --token-file")
         how = "listens and holds a lease" if held.status == 200 else f"listens (it got no lease: {held})"
     said = await subject.elsewhere("PUT", "/route", subject.rank(7, address=SIZE + 1))
     if await subject.finds(7):
@@ -305,14 +305,14 @@ async def the_living_are_not_overwritten(subject: Subject) -> Finding:
 async def a_rank_can_be_taken_out(subject: Subject) -> Finding:
     if not subject.is_complete:
         return untried("the instance never became complete")
+    if subject.is_locked:
+        return untried("its way wants a token: --token-file")
     gone = await subject.leave(7)
     if gone is None:
         said = await subject.ask("DELETE", "/route", subject.rank(7))
         if said.status != 200:
             return broken(f"there is no way: DELETE /route says {said}")
         gone = said
-    if gone.status in (401, 403):
-        return untried(f"it wants a token ({gone}): --token-file")
     served = await subject.topology()
     again = await subject.put(7)
     if gone.status != 200 or served.status == 200:
@@ -357,7 +357,11 @@ async def rooms_are_bounded(subject: Subject) -> Finding:
         return untried("takes long, and its rooms stay until they expire: --rooms 1100000")
     for start in range(0, subject.rooms, _ROOMS_AT_ONCE):
         numbers = range(ROOM + start, ROOM + min(start + _ROOMS_AT_ONCE, subject.rooms))
-        for said in await _at_once(_room(subject.ask, number, 0) for number in numbers):
+        try:
+            answers = await _at_once(_room(subject.ask, number, 0) for number in numbers)
+        except NoAnswer as error:
+            return untried(f"after {start} rooms {error}")
+        for said in answers:
             if said.status != 200:
                 return kept(f"after {start} rooms: {said}")
     return broken(f"{subject.rooms} rooms were taken")
@@ -432,7 +436,7 @@ PROMISES: tuple[Promise, ...] = (
     Promise("questions", "A bad question is a 4xx", "GETs with missing ranks and words", bad_questions_are_refused),
     Promise("bad-rooms", "A bad room is a 4xx", "POSTs to both room paths", bad_rooms_are_refused),
     Promise(
-        "rooms", "A room's DP rank is told, the last word of it", "3 rooms, beyond 2**63 too", rooms_are_remembered
+        "rooms", "A room's DP rank is told, the last word of it", "2 rooms, one of them 2**63 - 1", rooms_are_remembered
     ),
     Promise(
         "complete",

@@ -45,7 +45,7 @@ class Subject:
     ask, elsewhere  put questions from this host's usual address, and from another one
     anew            makes a further way to ask, with connections of its own
     addresses       where the ranks listen: of `SIZE` ranks, and `SPARES`
-    has_leases      pdctl's own wire is there too
+    has_leases      pdctl's own wire is there too; `is_locked`: and wants a token
     """
 
     ask: Asker
@@ -55,6 +55,7 @@ class Subject:
     rooms: int
     idle_s: float
     has_leases: bool
+    is_locked: bool = False
     instance: str | None = None
     is_complete: bool = False
 
@@ -125,7 +126,10 @@ class Subject:
         try:
             instance = await self.place()
             if instance is None:
-                return ["the made-up ranks: this server has no way to take a rank out, restart it"]
+                how = (
+                    "its way to take a rank out wants a token" if self.is_locked else "it has no way to take a rank out"
+                )
+                return [f"the made-up ranks: {how}, restart it"]
             for seat, epoch in await self.seated(instance):
                 await self.ask("DELETE", f"/v1/instances/{instance}/ranks/{seat}", params={"epoch": epoch})
             left = len(await self.seated(instance))

@@ -15,7 +15,7 @@ from pdctl.core.address import Endpoint
 from pdctl.core.findings import Culprit, Finding, Place, Scope, rank_name
 from pdctl.core.native import Registration
 from pdctl.core.route import Announcement, Seat, Shape
-from pdctl.core.seen import CAME, LEFT, SHOWN, Row, Seen, ago, host_of, missing_seats, said, seat_of, sizes
+from pdctl.core.seen import LEFT, SHOWN, Row, Seen, ago, host_of, missing_seats, said, seat_of, sizes
 
 STILL_NEWS_S = 600.0
 """A refusal of an instance that serves is told for so long; of one that does not, until the rank is there."""
@@ -73,14 +73,11 @@ def _is_asked_about(event: Row, scope: Scope) -> bool:
 
 def _is_put_right(seen: Seen, event: Row) -> bool:
     """Whether whoever was refused has come in since, or the instance serves and it is long ago."""
-    later = (other for other in seen.events if other.get("id", 0) > event.get("id", 0))
     name, seat, host = event.get("instance"), seat_of(event), host_of(event)
-    came = (other for other in later if other.get("kind") in CAME and other.get("instance") == name)
-    if any(
-        (seat is not None and seat_of(other) == seat) or (seat is None and host and host == host_of(other))
-        for other in came
-    ):
-        return True
+    for number, came_to, came_from in seen.came.get(str(name), ()):
+        same = came_to == seat if seat is not None else bool(host) and came_from == host
+        if same and number > event.get("id", 0):
+            return True
     instance = None if name is None else seen.instances.get(str(name))
     serves = bool(instance and instance.get("ready")) or name is None
     age_s = seen.age_s(event)
@@ -147,8 +144,23 @@ def absent(seen: Seen, scope: Scope) -> Iterator[Finding]:
         came = any(event.get("instance") == place.instance for event in _refused(seen, Scope((place,))))
         if place.instance not in seen.instances and not came:
             yield _gone(seen, place) or _never_came(seen, place)
-    if not scope.places and scope.room is None and not seen.ranks:
+    if (words := seen.overview.get("stock")) is not None:
+        yield _stock(seen, str(words))
+    elif not scope.places and scope.room is None and not seen.ranks:
         yield _never_came(seen, None)
+
+
+def _stock(seen: Seen, words: str) -> Finding:
+    """SGLang's own server counts registrations; who is missing it cannot say."""
+    nobody = "(0 workers" in words
+    do = "see each prefill rank's log for its registration; pdctl serve in this server's place names who is missing"
+    return Finding(
+        Culprit.NEVER_REGISTERED if nobody else Culprit.RANK_MISSING,
+        f"the instance of {seen.registry}",
+        f"{'no rank' if nobody else 'not every rank'} has registered with SGLang's own bootstrap server",
+        do,
+        (f"GET /route: {words}",),
+    )
 
 
 def _gone(seen: Seen, place: Place) -> Finding | None:
@@ -243,18 +255,9 @@ def _ended(seen: Seen, who: str, event: Row) -> Finding:
     return Finding(Culprit.LEASE_LAPSED, who, why, do, evidence)
 
 
-def _is_about(event: Row, seat: Seat) -> bool:
-    """Of many seats at once no one is named."""
-    return seat_of(event) == seat or (event.get("rank") is None and (event.get("count") or 1) > 1)
-
-
 def _last_of(seen: Seen, name: str, seat: Seat) -> Row | None:
-    """The last thing that happened to the seat."""
-    return next(
-        (
-            event
-            for event in reversed(seen.events)
-            if event.get("instance") == name and event.get("kind") in LEFT | CAME and _is_about(event, seat)
-        ),
-        None,
-    )
+    """The last thing that happened to the seat, or to many of which it may have been one."""
+    own, crowd = seen.last.get((name, seat)), seen.last.get((name, None))
+    if own is None or crowd is None:
+        return own or crowd
+    return max(own, crowd, key=lambda event: int(event.get("id", 0)))

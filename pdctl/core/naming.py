@@ -26,6 +26,9 @@ DEFAULT = "default"
 SESSION_KEY = "mooncake_session"
 """Where a rank's lease has the `ip:port` by which peers know its Mooncake engine: in the metadata, of any role."""
 
+HTTP_KEY = "pdctl_http"
+"""Likewise the URL below which the rank answers /metrics, /readyz and /livez: `http://ip:port`."""
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
 _LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", re.ASCII)  # RFC 1123, in small letters
 _REMEMBERED = 4096

@@ -37,15 +37,20 @@ class ReportLimits:
     max_nbytes      of all of them together; one that does not fit is answered 429
     again_s         how soon at the latest the next one is wanted
     expire_after_s  a report that none has followed for so long is dropped, and that is an event
+    per_s           of more ranks than report so often a second, each is asked to report less often, and is waited for
+                    longer; with 200, and links to 64 peers each, reports take a fifteenth of a core (docs/overview.md)
     """
 
     max_reports: int = 20_000
     max_nbytes: int = 256 << 20
     again_s: float = 5.0
     expire_after_s: float = 15.0
+    per_s: float = 200.0
 
     def __post_init__(self) -> None:
         check_seconds(self, "reports")
+        if not self.per_s > 0:
+            raise ConfigError(f"reports per_s is {self.per_s}: give reports a second, above 0")
         if self.max_reports < 0 or self.max_nbytes < 0:
             raise ConfigError("reports max_reports and max_nbytes cannot be below 0: give 0 to hold none")
         if self.expire_after_s <= self.again_s:
@@ -104,6 +109,15 @@ class ReportBook:
     def get(self, place: Place) -> Held | None:
         return self._held.get(place)
 
+    @property
+    def again_s(self) -> float:
+        """How soon at the latest the next report of each is wanted, of as many as there are."""
+        return max(self.limits.again_s, round(len(self._held) / self.limits.per_s, 1))
+
+    @property
+    def expire_after_s(self) -> float:
+        return self.limits.expire_after_s * self.again_s / self.limits.again_s
+
     def take(self, place: Place, epoch: int, report: Report, body: bytes, now: float) -> News:
         """This is how the rank is. Raises LimitReached, and then its last word stays what it was."""
         before = self._held.get(place)
@@ -136,9 +150,7 @@ class ReportBook:
 
     def expire(self, now: float, limit: int = 256) -> list[Place]:
         """Those that have been silent for too long are held no more."""
-        over = [
-            place for place, held in islice(self._held.items(), limit) if now - held.at >= self.limits.expire_after_s
-        ]
+        over = [place for place, held in islice(self._held.items(), limit) if now - held.at >= self.expire_after_s]
         for place in over:
             self.drop(place)
         return over

@@ -58,6 +58,8 @@ class LinkSeen:
 
     def __post_init__(self) -> None:
         _check_text("links.session", self.session, _MAX_NAME)
+        if self.state is State.TRUSTED and self.sentence == "trusted" and not self.since_s and self.again_in_s is None:
+            return  # as most are, of up to 4,096 in a report
         _check_text("links.sentence", self.sentence)
         _check_seconds("links.since_s", self.since_s)
         _check_seconds("links.again_in_s", self.again_in_s)

@@ -105,6 +105,25 @@ class Seen:
         reported = {str(row.get("session")): rank_name(name, seat) for (name, seat), row in self.reports.items()}
         return ranks | reported
 
+    @cached_property
+    def last(self) -> dict[tuple[str, Seat | None], Row]:
+        """What last happened to each seat; under None to many of an instance at once, of whom no one is named."""
+        found: dict[tuple[str, Seat | None], Row] = {}
+        for event in self.events:
+            if event.get("kind") in LEFT | CAME:
+                found[str(event.get("instance")), seat_of(event)] = event
+        return found
+
+    @cached_property
+    def came(self) -> dict[str, list[tuple[int, Seat | None, str]]]:
+        """Who has come to each instance: the event's number, the seat, from which host."""
+        found: dict[str, list[tuple[int, Seat | None, str]]] = {}
+        for event in self.events:
+            if event.get("kind") in CAME:
+                who = (int(event.get("id", 0)), seat_of(event), host_of(event))
+                found.setdefault(str(event.get("instance")), []).append(who)
+        return found
+
     def age_s(self, event: Row) -> float | None:
         """How long ago, if that can be told."""
         try:

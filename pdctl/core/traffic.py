@@ -16,7 +16,20 @@ from pdctl.core.layout import Kind
 from pdctl.core.naming import SESSION_KEY
 from pdctl.core.pairing import check_shapes
 from pdctl.core.route import Seat
-from pdctl.core.seen import SHOWN, Door, Knock, Row, Seen, ago, endpoint_of, role_of, shape_of, sizes
+from pdctl.core.seen import (
+    SHOWN,
+    Door,
+    Knock,
+    Row,
+    Seen,
+    ago,
+    endpoint_of,
+    role_of,
+    said,
+    seat_of,
+    shape_of,
+    sizes,
+)
 from pdctl.errors import BadField, LayoutMismatch
 
 STUCK_S = 30.0
@@ -169,8 +182,6 @@ def _ejected(seen: Seen, who: str, link: Row) -> Finding:
     peer = seen.by_session.get(session)
     name = f"{peer} ({session})" if peer else session
     cause = str(link.get("cause") or "unknown").replace("_", " ")
-    again_s = link.get("again_in_s", link.get("next_question_s"))
-    until = f"asked again in {again_s:.1f} s" if again_s is not None else "until the peer registers anew"
     facts = [f"link as {who} has it: {link.get('sentence', '')}"]
     knock = seen.knocks.get(session)
     if knock is not None:
@@ -179,15 +190,26 @@ def _ejected(seen: Seen, who: str, link: Row) -> Finding:
     return Finding(
         Culprit.EJECTED_LINK,
         f"{who} -> {peer or session}",
-        f"{who} {verb} {name} since {float(link.get('since_s') or 0):.0f} s because of {cause}; {until}",
+        f"{who} {verb} {name} since {float(link.get('since_s') or 0):.0f} s because of {cause}; {_until(link)}",
         _cure(link, knock),
         tuple(facts),
     )
 
 
+def _until(link: Row) -> str:
+    again_s = link.get("again_in_s", link.get("next_question_s"))
+    if again_s is not None:
+        return f"asked again in {again_s:.1f} s"
+    is_asked = link.get("asking") or "being asked now" in str(link.get("sentence"))
+    return "being asked now" if is_asked and link.get("state") == "blocked" else "until the peer registers anew"
+
+
 def _cure(link: Row, knock: Knock | None) -> str:
     if link.get("state") == "dropped":
-        return "another process answers there now: start the peer anew, so that it registers; or pdctl sessions --lift"
+        return (
+            "that life is over, by its lease's end or as another process answers there: start the peer anew, so that "
+            "it registers; or pdctl sessions --lift"
+        )
     if knock is not None and knock.door is Door.ANSWERS:
         return (
             "the peer answers again: it is let back by itself when its hold is over; pdctl sessions --lift does so now"
@@ -232,6 +254,27 @@ def reports(seen: Seen, scope: Scope) -> Iterator[Finding]:
             why = f"{who} is not ready: {reason}"
             do = "mend what it names; its own /readyz says when it is over"
             yield Finding(Culprit.RANK_UNREADY, who, why, do, (f"report of {who}, {report.get('age_s')} s old",))
+
+
+def silent(seen: Seen, scope: Scope) -> Iterator[Finding]:
+    """Who holds its seat, and does not tell any more how it is."""
+    lost = {(str(event.get("instance")), seat_of(event)): event for event in seen.events if _is_lost(event)}
+    for (name, seat), event in lost.items():
+        if (
+            seat is None
+            or (name, seat) not in seen.ranks
+            or (name, seat) in seen.reports
+            or not scope.covers(name, seat)
+        ):
+            continue
+        who = rank_name(name, seat)
+        why = f"{who} holds its seat, and has stopped to tell this registry how it is"
+        do = "look at its log and its load; of several registries over one etcd it may tell another one: ask that too"
+        yield Finding(Culprit.REPORT_LOST, who, why, do, (f"event {event.get('id')}: {said(event)}",))
+
+
+def _is_lost(event: Row) -> bool:
+    return event.get("kind") == "report_lost"
 
 
 # --- rooms

@@ -70,7 +70,8 @@ async def _decode(settings: Settings) -> None:
     with Arena(nbytes) as arena:
         device = Device.of(toy, N_PAGES, N_ROWS, arena.array(nbytes, np.uint8))
         pools = RankPools(device.kv.pool(), device.aux.pool())
-        async with node.decode_node(settings, pools=pools, arena=arena.region, shape=_shape(toy)) as rank:
+        registry, shape = settings.node.registry, _shape(toy)
+        async with node.decode_node(settings, pools=pools, arena=arena.region, shape=shape, registry=registry) as rank:
             worker = Decode(device, rank.receiver, lambda room: rank.pair(settings.node.registry, room))
             tell("ready", session=rank.engine.session, metrics=rank.metrics_url)
             await _serve({"generate": worker.generate, "untouched": worker.untouched})

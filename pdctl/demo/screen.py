@@ -46,6 +46,10 @@ class Screen:
     def note(self, text: str) -> None:
         self._line(f"   {escape(text)}")
 
+    def call(self, text: str) -> None:
+        """What a person is to do, or to look at, now."""
+        self._line(f"   [bold yellow]{escape(text)}[/]")
+
     def check(self, check: Check) -> None:
         mark = "[green]ok  [/]" if check.ok else "[bold red]FAIL[/]"
         expected = "" if check.ok else f" [red](expected: {escape(check.expected)})[/]"

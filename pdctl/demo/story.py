@@ -25,6 +25,7 @@ from pdctl.demo.screen import Screen
 from pdctl.demo.stage import SETTINGS, Finished, Stage, fetch, is_closed, open_stage, start_rank, start_registry, until
 from pdctl.demo.stage import value_of as metric
 from pdctl.demo.toy import ToyConfig, as_text
+from pdctl.demo.visit import LOOK_S, STOPPED_S, Visit
 from pdctl.errors import PdctlError
 
 REGISTRY_IS_LATE_S = 2.0
@@ -47,12 +48,14 @@ Waiting = tuple[int, Prompt, Question]
 
 @dataclass(frozen=True, slots=True)
 class DemoOptions:
-    """`prompts`: None for the built-in set. `trace`: replay `requests` requests of it instead. `json`: one document."""
+    """`prompts`: None for the built-in set. `trace`: replay `requests` requests of it instead. `json`: one document.
+    `page`: slowly, for those who watch the registry's page, and the fleet stays until it is told to stop."""
 
     prompts: Sequence[str] | None = None
     trace: Path | None = None
     requests: int = 20
     json: bool = False
+    page: bool = False
 
 
 @dataclass(slots=True)
@@ -65,6 +68,12 @@ class Show:
     report: Report = field(default_factory=Report)
     act: int = 0
     members: Family | None = None
+    visit: Visit | None = None
+
+    async def look(self, what: str, stage: Stage | None = None, seconds: float = LOOK_S) -> None:
+        """Where somebody watches the page, let them see it."""
+        if self.visit is not None:
+            await self.visit.look(what, stage, seconds)
 
     def check(self, name: str, ok: bool, measured: str, expected: str, evidence: Sequence[str] = ()) -> None:
         self.judge(Check(self.act, name, ok, measured, expected, tuple(evidence)))
@@ -93,6 +102,8 @@ async def run(options: DemoOptions) -> int:
     toy = ToyConfig()
     jobs, note = _jobs(options, toy)
     show = Show(Screen(Console(quiet=options.json)), toy, jobs)
+    if options.page:
+        show.visit = Visit(show.screen, (texts.of_length(LONG_PROMPT, toy, "meanwhile"), texts.built_in(toy)[0]))
     await tell(show, note)
     if options.json:
         sys.stdout.write(json.dumps(show.report.document(), indent=2) + "\n")
@@ -156,6 +167,8 @@ async def registry_comes_late(show: Show, stage: Stage) -> None:
         "at least 2 attempts, not registered",
     )
     await start_registry(stage)
+    if show.visit is not None:
+        show.visit.screen.note(f"the page: {stage.registry_url}/")
     took_s = await until(stage.registered, "prefill's registration", deadline_s=15)
     show.check(
         "it registers by itself when the registry is up",
@@ -172,6 +185,9 @@ async def registry_comes_late(show: Show, stage: Stage) -> None:
         f"page_size {show.toy.page_size}",
     )
     show.figure("registry up to prefill registered", f"{took_s:.2f} s, after {len(tried)} failed attempts")
+    if show.visit is not None:
+        await show.visit.open(stage)
+    await show.look("two instances, prefill and decode, each with its seat held")
 
 
 def _attempts(rank: Child) -> list[Event]:
@@ -200,6 +216,7 @@ async def main_job(show: Show, stage: Stage) -> None:
     show.report.moved = moved
     _main_figures(show, done, moved)
     await _measure_bulk(show, stage)
+    await show.look("bytes on the wire, rooms that come and go", stage)
 
 
 async def _measure_bulk(show: Show, stage: Stage) -> None:
@@ -254,7 +271,9 @@ async def decode_stops(show: Show, stage: Stage) -> None:
         [str(each) for each in refused],
     )
     show.figure("a request to a blocked session fails in", f"{slowest_s * 1000:.1f} ms")
+    await show.look("decode is blocked at prefill, the cause, the room that failed, then its lease", None, STOPPED_S)
     await _continue(show, stage, before)
+    await show.look("it is healed: readmitted, everything serves", stage)
     await _judge_told(show, [(failed, victim.decode), *zip(refused, (q for _, _, q in waiting), strict=True)])
     done = await stage.run_all([texts.of_length(LONG_PROMPT, show.toy, "again"), texts.built_in(show.toy)[0]])
     _judge_tokens(show, "requests to it succeed again", done)
@@ -337,6 +356,7 @@ async def decode_is_replaced(show: Show, stage: Stage) -> None:
         "1",
     )
     show.figure("decode killed to two requests answered by the next", f"{took_s:.2f} s")
+    await show.look("a new life in decode's seat, and the link to the old one that stays blocked", stage)
     show.report.metric_lines += _changes(before, after)
 
 
@@ -345,6 +365,8 @@ async def decode_is_replaced(show: Show, stage: Stage) -> None:
 
 async def all_stop(show: Show, stage: Stage) -> None:
     """Decode first, the registry last; each by itself, within its bound."""
+    if show.visit is not None:
+        await show.visit.stay(stage)
     cast = list(stage.family.children)
     ports = sorted({port for child in cast for port in child.listening_ports()})
     order = sorted(cast, key=lambda child: ("decode" not in child.name, child.name == "registry"))

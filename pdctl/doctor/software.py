@@ -21,6 +21,7 @@ from pdctl.engine import wheel
 OLDEST = (3, 11)
 _LOADERS = ("/lib64/ld-linux-x86-64.so.2", "/lib/ld-linux-aarch64.so.1", "/lib64/ld64.so.2")
 _NOT_FOUND = re.compile(r"^\s*(\S+) => not found", re.MULTILINE)
+_BROKEN = re.compile(r"error while loading shared libraries: ([^:]+): (.+)")
 _NEEDS = re.compile(r"([A-Za-z0-9._-]+)(?:\[[^\]]*\])?\s*(?:>=([0-9][0-9.]*))?")
 _CUDA_OF = {"mooncake-transfer-engine": 12, "mooncake-transfer-engine-cuda13": 13}
 _NO_WHEEL = "pip install 'pdctl[cpu]' (or [cuda], [cuda13]) where a rank or an agent runs; pdctl serve needs none"
@@ -78,13 +79,13 @@ async def shared_objects(_: Settings) -> Said:
         return warn("the dynamic loader is not where it usually is: not looked at", "see what the check engine says")
     missing: dict[str, list[str]] = {}
     for path in paths:
-        for soname in await _missing(loader, path):
-            missing.setdefault(soname, []).append(path.name)
-    lacking = {name: users for name, users in missing.items() if wheel.runtime_of_pip(name) is None}
+        for lack in await _missing(loader, path):
+            missing.setdefault(lack, []).append(path.name)
+    lacking = {lack: users for lack, users in missing.items() if wheel.runtime_of_pip(_soname(lack)) is None}
     if lacking:
-        which = "; ".join(f"{' and '.join(users)} need {name}, which is not found" for name, users in lacking.items())
-        return fail(which, "; ".join(dict.fromkeys(wheel.package_of(name) for name in lacking)))
-    also = f"; {', '.join(missing)} come with pip's CUDA runtime" if missing else ""
+        which = "; ".join(f"{' and '.join(users)} need {lack}" for lack, users in lacking.items())
+        return fail(which, "; ".join(dict.fromkeys(wheel.package_of(_soname(lack)) for lack in lacking)))
+    also = f"; {', '.join(map(_soname, missing))} come with pip's CUDA runtime" if missing else ""
     return ok(f"{', '.join(path.name for path in paths)} find every library that they link to{also}")
 
 
@@ -93,12 +94,18 @@ def _loader() -> str | None:
 
 
 async def _missing(loader: str, path: Path) -> list[str]:
+    """`libnuma.so.1, which is not found`, and the like. At one that cannot be read the loader goes no further."""
     environ = {**config.environment(), "LD_TRACE_LOADED_OBJECTS": "1"}
     child = await asyncio.create_subprocess_exec(
         loader, str(path), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT, env=environ
     )
-    said, _ = await child.communicate()
-    return _NOT_FOUND.findall(said.decode(errors="replace"))
+    said = (await child.communicate())[0].decode(errors="replace")
+    broken = [f"{name}, and it cannot be loaded ({why.strip()})" for name, why in _BROKEN.findall(said)]
+    return [f"{name}, which is not found" for name in _NOT_FOUND.findall(said)] + broken
+
+
+def _soname(lack: str) -> str:
+    return lack.partition(",")[0].rpartition("/")[2]
 
 
 def cuda(settings: Settings) -> Said:

@@ -121,7 +121,9 @@ def remedy(text: str) -> str:
     library = _LIBRARY.search(text)
     if library is None:
         return f"the Mooncake transfer engine is not installed ({text}): {_EXTRA}"
-    return f"the Mooncake transfer engine needs {library[1]}, which is not on this host: {package_of(library[1])}"
+    is_there = "cannot open shared object file" not in text
+    how = f"which cannot be loaded ({text})" if is_there else "which is not on this host"
+    return f"the Mooncake transfer engine needs {library[1]}, {how}: {package_of(library[1])}"
 
 
 def package_of(soname: str) -> str:

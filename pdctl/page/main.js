@@ -72,7 +72,7 @@ function show() {
   if (byId("main").hidden) return;
   const now = drawn;
   picture.meter.trim(now);
-  const seen = { picture, filter, now, links: linksOf(picture, now), rooms: roomsOf(picture, now) };
+  const seen = { picture, filter, now, links: linksOf(picture), rooms: roomsOf(picture) };
   const problems = problemsOf(picture, seen.links, seen.rooms, now);
   verdict.show(problems, picture);
   showTiles(seen);

@@ -4,10 +4,9 @@
 // tells of time are ages, each turned into a moment on arrival, so that no clock of another host is believed.
 
 const KEPT_EVENTS = 500;
-const FRESH_MS = 20_000; // a report is held for 15 s: what is older than that was let go
 const LATELY_MS = 60_000;
-const METER_S = 660; // ten minutes, and what is still coming in
-const LAG_S = 6; // ranks report every 5 s: the last seconds are not whole yet
+const METER_S = 720; // ten minutes, and what is still coming in
+const LAG_S = { least: 6, most: 90 }; // ranks report every 5 s, crowds less often: the last seconds are not whole yet
 const WORSE = ["none", "trusted", "trial", "dropped", "blocked"];
 const PHASES = ["bootstrapping", "waiting_for_input", "transferring"];
 
@@ -16,9 +15,9 @@ const inOrder = (a, b) => collator.compare(a, b);
 const worse = (a, b) => (WORSE.indexOf(a) >= WORSE.indexOf(b) ? a : b);
 const sum = (numbers) => numbers.reduce((a, b) => a + b, 0);
 
-/** "dp0-cp0-tp1-pp0" and "tp1" are one seat: the second is shown. */
+/** "dp0/cp0/tp1/pp0", "dp0-cp0-tp1-pp0" and "tp1" are one seat: the last is shown. */
 function shortSeat(seat) {
-  const parts = String(seat).split("-").filter((part) => !/^[a-z]+0$/.test(part));
+  const parts = String(seat).split(/[-/]/).filter((part) => !/^[a-z]+0$/.test(part));
   return parts.length ? parts.join("-") : "tp0";
 }
 
@@ -30,6 +29,7 @@ class Meter {
     this.series = { sent: new Map(), arrived: new Map() };
     this.last = new Map();
     this.since = null;
+    this.lag_s = LAG_S.least;
   }
 
   take(key, report, now) {
@@ -39,6 +39,7 @@ class Meter {
     this.last.set(key, { at, bytes: report.bytes, epoch: report.epoch });
     this.since ??= at;
     if (!before || before.epoch !== report.epoch || report.bytes < before.bytes || at - before.at > METER_S) return;
+    this.lag_s = Math.min(LAG_S.most, Math.max(LAG_S.least, at - before.at + 1, this.lag_s * 0.999));
     const moved = report.bytes - before.bytes;
     if (moved > 0) this.spread(report.role === "prefill" ? "sent" : "arrived", moved, before.at, at);
   }
@@ -53,7 +54,7 @@ class Meter {
 
   /** Bytes a second for each of the last `n` whole seconds, oldest first. */
   last_s(name, n, now) {
-    const end = Math.floor(now / 1000) - LAG_S;
+    const end = Math.floor(now / 1000 - this.lag_s);
     return Array.from({ length: n }, (_, i) => this.series[name].get(end - n + i) || 0);
   }
 
@@ -130,8 +131,8 @@ class Picture {
 
   forgetEvents() { this.events = []; }
 
-  /** Reports that still stand: a registry that has gone leaves none of them. */
-  fresh(now) { return [...this.reports.values()].filter((each) => now - each.at < FRESH_MS); }
+  /** Those that the registry has let go of are gone here too. */
+  get told() { return [...this.reports.values()]; }
 }
 
 /** One rank: the row that the registry has of it, and what it last said. */
@@ -173,9 +174,10 @@ function layoutOf(instance) {
 
 /**
  * Prefill x decode, by rank. A row is who judges (a prefill rank by its report, or this service by its own table), a
- * column a session that is judged; a decode that nobody has judged yet is a column as well.
+ * column a session that is judged; a decode that nobody has judged yet is a column as well. `stray` sessions are no
+ * registered rank's, though others' are: of a rank that another has replaced, mostly, and no loss.
  */
-function linksOf(picture, now) {
+function linksOf(picture) {
   const columns = new Map();
   const column = (session, key, instance, seat) => {
     if (session && (!columns.has(session) || (key && !columns.get(session).instance)))
@@ -188,18 +190,20 @@ function linksOf(picture, now) {
       if (instance.role === "decode") column(session, rank.key, instance.name, rank.seat);
     }
   }
-  for (const report of picture.fresh(now)) {
+  for (const report of picture.told) {
     if (report.role === "decode") column(report.session, report.key, report.instance, shortSeat(report.seat));
     else rows.push({ name: report.key, instance: report.instance, seat: shortSeat(report.seat), links: report.links, out: report.out });
   }
   const own = [...picture.sessions.values()].filter((row) => row.state !== "trusted" || columns.has(row.session));
   if (own.some((row) => row.state !== "trusted") || (own.length && !rows.length)) {
-    const links = new Map(own.map((row) => [row.session, { ...row, again_in_s: row.next_question_s }]));
+    const links = new Map(own.map((row) => [row.session, { ...row, again_in_s: row.next_question_s, isOwn: true }]));
     rows.push({ name: "this registry", instance: "this registry", seat: "", links, out: [...links.values()].filter(isOut) });
   }
   for (const row of rows) for (const session of row.links.keys()) column(session);
   const byPlace = (a, b) => inOrder(a.name, b.name);
-  return { rows: rows.sort(byPlace), columns: [...columns.values()].sort(columnOrder) };
+  const all = [...columns.values()].sort(columnOrder), known = all.some((each) => each.instance);
+  const stray = new Set(known ? all.filter((each) => !each.instance).map((each) => each.session) : []);
+  return { rows: rows.sort(byPlace), columns: all, stray };
 }
 
 /** Those that the registry knows first: a bare address is of somebody who is gone, or who never registered. */
@@ -252,10 +256,10 @@ function linksOut({ rows, columns }) {
 }
 
 /** Rooms by side and phase, and the lists of rooms, over all reports. */
-function roomsOf(picture, now) {
+function roomsOf(picture) {
   const sides = { sender: tally(), receiver: tally() };
   const open = [], failed = [];
-  for (const report of picture.fresh(now)) {
+  for (const report of picture.told) {
     const mine = report.role === "prefill" ? sides.sender : sides.receiver;
     mine.success += (report.ended || {}).success || 0;
     mine.failed += (report.ended || {}).failed || 0;
@@ -280,7 +284,7 @@ function problemsOf(picture, links, rooms, now) {
   ofTheService(picture.service, say);
   for (const instance of [...picture.instances.values()].sort((a, b) => inOrder(a.name, b.name))) ofAnInstance(instance, say);
   ofLinks(links, say);
-  ofRanks(picture, now, say);
+  ofRanks(picture, say);
   ofRooms(rooms, now, say);
   const grades = ["bad", "warn", "info"];
   return found.sort((a, b) => grades.indexOf(a.grade) - grades.indexOf(b.grade));
@@ -305,11 +309,11 @@ function ofAnInstance(instance, say) {
 }
 
 /** One sentence for a rank that all refuse, or that refuses all; else one for each decode. */
-function ofLinks({ rows, columns }, say) {
-  const told = new Set();
+function ofLinks({ rows, columns, stray }, say) {
+  const told = new Set(), n_known = columns.length - stray.size;
   for (const row of rows) {
-    const { out } = row;
-    if (columns.length < 2 || out.length < columns.length) continue;
+    const out = row.out.filter((link) => !stray.has(link.session));
+    if (n_known < 2 || out.length < n_known) continue;
     told.add(row.name);
     say("bad", `${row.name} refuses all ${out.length} decode ranks: ${causes(out)}`, `the fault is probably at ${row.name} itself, or in its network`, row.name);
   }
@@ -321,6 +325,10 @@ function ofLinks({ rows, columns }, say) {
     if (!out) continue;
     const state = out.map((link) => link.state).reduce(worse);
     const by = judges.length > 1 ? `${out.length} of ${judges.length} prefill ranks` : judges[0].name;
+    if (stray.has(column.session) || out.every((link) => link.isOwn && link.state === "dropped")) {
+      say("info", `${column.name} is refused by ${by}, and no registered rank has that session`, "of a rank that is gone: it is forgotten when nobody asks for it", column.name);
+      continue;
+    }
     const what = { trial: "is on trial at", dropped: "was dropped by", blocked: "is blocked at" }[state];
     say(state === "trial" ? "warn" : "bad", `${column.name} ${what} ${by}: ${causes(out)}`, outlook(out, state), column.name);
   }
@@ -338,8 +346,8 @@ function outlook(links, state) {
   return "requests to it fail at once; it is asked by itself and comes back when it answers as the same process";
 }
 
-function ofRanks(picture, now, say) {
-  for (const report of picture.fresh(now)) {
+function ofRanks(picture, say) {
+  for (const report of picture.told) {
     const who = report.key;
     for (const reason of report.unready || []) say("warn", `${who} is not ready: ${reason}`, `pdctl explain ${who}`, who);
     if ((report.panicking || []).length) say("bad", `${who}: most of its links are blocked, so it uses them all the same`, "the fault is probably not at the peers: look at this rank's own network", who);
@@ -355,13 +363,14 @@ function ofRooms(rooms, now, say) {
   const counted = new Map();
   for (const room of lately) counted.set(room.cause, (counted.get(room.cause) || 0) + 1);
   const [most] = [...counted].sort((a, b) => b[1] - a[1])[0];
-  say("warn", `${lately.length === 1 ? "1 room" : `${lately.length} rooms`} failed in the last minute, mostly: ${plain(most)}`, "the list below says each one's reason", "");
+  say("warn", `${lately.length === 1 ? "1 room" : `${lately.length} rooms`} failed in the last minute, mostly: ${plain(most)}`, `the last: ${lately[0].sentence || plain(lately[0].cause)}`, "");
 }
 
-/** Each room once, though both of its sides have told of it. */
+/** Each room once, though both of its sides have told of it: in the words of the sender, who knows why. */
 function failedLately(rooms, now) {
   const seen = new Map();
-  for (const room of rooms.failed) if (now - room.at < LATELY_MS && !seen.has(room.room)) seen.set(room.room, room);
+  for (const room of rooms.failed)
+    if (now - room.at < LATELY_MS && (!seen.has(room.room) || room.side === "sender")) seen.set(room.room, room);
   return [...seen.values()];
 }
 

@@ -77,11 +77,12 @@ function roles(instances) {
   return [...counted].sort().map(([role, n]) => `${n} ${role}`).join(", ");
 }
 
-function showLinksTile({ rows }) {
-  const out = rows.flatMap((row) => row.out), used = sum(rows.map((row) => row.links.size));
+function showLinksTile({ rows, stray }) {
+  const all = rows.flatMap((row) => row.out), out = all.filter((link) => !stray.has(link.session)), used = sum(rows.map((row) => row.links.size));
   const count = (state) => out.filter((link) => link.state === state).length;
   const gone = count("blocked") + count("dropped"), trial = count("trial");
-  const below = [`of ${used} in use`, trial ? `${trial} on trial` : ""].filter(Boolean).join(", ");
+  const past = all.length - out.length;
+  const below = [`of ${used} in use`, trial ? `${trial} on trial` : "", past ? `${past} to ranks that are gone` : ""].filter(Boolean).join(", ");
   tile("links", String(gone), rows.length ? below : "no rank reports any", gone ? "bad" : trial ? "warn" : "");
 }
 
@@ -286,9 +287,14 @@ function filtered(links, filter) {
 
 function fillOut(line, { row, link, to, now }) {
   const passed = (now - link.at) / 1000;
-  const again = link.again_in_s === null || link.again_in_s === undefined ? "when it registers" : `in ${inWords(Math.max(0, link.again_in_s - passed))}`;
-  setCells(line, [row.name, to || link.session, link.state === "trial" ? "on trial" : link.state, plain(link.cause), inWords((link.since_s || 0) + passed), link.state === "trial" ? "" : again, link.sentence || ""]);
+  setCells(line, [row.name, to || link.session, link.state === "trial" ? "on trial" : link.state, plain(link.cause), inWords((link.since_s || 0) + passed), askedAgain(link, passed), link.sentence || ""]);
   graded(line.cells[2], { trial: "warn", blocked: "bad", dropped: "gone" }[link.state]);
+}
+
+function askedAgain(link, passed) {
+  if (link.state === "trial") return "";
+  if (typeof link.again_in_s === "number") return `in ${inWords(Math.max(0, link.again_in_s - passed))}`;
+  return link.state === "dropped" || /registers anew/.test(link.sentence) ? "when it registers" : "now";
 }
 
 // --- KV on the wire
@@ -342,7 +348,7 @@ class Chart {
 }
 
 function watched_s(meter, now) {
-  return meter.since === null ? 0 : Math.max(0, Math.min(CHART_S.at(-1), now / 1000 - LAG_S - meter.since));
+  return meter.since === null ? 0 : Math.max(0, Math.min(CHART_S.at(-1), now / 1000 - meter.lag_s - meter.since));
 }
 
 function toldOf(values, seconds) {
@@ -404,8 +410,9 @@ class Events {
     this.offerKinds(picture.events);
     const kind = byId("kind").value;
     const fits = (each) => (!kind || each.kind === kind) && (!filter || `${each.instance || ""}/${each.rank || ""} ${each.session || ""} ${each.peer || ""} ${each.sentence}`.toLowerCase().includes(filter));
-    const found = picture.events.filter(fits).slice(-200).reverse();
-    fillRows(byId("events"), found, (each) => each.id, newEvent, fillEvent);
+    const found = together(picture.events.filter(fits)).slice(-200).reverse();
+    const names = new Map(seen.links.columns.map((column) => [column.session, column.name]));
+    fillRows(byId("events"), found, (each) => each.first, newEvent, (row, each) => fillEvent(row, each, names));
     setText(byId("events-empty"), found.length ? "" : picture.events.length ? "No event fits." : "Nothing has happened since this registry began.");
   }
 
@@ -419,15 +426,28 @@ class Events {
   }
 }
 
+/** Neighbours that differ in numbers alone are one line: of a peer that hangs, a hundred rooms say the same. */
+function together(events) {
+  const lines = [];
+  const alike = (each) => [each.kind, each.instance, each.rank, each.session, each.sentence.replace(/[\d.]+/g, "#")].join("\n");
+  for (const each of events) {
+    const last = lines.at(-1), what = alike(each);
+    if (last && last.alike === what) Object.assign(last, each, { count: last.count + each.count });
+    else lines.push({ ...each, alike: what, first: each.id });
+  }
+  return lines;
+}
+
 const newEvent = () => make("li", null, make("time"), make("span", { class: "head" }), make("span", { class: "text" }));
 
-function fillEvent(row, event) {
+function fillEvent(row, event, names) {
   const [time, head, text] = row.children;
   setText(time, new Date(event.at).toLocaleTimeString("en-GB"));
   setAttribute(time, "datetime", event.at);
   setAttribute(time, "title", event.at);
   const whose = event.instance ? `${event.instance}${event.rank ? `/${event.rank}` : ""}` : event.session || event.peer || "";
-  setText(head, `${plain(event.kind)}${whose ? ` · ${whose}` : ""}${event.count > 1 ? ` · ${event.count} times` : ""}`);
+  const whom = event.instance && names.get(event.session) ? ` → ${names.get(event.session)}` : "";
+  setText(head, `${plain(event.kind)}${whose ? ` · ${whose}` : ""}${whom}${event.count > 1 ? ` · ${event.count} times` : ""}`);
   setAttribute(head, "class", `head w-${EVENT_GRADES[event.kind] || "rest"}`);
   setText(text, event.sentence);
 }

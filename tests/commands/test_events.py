@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable
+from typing import Any, cast
 
 import pytest
 
 from pdctl.errors import BadField
+from pdctl.onlooker import Following, Onlooker, Row
 from tests.commands.conftest import BLOCKED, Fleet
 
 Run = Callable[..., Awaitable[int]]
@@ -72,3 +74,49 @@ async def test_whoever_follows_hears_what_happens_and_nothing_twice(
 async def test_what_counts_from_below_0_is_a_usage_error(pdctl_here: Run, words: tuple[str, str]) -> None:
     with pytest.raises(BadField, match="is below 0"):
         await pdctl_here("events", *words)
+
+
+class Chronicles:
+    """Stands where an Onlooker does: a registry's events, which it may forget."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.next = 1
+
+    def add(self, at: str) -> None:
+        self.rows.append({"id": self.next, "at": at})
+        self.next += 1
+
+    def restart(self) -> None:
+        self.rows, self.next = [], 1
+
+    async def events(self, since: int = 0) -> list[Row]:
+        return [row for row in self.rows if since > self.next or row["id"] >= since]
+
+
+@pytest.mark.parametrize("then", [0, 1, 2, 3, 5], ids=lambda n: f"{n} events after it")
+async def test_a_registry_that_began_anew_is_heard_from_its_first_event(then: int) -> None:
+    """However many it has meanwhile: fewer than the last id that was heard, as many, or more."""
+    registry = Chronicles()
+    following = Following(cast("Onlooker", registry))
+    for second in (1, 2):
+        registry.add(f"00:00:0{second}")
+    assert [row["id"] for row in await following.more()] == [1, 2]
+    registry.restart()
+    for second in range(then):
+        registry.add(f"00:00:1{second}")
+    assert [row["id"] for row in await following.more()] == list(range(1, then + 1))
+    assert await following.more() == []
+    registry.add("00:00:30")
+    assert [row["id"] for row in await following.more()] == [then + 1]
+
+
+async def test_who_heard_too_late_hears_what_is_still_known() -> None:
+    registry = Chronicles()
+    following = Following(cast("Onlooker", registry))
+    registry.add("00:00:01")
+    await following.more()
+    for second in range(2, 8):
+        registry.add(f"00:00:0{second}")
+    del registry.rows[:4]  # a ring: 1 to 4 are gone
+    assert [row["id"] for row in await following.more()] == [5, 6, 7]

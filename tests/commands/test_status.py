@@ -18,7 +18,7 @@ from pdctl import config
 from pdctl.commands.drawing import nbytes, seconds, shown
 from pdctl.commands.status import Rates, of, sections, short, state
 from pdctl.errors import BadField, RegistryRefused, Unreachable
-from pdctl.onlooker import Onlooker, Wish
+from pdctl.onlooker import Onlooker
 from tests.commands.conftest import BLOCKED, Fleet
 from tests.test_cli import SOON_S, ended
 
@@ -113,7 +113,7 @@ async def test_what_is_no_registry_is_told_by_name(fleet: Fleet) -> None:
             await onlooker.overview()
     async with Onlooker(config.load({"node.registry": fleet.url})) as onlooker:
         with pytest.raises(RegistryRefused, match="refused the question"):
-            await onlooker.events(Wish(since=-1))
+            await onlooker.events(-1)
 
 
 def test_of_thousands_of_ranks_those_in_trouble_are_shown() -> None:

@@ -7,11 +7,14 @@ import json
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import aiohttp
 import pytest
+import trustme
 from aiohttp import web
 
+from pdctl import config, node
 from pdctl.conformance import course
 from pdctl.conformance.course import Course, Report
 from pdctl.conformance.promises import Promise, Verdict
@@ -169,6 +172,32 @@ async def test_without_a_second_address_the_overwriting_is_not_tried(registry_ur
     assert "overwrite" in named(report, Verdict.BROKEN), (
         "from the holder's own host it is a restart: the test's own probe"
     )
+
+
+async def test_where_a_token_is_wanted_leases_are_tried_with_it_and_not_without(tmp_path: Path) -> None:
+    (tmp_path / "tokens").write_text("ops:admin:0123456789abcdef-0123\n")
+    (tmp_path / "own").write_text("0123456789abcdef-0123\n")
+    settings = config.load({"serve.port": 0, "serve.journal": "memory:", "access.token_file": tmp_path / "tokens"})
+    async with node.sidecar(settings) as sidecar:
+        with_token = Credentials(token_file=tmp_path / "own")
+        assert named(await course.run(sidecar.url, with_token, QUICK), Verdict.UNTRIED) == {"many-rooms"}
+        report = await run(sidecar.url)
+        assert named(report, Verdict.BROKEN) == set()
+        assert named(report, Verdict.UNTRIED) == {"many-rooms", "overwrite", "goodbye"}
+        assert any("wants a token, restart it" in each for each in report.left)
+
+
+async def test_over_tls_it_is_all_the_same_and_who_is_not_believed_is_not_asked(tmp_path: Path) -> None:
+    authority = trustme.CA()
+    pair, ca = tmp_path / "pair.pem", tmp_path / "ca.pem"
+    authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(str(pair))
+    authority.cert_pem.write_to_path(str(ca))
+    settings = config.load({"serve.port": 0, "serve.journal": "memory:", "access.tls_cert": pair})
+    async with node.sidecar(settings) as sidecar:
+        report = await course.run(sidecar.url, Credentials(tls_ca=ca), QUICK)
+        assert (named(report, Verdict.BROKEN), named(report, Verdict.UNTRIED)) == (set(), {"many-rooms"})
+        with pytest.raises(Unreachable, match="certificate"):
+            await run(sidecar.url)
 
 
 async def test_a_server_with_a_fleet_is_left_alone_unless_that_is_wanted(registry_url: str) -> None:

@@ -241,6 +241,13 @@ def test_what_a_rank_says_of_itself_is_told() -> None:
     assert [what for what, _ in found(whole(), reports=[ill])] == ["own_fault", "store_not_ready", "rank_unready"]
 
 
+def test_a_rank_that_stopped_to_report_is_told_until_it_reports_again() -> None:
+    lost = [event(1, "report_lost", "p tp0 has not told", rank="tp0")]
+    assert found(whole(), events=lost) == [("report_lost", "p/tp0")]
+    assert found(whole(), events=lost, reports=[report("p")]) == []
+    assert found(instance("p", row(TP1)), events=lost) == [("rank_missing", "p/tp0")]
+
+
 def test_a_room_is_told_with_the_ranks_that_have_it() -> None:
     failed = {
         "room": 7,

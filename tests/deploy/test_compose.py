@@ -24,7 +24,9 @@ SERVICES: dict[str, JSON] = FILE["services"]
 TOP = {"name": str, "services": dict, "networks": dict, "volumes": dict}
 SERVICE: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("image", "restart", "user", "network_mode", "mem_limit", "shm_size"), str),
-    **dict.fromkeys(("cap_drop", "security_opt", "tmpfs", "command", "profiles", "ports", "volumes"), list),
+    **dict.fromkeys(
+        ("cap_drop", "security_opt", "tmpfs", "entrypoint", "command", "profiles", "ports", "volumes"), list
+    ),
     **dict.fromkeys(("healthcheck", "depends_on", "environment", "deploy", "networks"), dict),
     "read_only": bool,
 }

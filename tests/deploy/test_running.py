@@ -53,9 +53,10 @@ def running(each: Container, tmp_path: Path, journal: str | None = None, host: s
         yield one
 
 
-@pytest.fixture
-def sidecar(tmp_path: Path) -> Iterator[Service]:
-    with running(named("sglang", "sglang-prefill/pdctl"), tmp_path) as one:
+@pytest.fixture(scope="module")
+def sidecar(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """One for all: each test leaves it without a rank."""
+    with running(named("sglang", "sglang-prefill/pdctl"), tmp_path_factory.mktemp("sidecar")) as one:
         yield one
 
 
@@ -114,31 +115,28 @@ def drained(url: str, grace_s: float = 1) -> subprocess.CompletedProcess[str]:
     return subprocess.run(words, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
 
 
-def test_the_hook_of_a_prefill_ends_when_its_registry_is_empty(sidecar: Service) -> None:
-    for tp in range(2):
-        ask(f"{sidecar.url}/route", rank(tp), "PUT")
-    assert ask(sidecar.url + TOPOLOGY)[0] == 200
-    ended = drained(sidecar.url)
-    assert ended.returncode == 0
-    assert ended.stdout.startswith("drained after "), ended
-    assert ask(sidecar.url + TOPOLOGY)[0] == 503
-
-
-def test_a_container_that_was_drained_and_is_started_again_registers_as_before(sidecar: Service) -> None:
-    """A liveness probe that fails runs the hook too, and the pod stays."""
+def test_the_hook_of_a_prefill_ends_when_its_registry_is_empty_and_what_comes_after_it_registers_as_before(
+    sidecar: Service,
+) -> None:
+    """A liveness probe that fails runs the hook too, and the pod stays: its engine is started again."""
     for port in (40000, 50000):
         for tp in range(2):
             assert ask(f"{sidecar.url}/route", rank(tp, port), "PUT")[0] == 200
         assert ask(sidecar.url + TOPOLOGY)[0] == 200
-        assert drained(sidecar.url).stdout.startswith("drained")
+        ended = drained(sidecar.url)
+        assert ended.returncode == 0
+        assert ended.stdout.startswith("drained after "), ended
+        status, left = ask(f"{sidecar.url}/v1/instances/default")
+        assert status == 404 or left["alive"] == 0
 
 
 def test_the_hook_holds_nobody_up_where_there_is_nothing_to_drain(sidecar: Service) -> None:
     assert drained(sidecar.url).stdout == "nobody is registered\n"
-    sidecar.kill()
-    ended = drained(sidecar.url)
-    assert (ended.returncode, ended.stderr) == (0, "")
-    assert "cannot be asked" in ended.stdout
+    with socket.create_server(("127.0.0.1", 0)) as ended:
+        nobody = f"http://127.0.0.1:{ended.getsockname()[1]}"
+    failed = drained(nobody)
+    assert (failed.returncode, failed.stderr) == (0, "")
+    assert "cannot be asked" in failed.stdout
 
 
 # --- a pod whose containers are restarted

@@ -6,13 +6,26 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
 
 from pdctl.beside import beside
+from pdctl.config import ServeSettings, Settings
+from pdctl.core.latest import Latest
+from pdctl.core.overview import ReportLimits
+from pdctl.credentials import AccessSettings
+from pdctl.dialects.board import Board
+from pdctl.dialects.overview import BODY_LIMIT
+from pdctl.dialects.watch import WatchLimits
+from pdctl.errors import LimitReached
 from pdctl.looking import Looking
+from pdctl.lookout import Lookout
+from pdctl.metrics import Metrics
+from pdctl.node import sidecar
 from pdctl.registrar import Registrar
 from tests.conftest import Clock
 from tests.dialects.test_native import Wire, body, claim
@@ -293,3 +306,113 @@ async def test_a_stopping_service_says_goodbye_to_watchers(looking: Looking, reg
             await reader.next("overview")
             assert (await reader.next("service"))[1]["journal"] == "memory"
         assert "this registry stops" in (await reader.next("bye"))[1]["error"]["message"]
+
+
+def board(metrics: Metrics, **limits: Any) -> Board:
+    """One that has a single thing, of which nothing needs to be known."""
+
+    async def whole() -> AsyncIterator[bytes]:
+        yield b"{}"
+
+    return Board(Latest(), {"thing": lambda name: b'"%d"' % name}, frozenset(), whole, metrics, WatchLimits(**limits))
+
+
+async def test_a_reader_who_takes_nothing_is_cut_off(metrics: Metrics) -> None:
+    own, sent = board(metrics, send_within_s=0.2), list[Any]()
+
+    async def send(message: Any) -> None:
+        if len(sent) == 3:
+            await asyncio.Event().wait()
+        sent.append(message)
+
+    async def receive() -> Any:
+        await asyncio.Event().wait()
+
+    async with asyncio.timeout(10.0):
+        await own.response("10.0.0.9")({"type": "http", "asgi": {"spec_version": "2.4"}}, receive, send)
+    counted = metrics.exposition()[0].decode()
+    assert 'pdctl_watch_streams_ended_total{reason="stuck"} 1.0' in counted
+    assert "pdctl_watch_streams_open 0.0" in counted
+
+
+async def test_a_stream_that_has_nothing_to_say_says_that_it_lives(metrics: Metrics) -> None:
+    told = board(metrics, heartbeat_s=0.05).response("10.0.0.9").body_iterator
+    async with asyncio.timeout(10.0):
+        async for piece in told:
+            if piece == b": alive\n\n":
+                break
+
+
+async def test_more_watchers_than_may_be_are_told_so(metrics: Metrics) -> None:
+    with pytest.raises(LimitReached, match="max_watchers"):
+        board(metrics, max_watchers=0).response("10.0.0.9")
+
+
+class House:
+    """A registry that knows nobody, and whose journal can be had or not."""
+
+    trouble: str | None = None
+
+    def view(self, instance: str) -> None: ...
+
+
+def test_a_journal_that_takes_nothing_is_an_event_and_so_is_its_return(metrics: Metrics, clock: Clock) -> None:
+    house = House()
+    lookout = Lookout(house, ReportLimits(), metrics, clock, clock)
+    for trouble in (None, "the disk is full", "the disk is full", None, None):
+        house.trouble = trouble
+        lookout.tick()
+    told = lookout.events.since(0, 9)[0]
+    assert [event.kind for event in told] == ["journal_trouble", "journal_well"]
+    assert "the disk is full" in told[0].sentence
+
+
+async def test_a_report_comes_by_the_usual_way_as_well(wire: Wire, registry_url: str) -> None:
+    """Its body in two pieces, for one."""
+    await wire.register()
+
+    async def pieces() -> AsyncIterator[bytes]:
+        yield b'{"role":'
+        await asyncio.sleep(0.05)
+        yield b'"prefill","bytes":5}'
+
+    async with aiohttp.ClientSession() as http, http.put(f"{registry_url}/v1{RANK}/report", data=pieces()) as answer:
+        assert (answer.status, await answer.json()) == (200, {"again_s": 5.0})
+    assert (await wire.get("/overview"))["reports"][0]["bytes"] == 5
+
+
+async def test_a_report_over_the_limit_is_refused(wire: Wire, registry_url: str) -> None:
+    await wire.register()
+    long = BytesIO(json.dumps(said(unready=["x" * BODY_LIMIT])).encode())
+    async with aiohttp.ClientSession() as http, http.put(f"{registry_url}/v1{RANK}/report", data=long) as answer:
+        assert answer.status == 413
+
+
+async def test_what_is_counted_of_reports(wire: Wire, metrics: Metrics) -> None:
+    await wire.register()
+    await wire.ask("PUT", f"{RANK}/report", said())
+    await wire.ask("PUT", "/instances/nobody/ranks/tp0/report", said())
+    counted = metrics.exposition()[0].decode()
+    assert "pdctl_reports_taken_total 1.0" in counted
+    assert "pdctl_reports_refused_total 1.0" in counted
+    assert "pdctl_reports_held 1.0" in counted
+
+
+async def test_a_report_needs_the_token_of_who_registered_the_rank(tmp_path: Path) -> None:
+    """The whole service: its guard stands before the short way too."""
+    (tmp_path / "tokens").write_text("a:aaaaaaaaaaaaaaaaaaaa\nb:bbbbbbbbbbbbbbbbbbbb\n")
+    access = AccessSettings(token_file=tmp_path / "tokens")
+    settings = Settings(serve=ServeSettings(port=0, grace_s=0.5), access=access)
+    async with sidecar(settings) as service, aiohttp.ClientSession() as http:
+
+        async def put(path: str, what: object, token: str) -> int:
+            headers = {"Authorization": f"Bearer {token}"} if token else {}
+            async with http.put(f"{service.url}/v1{path}", json=what, headers=headers) as answer:
+                return answer.status
+
+        assert await put(RANK, body(0, 1), "a" * 20) == 200
+        assert await put(f"{RANK}/report", said(), "") == 401
+        assert await put(f"{RANK}/report", said(), "b" * 20) == 409
+        assert await put(f"{RANK}/report", said(), "a" * 20) == 200
+        async with http.get(f"{service.url}/v1/overview") as answer:
+            assert answer.status == 401

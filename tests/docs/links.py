@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,6 +17,8 @@ _LOADS = {
     "audio": "src",
     "link": "href",
 }
+_VERBATIM = {"code", "pre", "script", "style"}
+_MARKDOWN = re.compile(r"\*\*|```|\]\(|\|-|\n(?:[-*]|\d{1,2}\.) |\n\| ")
 _NOT_LOADED = {"canonical", "prev", "next", "alternate"}  # kinds of <link> that no browser follows by itself
 
 
@@ -26,6 +29,8 @@ class Page(HTMLParser):
     anchors: set[str] = field(default_factory=set)
     leads_to: list[str] = field(default_factory=list)
     loads: list[str] = field(default_factory=list)
+    words: list[str] = field(default_factory=list)
+    _verbatim: int = 0
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -39,12 +44,20 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         said = {name: value or "" for name, value in attrs}
+        self._verbatim += tag in _VERBATIM
         self.anchors |= {said[name] for name in ("id", "name") if name in said}
         if tag == "a" and "href" in said:
             self.leads_to.append(said["href"])
         loaded = said.get(_LOADS.get(tag, ""))
         if loaded and not (tag == "link" and set(said.get("rel", "").split()) & _NOT_LOADED):
             self.loads.append(loaded)
+
+    def handle_endtag(self, tag: str) -> None:
+        self._verbatim -= tag in _VERBATIM
+
+    def handle_data(self, data: str) -> None:
+        if not self._verbatim:
+            self.words.append(data)
 
 
 def broken(site: Path) -> list[str]:
@@ -67,6 +80,16 @@ def foreign(site: Path) -> list[str]:
         for path, page in pages.items()
         for target in page.loads
         if urlsplit(target).netloc
+    ]
+
+
+def unread(site: Path) -> list[str]:
+    """What was meant as Markdown and stands there as text: the site's reader is stricter about lists than others."""
+    texts = {path: "".join(Page.read(path).words) for path in sorted(site.rglob("*.html"))}
+    return [
+        f"{path.relative_to(site)}: {text[max(0, found.start() - 30) : found.end() + 30]!r}"
+        for path, text in texts.items()
+        for found in _MARKDOWN.finditer(text)
     ]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs.links import broken, foreign
+from tests.docs.links import broken, foreign, unread
 
 ROOT = Path(__file__).parent.parent.parent
 DRAWINGS = sorted((ROOT / "docs/img").glob("*.svg"))
@@ -39,6 +39,10 @@ def test_every_page_is_in_it(site: Path) -> None:
 
 def test_every_link_leads_to_a_page_and_a_place_in_it(site: Path) -> None:
     assert broken(site) == []
+
+
+def test_nothing_in_it_was_meant_otherwise(site: Path) -> None:
+    assert unread(site) == []
 
 
 def test_it_loads_nothing_from_another_host(site: Path) -> None:
@@ -69,6 +73,11 @@ def test_what_another_host_would_be_asked_for_is_found(tmp_path: Path) -> None:
         '<script src="//cdn.example/x.js"></script><link rel="stylesheet" href="a.css">'
     )
     assert foreign(tmp_path) == ["page.html -> //cdn.example/x.js"]
+
+
+def test_a_list_that_became_text_is_found(tmp_path: Path) -> None:
+    (tmp_path / "page.html").write_text("<p>a line:\n- an item</p><pre>\n- code</pre>")
+    assert unread(tmp_path) == ["page.html: 'a line:\\n- an item'"]
 
 
 @pytest.mark.parametrize("drawing", DRAWINGS, ids=lambda path: path.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -46,9 +47,10 @@ def ranks(registry: str) -> Iterator[Ranks]:
 
 
 @contextmanager
-def program(source: str, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+def program(source: str, *arguments: str, **environ: str) -> Iterator[subprocess.Popen[bytes]]:
     """Another program, that has printed a line."""
-    child = subprocess.Popen([sys.executable, "-c", source, *arguments], stdout=subprocess.PIPE)
+    command = [sys.executable, "-c", source, *arguments]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | environ)
     try:
         assert child.stdout
         child.stdout.readline()

@@ -92,6 +92,12 @@ async def test_an_engine_that_was_told_of_another_port_is_named_where_its_instan
     assert any(f"pid {astray.pid}" in fact for fact in told.findings[0].evidence)
 
 
+async def test_one_that_was_told_by_its_environment_is_named_too(registry: str) -> None:
+    with program(WAITS, PDCTL_NODE__REGISTRY=f"http://127.0.0.1:{free_port()}") as astray:
+        told = await explained(registry, "port-d")
+    assert any(f"pid {astray.pid}" in fact for fact in told.findings[0].evidence)
+
+
 # --- 2. a rank is missing
 
 
@@ -291,7 +297,7 @@ def doctor(*arguments: str, **environ: str) -> tuple[int, dict[str, Any]]:
 def test_a_library_that_is_missing_is_named_with_what_brings_it(lacking: Path) -> None:
     status, said = doctor("--only", "libraries", "--only", "engine", PYTHONPATH=str(lacking))
     assert (status, said["libraries"]["result"], said["engine"]["result"]) == (1, "fail", "fail")
-    assert "engine.so need libcudart.so.12" in said["libraries"]["evidence"]
+    assert "engine.so need libcudart.so.12, which is not found" in said["libraries"]["evidence"]
     assert "nvidia-cuda-runtime-cu12" in said["libraries"]["fix"]
     assert "libcudart.so.12" in said["engine"]["evidence"]
 

@@ -30,6 +30,7 @@ mount --bind "$volume" "$tree$place"
 mount -t tmpfs -o nosuid,nodev tmp "$tree/tmp"
 mount -t tmpfs -o nosuid,noexec dev "$tree/dev"
 mkdir "$tree/dev/shm"
+mount -t tmpfs -o nosuid,nodev,noexec shm "$tree/dev/shm"
 mknod -m 666 "$tree/dev/null" c 1 3
 mknod -m 444 "$tree/dev/urandom" c 1 9
 mount -o remount,ro "$tree/dev"

@@ -65,6 +65,15 @@ def test_what_is_installed_is_locked_with_hashes() -> None:
     assert (ROOT / "deploy/lock/build.txt").is_file()
 
 
+def test_a_snapshot_is_taken_from_where_the_base_says(tmp_path: Path) -> None:
+    """Debian's base images name the archive of their moment above each URI."""
+    sources = tmp_path / "debian.sources"
+    sources.write_text("Types: deb\n# http://archive/debian/20260824T000000Z\nURIs: http://mirror/debian\nSuites: x\n")
+    (expression,) = re.findall(r"sed -i '([^']+)' /etc/apt/sources\.list\.d/debian\.sources", DOCKERFILE)
+    subprocess.run(["sed", "-i", expression, str(sources)], check=True, timeout=60)
+    assert sources.read_text() == "Types: deb\nURIs: http://archive/debian/20260824T000000Z\nSuites: x\n"
+
+
 def test_its_python_is_one_that_the_project_is_for() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     (version,) = set(re.findall(r"python(3\.\d+)", DOCKERFILE))

@@ -103,3 +103,14 @@ def test_its_libraries_load(image: Image, container: Container, wheel: str) -> N
     else:
         names = {Path(path).name for path in image.tree()}
         assert missing & FROM_PIP <= names
+
+
+def test_its_doctor_finds_it_well(container: Container, wheel: str) -> None:
+    """An engine in it writes to itself: without capabilities, on a read-only root."""
+    if wheel != "cpu":
+        pytest.skip("an engine for CUDA does not start without a driver")
+    checks = ("packages", "wheel", "libraries", "shm", "registry", "engine", "journal")
+    only = [word for check in checks for word in ("--only", check)]
+    said = container.run("pdctl", "doctor", "--registry", "http://127.0.0.1:8998", *only)
+    assert said.returncode == 0, said.stdout + said.stderr
+    assert {line.split()[1] for line in said.stdout.splitlines() if line.startswith("ok ")} >= {*checks} - {"shm"}

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 from tests.engine.processes import Child
@@ -34,6 +33,10 @@ class Fleet:
             "decode": str(self.decode.hello["metrics"]),
         }
 
+    @property
+    def journal(self) -> Path:
+        return self.directory / "journal"
+
     def move(self) -> None:
         """One room, from end to end."""
         room = next(self._rooms)
@@ -43,7 +46,7 @@ class Fleet:
 
     def start_registry_again(self) -> None:
         """At the port and with the journal of the one that was killed."""
-        port, journal = str(self.registry.port), journal_in(self.directory)
+        port, journal = str(self.registry.port), f"sqlite:{self.journal}"
         again = service(self.directory / "again.log", "--port", port, "--journal", journal)
         self.registry = self.stack.enter_context(again)
 
@@ -57,33 +60,17 @@ class Fleet:
 
 
 @contextmanager
-def fleet(directory: Path) -> Iterator[Fleet]:
-    with ExitStack() as stack:
-        registry = stack.enter_context(service(directory / "registry.log", "--journal", journal_in(directory)))
-        prefill, decode = (
-            stack.enter_context(Child("tests.monitoring.node", role, registry.url)) for role in ("prefill", "decode")
+def watched(directory: Path) -> Iterator[tuple[Fleet, Prometheus]]:
+    """All that takes its time is started at once: Prometheus is told of the ranks when they have registered."""
+    with ExitStack() as stack, ThreadPoolExecutor(2) as pool:  # a child lives no longer than the thread that began it
+        registry = stack.enter_context(
+            service(directory / "registry.log", "--journal", f"sqlite:{directory / 'journal'}")
         )
-        for node in (prefill, decode):
-            ready = str(node.hello["metrics"]).replace("/metrics", "/readyz")
-            until(partial(serves, ready))
-        yield Fleet(registry, prefill, decode, stack, directory)
-
-
-@contextmanager
-def watched(directory: Path, running: Fleet) -> Iterator[Prometheus]:
-    registry, *ranks = (url.split("/")[2] for url in running.metrics_urls.values())
-    with prometheus(directory, {"pdctl-registry": [registry], "pdctl-ranks": ranks}) as it:
-        until(lambda: [value for _, value in it.query("up")] == [1, 1, 1])
-        yield it
-
-
-def journal_in(directory: Path) -> str:
-    return f"sqlite:{directory / 'journal'}"
-
-
-def serves(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=5):
-            return True
-    except urllib.error.HTTPError:
-        return False
+        starting = [pool.submit(Child, "tests.monitoring.node", role, registry.url) for role in ("prefill", "decode")]
+        for each in starting:
+            stack.callback(lambda each=each: each.result().kill())  # type: ignore[misc]
+        jobs = {"pdctl-registry": [registry.url.split("/")[2]], "pdctl-ranks": f"{registry.url}/v1/targets"}
+        seen = stack.enter_context(prometheus(directory, jobs))
+        prefill, decode = (each.result() for each in starting)
+        until(lambda: [value for _, value in seen.query("up")] == [1, 1, 1])
+        yield Fleet(registry, prefill, decode, stack, directory), seen

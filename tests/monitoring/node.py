@@ -86,7 +86,7 @@ class Decode(Node):
 
 def settings(registry: str) -> Settings:
     return Settings(
-        node=NodeSettings(registry=registry, ttl_s=3.0),
+        node=NodeSettings(registry=registry, ttl_s=12.0),
         serve=ServeSettings(port=0, grace_s=0.5),
         retry=RetryPolicy(first_wait_s=0.1, max_wait_s=0.5),
         room=RoomTimeouts(drain_margin_s=0.05, checksum=Checksum.OFFERED),

@@ -97,9 +97,9 @@ class Prometheus:
 
 @contextmanager
 def prometheus(
-    directory: Path, jobs: Mapping[str, Sequence[str]], *, every: str = "250ms", quicker: float = 60.0
+    directory: Path, jobs: Mapping[str, Sequence[str] | str], *, every: str = "250ms", quicker: float = 60.0
 ) -> Iterator[Prometheus]:
-    """`jobs`: host:port of what is scraped, by job."""
+    """`jobs`: host:port of what is scraped, by job; or the URL of who knows."""
     rules = [directory / path.name for path in RULES]
     for copied, path in zip(rules, RULES, strict=True):
         copied.write_text(hurried(path.read_text(), quicker))
@@ -109,9 +109,7 @@ def prometheus(
             {
                 "global": {"scrape_interval": every, "scrape_timeout": every, "evaluation_interval": every},
                 "rule_files": [str(path) for path in rules],
-                "scrape_configs": [
-                    {"job_name": job, "static_configs": [{"targets": list(targets)}]} for job, targets in jobs.items()
-                ],
+                "scrape_configs": [{"job_name": job, **_found(targets)} for job, targets in jobs.items()],
             }
         )
     )
@@ -129,6 +127,12 @@ def prometheus(
     finally:
         process.kill()
         process.wait()
+
+
+def _found(targets: Sequence[str] | str) -> dict[str, Any]:
+    if isinstance(targets, str):
+        return {"http_sd_configs": [{"url": targets, "refresh_interval": "1s"}]}
+    return {"static_configs": [{"targets": list(targets)}]}
 
 
 def _await_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:

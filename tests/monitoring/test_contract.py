@@ -3,6 +3,7 @@ a dashboard that breaks. A registry, a prefill and a decode are asked in tests/m
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import aiohttp
@@ -18,8 +19,13 @@ from pdctl.metrics import Metrics
 from tests.agent_engine import SHAPE, Memory
 from tests.agents import agent
 from tests.monitoring.contract import breaches
-from tests.monitoring.prometheus import promtool
+from tests.monitoring.prometheus import ROOT, promtool
 from tests.test_kvstore import PATIENCE, Troubled, failed, means
+from tests.test_metrics import described
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+NO_METRICS = {"pdctl_http", "pdctl_instance", "pdctl_role", "pdctl_seat", "pdctl_store"}
+"""Where a rank answers, in its lease; labels of its target; how names begin."""
 
 STOCKS_OWN = "sglang:failed_session_recoveries_total"
 
@@ -76,3 +82,9 @@ def test_prometheus_own_linter_minds_none_of_our_names() -> None:
     lines = Metrics().exposition()[0].decode().splitlines()
     stocks = [line for line in lines if STOCKS_OWN.removesuffix("_total") in line or "_created" in line]
     promtool("check", "metrics", stdin="\n".join([line for line in lines if line not in stocks] + [""]).encode())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_page_names_only_metrics_that_there_are(page: Path) -> None:
+    named = {name for name in re.findall(r"`(pdctl_[a-z0-9_]*[a-z0-9])\b", page.read_text()) if name not in NO_METRICS}
+    assert named - set(described()) == set()

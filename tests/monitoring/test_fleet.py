@@ -8,6 +8,7 @@ import re
 import time
 import urllib.request
 from collections.abc import Iterator
+from urllib.error import HTTPError
 
 import pytest
 
@@ -16,7 +17,7 @@ from pdctl.core.native import Registration
 from pdctl.core.route import Announcement, Seat, Shape
 from tests.monitoring.contract import breaches
 from tests.monitoring.dashboard import queries
-from tests.monitoring.fleet import Fleet, fleet, watched
+from tests.monitoring.fleet import Fleet, watched
 from tests.monitoring.prometheus import Prometheus
 from tests.service import until
 
@@ -37,9 +38,8 @@ Seen = tuple[Fleet, Prometheus]
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen]:
-    directory = tmp_path_factory.mktemp("fleet")
-    with fleet(directory) as running, watched(directory, running) as prometheus:
-        yield running, prometheus
+    with watched(tmp_path_factory.mktemp("fleet")) as both:
+        yield both
 
 
 @pytest.mark.parametrize("who", ["serve", "prefill", "decode"])
@@ -50,6 +50,15 @@ def test_what_a_process_answers_is_what_the_page_of_metrics_says(seen: Seen, who
         text = answer.read().decode()
     assert breaches(text) == []
     assert ("pdctl_registered{" in text) == (who != "serve")
+
+
+def test_ranks_at_any_port_are_scraped_under_their_names_because_the_registry_says_where_they_are(seen: Seen) -> None:
+    running, prometheus = seen
+    up = {labels["instance"]: labels for labels, value in prometheus.query('up{job="pdctl-ranks"}') if value == 1}
+    for role, instance in (("prefill", "default"), ("decode", "decode")):
+        labels = up[running.metrics_urls[role].split("/")[2]]
+        assert (labels["pdctl_role"], labels["pdctl_instance"]) == (role, instance)
+        assert labels["pdctl_seat"] == "dp0/cp0/tp0/pp0"
 
 
 def test_every_query_of_the_dashboard_finds_what_there_is(seen: Seen) -> None:
@@ -84,10 +93,22 @@ def test_a_decode_that_stops_fires_and_clears_when_it_goes_on(seen: Seen) -> Non
 def test_a_rank_that_never_comes_fires_and_clears_when_it_does(seen: Seen) -> None:
     running, prometheus = seen
     assert "PdctlInstanceIncomplete" not in prometheus.firing()
-    claim(running, tp=0)
+    assert claim(running, tp=0) == 200
     until(lambda: "PdctlInstanceIncomplete" in prometheus.firing())
-    claim(running, tp=1)
+    assert claim(running, tp=1) == 200
     until(lambda: "PdctlInstanceIncomplete" not in prometheus.firing())
+
+
+def test_a_journal_that_is_moved_away_fires_and_clears_when_it_is_put_back(seen: Seen) -> None:
+    running, prometheus = seen
+    aside = running.journal.with_suffix(".aside")
+    running.journal.rename(aside)
+    assert claim(running, tp=0, instance="late") == 503
+    until(lambda: "PdctlJournalRefusesWrites" in prometheus.firing())
+    assert "PdctlRankUnregistered" not in prometheus.firing(), "who is there is not put out by it"
+    aside.rename(running.journal)
+    until(lambda: "PdctlJournalRefusesWrites" not in prometheus.firing())
+    assert [claim(running, tp, instance="late") for tp in (0, 1)] == [200, 200]
 
 
 def test_a_registry_that_is_killed_fires_for_it_and_for_its_ranks_and_clears_when_it_is_back(seen: Seen) -> None:
@@ -108,14 +129,18 @@ def alerts(prometheus: Prometheus, name: str) -> list[dict[str, dict[str, str]]]
     return [each for each in prometheus.alerts() if each["labels"]["alertname"] == name]
 
 
-def claim(running: Fleet, tp: int) -> None:
-    """A rank of another instance, as its client would register it."""
+def claim(running: Fleet, tp: int, instance: str = "half") -> int:
+    """What is answered to a rank of another instance that registers."""
     body = Registration.of(Announcement(Seat(0, 0, tp, 0), HALF, Endpoint("127.0.0.1", 9000 + tp)), 60.0).to_body()
     request = urllib.request.Request(
-        f"{running.registry.url}/v1/instances/half/ranks/dp0-cp0-tp{tp}-pp0",
+        f"{running.registry.url}/v1/instances/{instance}/ranks/dp0-cp0-tp{tp}-pp0",
         data=json.dumps(body).encode(),
         headers={"Content-Type": "application/json"},
         method="PUT",
     )
-    with urllib.request.urlopen(request, timeout=10) as answer:
-        assert answer.status == 200
+    try:
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return int(answer.status)
+    except HTTPError as error:
+        with error:
+            return error.code

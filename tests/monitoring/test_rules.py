@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from pdctl.cli import parser
 from tests.monitoring.prometheus import DEPLOY, RULES, promtool
 from tests.test_metrics import described
 
@@ -403,3 +404,26 @@ def test_an_alert_says_what_to_do_and_leads_to_its_section_of_the_runbooks(name:
 
 def test_the_runbooks_have_a_section_for_every_alert_and_no_other() -> None:
     assert set(re.findall(r"^## (Pdctl\w+)$", RUNBOOKS.read_text(), re.MULTILINE)) == set(ALERTS)
+
+
+def commands() -> list[list[str]]:
+    """Each `pdctl ...` that an alert or a runbook tells to type, its placeholders filled in."""
+    said = [f"`{line}`" for line in re.findall(r"^    (pdctl .*?)(?:  #.*)?$", RUNBOOKS.read_text(), re.MULTILINE)]
+    said += re.findall(r"`pdctl [^`]*`", RUNBOOKS.read_text())
+    filled = [re.sub(r"\b(INSTANCE|REGISTRY|SESSION|P|D)\b", "10.0.0.1:1", line.strip("`")) for line in said]
+    return [line.split()[1:] for line in filled]
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_what_the_runbooks_tell_to_type_is_understood(words: list[str]) -> None:
+    if words != ["serve"] and words != ["drain"]:  # named, not typed
+        parser().parse_args(words)
+
+
+def test_what_alerts_tell_to_type_is_a_command() -> None:
+    told = {name for rule in ALERTS.values() for name in re.findall(r"pdctl (\w+)", rule["annotations"]["do"])}
+    assert {"status", "explain", "events", "sessions"} <= told
+    for name in told:
+        with pytest.raises(SystemExit) as done:
+            parser().parse_args([name, "--help"])
+        assert done.value.code == 0, name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -63,8 +64,19 @@ def test_pod_monitors_and_files_scrape_as_often() -> None:
     assert every == {"15s"}
 
 
-def test_promtool_takes_the_configuration() -> None:
+def test_promtool_takes_the_configuration_with_what_is_offered_in_comments(tmp_path: Path) -> None:
     promtool("check", "config", str(DEPLOY / "prometheus.yml"))
+    text = (DEPLOY / "prometheus.yml").read_text()
+    text = (
+        text.replace("    # http_sd", "    http_sd")
+        .replace("    #   - url", "      - url")
+        .replace("    #     ", "        ")
+    )
+    text = text.replace("  - recording", f"  - {DEPLOY}/recording").replace("  - alerts", f"  - {DEPLOY}/alerts")
+    (tmp_path / "prometheus.yml").write_text(text)
+    said = yaml.safe_load(text)["scrape_configs"][1]["http_sd_configs"]
+    assert [each["url"] for each in said] == ["http://10.0.0.1:8998/v1/targets"]
+    promtool("check", "config", str(tmp_path / "prometheus.yml"))
 
 
 def test_without_the_operator_the_same_ports_become_the_same_jobs(tmp_path: Path) -> None:
@@ -95,3 +107,15 @@ def found(address: str, port: str, phase: str) -> dict[str, Any]:
     pod = "__meta_kubernetes_pod"
     meta = {"__meta_kubernetes_namespace": "pd", f"{pod}_name": "p-0", f"{pod}_node_name": "n7", f"{pod}_phase": phase}
     return {"targets": [address], "labels": {**meta, f"{pod}_container_port_name": port}}
+
+
+def test_what_the_operator_is_given_by_the_page_is_the_rules(tmp_path: Path) -> None:
+    """The page's own command, with `cat` for kubectl."""
+    page = (ROOT / "docs" / "metrics.md").read_text()
+    command = page[page.index("    kubectl create -f - <<END") :].partition("\nand another")[0]
+    script = "\n".join(line.removeprefix("    ") for line in command.splitlines()).replace("kubectl create -f -", "cat")
+    made = yaml.safe_load(subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, check=True).stdout)
+    assert (made["kind"], made["spec"]) == (
+        "PrometheusRule",
+        yaml.safe_load((DEPLOY / "alerts.rules.yml").read_text()),
+    )

@@ -26,7 +26,7 @@ SHAPE = {"attn_cp_size": 1, "dp_size": 1, "pp_size": 1, "page_size": 64, "kv_cac
 
 
 def place(tp: int) -> Row:
-    return {"seat": f"dp0-cp0-tp{tp}-pp0", "dp": 0, "cp": 0, "tp": tp, "pp": 0}
+    return {"seat": f"dp0/cp0/tp{tp}/pp0", "dp": 0, "cp": 0, "tp": tp, "pp": 0}
 
 
 def session_of(role: str, number: int, tp: int) -> str:

@@ -18,10 +18,12 @@ import pytest
 
 from pdctl.beside import beside
 from pdctl.client import RegistryClient
+from pdctl.core.address import Endpoint
 from pdctl.core.layout import Pool, RankPools
 from pdctl.core.route import Announcement, Seat, Shape
 from pdctl.core.sessions import ProbePolicy, SessionTable
 from pdctl.core.sums import Checksum
+from pdctl.core.trace import TraceContext
 from pdctl.core.transfer import RoomTimeouts
 from pdctl.device.cpu import Cpu
 from pdctl.engine.asking import Asking
@@ -32,7 +34,7 @@ from pdctl.memory import Arena
 from pdctl.metrics import Metrics
 from pdctl.peer import PeerLink, open_link
 from pdctl.prober import Prober
-from pdctl.receiver import Receiver
+from pdctl.receiver import ArrivingRoom, Receiver
 from pdctl.sender import Sender
 from tests.room_rig import Released
 from tests.wire.stock.conftest import Stock
@@ -154,6 +156,11 @@ async def named_by_stock(stock: Stock, address: str, pages: list[int], row: int)
     return room
 
 
+def _told(receiver: Receiver, room: int, prefill: Endpoint, pages: list[int]) -> ArrivingRoom:
+    """With frames behind those that stock knows."""
+    return receiver.open(room, prefill, pages, 3, trace=TraceContext("a" * 32, "b" * 16, state="vendor=1"))
+
+
 async def test_what_a_stock_prefill_sends_arrives_in_our_pages(
     stock: Stock, client: RegistryClient, ours: Ours, receiver: Receiver, address: str
 ) -> None:
@@ -161,7 +168,7 @@ async def test_what_a_stock_prefill_sends_arrives_in_our_pages(
     async with stock_prefill(stock, address) as sending:
         await sending(room, len(source), 2)
         prefill = await client.rank(SEAT)
-        async with asyncio.timeout(WITHIN_S), receiver.open(room, prefill, destination, 3) as arriving:
+        async with asyncio.timeout(WITHIN_S), _told(receiver, room, prefill, destination) as arriving:
             await stock("poll_until", room=room, status=[WAITING])
             await stock("send", room=room, pages=source[:3])
             await stock("send", room=room, pages=source[3:])
