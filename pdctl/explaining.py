@@ -80,7 +80,7 @@ async def why(settings: Settings, scope: Scope, tell: Callable[[str], None] = la
             tell(f"asking {url}")
             told = await service.identify()
             if told.who in (Who.REGISTRY, Who.STOCK):
-                seen = await _look(service, told.who)
+                seen = await _look(service, told.who, scope.room)
                 return await _explained(seen, scope if told.who is Who.REGISTRY else EVERYTHING, down, tell)
             down.append(await nobody_there(url, told, scope))
     return Explained(scope, settings.node.registry, False, down)
@@ -100,11 +100,13 @@ async def _explained(seen: Seen, scope: Scope, down: list[Finding], tell: Callab
 # --- the registry
 
 
-async def _look(service: Service, who: Who) -> Seen:
+async def _look(service: Service, who: Who, room: int | None) -> Seen:
     if who is Who.STOCK:
         return Seen(await _stock(service), registry=service.url, here=socket.gethostname())
     whole = await _json(service, "/v1/overview")
-    overview = whole if whole is not None else await _piecemeal(service)
+    overview = dict(whole if whole is not None else await _piecemeal(service))
+    if room is not None:
+        overview["announced"] = await _announced(service, room)
     events, now = [], None
     async with aclosing(_events(service)) as pages:
         async for page, date in pages:
@@ -121,6 +123,15 @@ async def _json(service: Service, path: str, params: Mapping[str, str] | None = 
         return None
     found = reply.json if reply.status == HTTPStatus.OK else None
     return found if isinstance(found, dict) else None
+
+
+async def _announced(service: Service, room: int) -> Row:
+    """Which DP rank has it, where one has said so."""
+    try:
+        found = (await service.post("/query_dp_ranks", {"bootstrap_rooms": [room]})).json
+    except (aiohttp.ClientError, OSError, TimeoutError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 async def _piecemeal(service: Service) -> Row:

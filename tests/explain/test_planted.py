@@ -253,6 +253,13 @@ async def test_a_session_that_the_service_itself_has_put_out_is_named(registry: 
     assert [each.who for each in ejected] == [f"the service at {registry} -> 127.0.0.1:1"]
 
 
+async def test_a_room_that_only_the_registry_has_heard_of_is_told_so(registry: str) -> None:
+    assert await post(f"{registry}/register_dp_rank", {"bootstrap_room": 4711, "dp_rank": 3}) == 200
+    [unknown] = [each for each in (await explained(registry, "room", "4711")).findings if each.who == "room 4711"]
+    assert unknown.what is Culprit.ROOM_UNKNOWN
+    assert "DP rank 3 has it" in unknown.evidence[-1]
+
+
 # --- 11. the store's master
 
 
