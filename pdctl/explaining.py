@@ -42,6 +42,8 @@ USUAL_PORT = 8998
 ASTRAY = 16
 BESIDE = 256
 BESIDE_S = 3.0
+ENGINES = range(15_000, 17_001)
+"""Where Mooncake's engines listen, one question at a time: no place to look for a registry."""
 EVERYTHING = Scope()
 
 Question = Callable[[], Awaitable[Knock]]
@@ -245,10 +247,10 @@ async def _registries_beside(url: str) -> dict[str, list[str]]:
     ports = {USUAL_PORT}
     if await is_ours(host):
         likely = (found for process, found in listeners.listening() if any(word in process.command for word in _LIKELY))
-        ports |= {each for found in likely for each in found}
+        ports |= {each for found in likely for each in found if each not in ENGINES}
     wanted = sorted(ports - {port}, key=lambda each: (each != USUAL_PORT, each))[:BESIDE]
     urls = [f"http://{Endpoint(host, each)}" for each in wanted]
-    told = await asyncio.gather(*(identify(each, deadline_s=BESIDE_S) for each in urls))
+    told = await asyncio.gather(*(identify(each, deadline_s=BESIDE_S, deep=False) for each in urls))
     found = zip(urls, told, strict=True)
     return {each: _names(identity) for each, identity in found if identity.who is Who.REGISTRY}
 
@@ -268,7 +270,7 @@ async def _astray(registry: str) -> list[Astray]:
         urls = value.split(",") if "://" in value else [f"http://127.0.0.1:{value}"] if value.isdigit() else []
         if not urls or any(_port(each) in (port, None) for each in urls) or len(found) == ASTRAY:
             continue
-        told = await asyncio.gather(*(identify(each, deadline_s=BESIDE_S) for each in urls))
+        told = await asyncio.gather(*(identify(each, deadline_s=BESIDE_S, deep=False) for each in urls))
         if all(each.who is not Who.REGISTRY for each in told):
             found.append(Astray(str(process), flag, value))
     return found
