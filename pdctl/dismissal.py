@@ -19,10 +19,13 @@ from pdctl.core.native import Drain, instance_path, rank_path, read_seat
 from pdctl.core.news import Changed, Listed, News, Rank
 from pdctl.core.report import short_seat
 from pdctl.core.route import Seat
-from pdctl.errors import NotReady, Unreachable
+from pdctl.errors import BadField, NotReady, Unreachable
 
 BEYOND_S = 15.0
 """A drain that nobody ends is over with its grace; the registry looks at that every second, and tells at once."""
+
+
+_VLLM = "vllm:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +38,8 @@ class Whom:
     @classmethod
     def parse(cls, instance: str, rank: str | None = None) -> Whom:
         """From `p`, `p tp1` or `p/tp1`. Raises BadField."""
+        if instance.startswith(_VLLM):
+            raise BadField("instance", f"{instance!r} is vLLM's: its decodes keep whom they asked for, stop it instead")
         name, _, within = instance.partition("/")
         seat = rank or within
         instance_path(name)

@@ -42,6 +42,8 @@ USUAL_PORT = 8998
 ASTRAY = 16
 BESIDE = 256
 BESIDE_S = 3.0
+ENGINES = range(15_000, 17_001)
+"""Where Mooncake's engines listen, one question at a time: no place to look for a registry."""
 EVERYTHING = Scope()
 
 Question = Callable[[], Awaitable[Knock]]
@@ -80,7 +82,7 @@ async def why(settings: Settings, scope: Scope, tell: Callable[[str], None] = la
             tell(f"asking {url}")
             told = await service.identify()
             if told.who in (Who.REGISTRY, Who.STOCK):
-                seen = await _look(service, told.who)
+                seen = await _look(service, told.who, scope.room)
                 return await _explained(seen, scope if told.who is Who.REGISTRY else EVERYTHING, down, tell)
             down.append(await nobody_there(url, told, scope))
     return Explained(scope, settings.node.registry, False, down)
@@ -100,11 +102,13 @@ async def _explained(seen: Seen, scope: Scope, down: list[Finding], tell: Callab
 # --- the registry
 
 
-async def _look(service: Service, who: Who) -> Seen:
+async def _look(service: Service, who: Who, room: int | None) -> Seen:
     if who is Who.STOCK:
         return Seen(await _stock(service), registry=service.url, here=socket.gethostname())
     whole = await _json(service, "/v1/overview")
-    overview = whole if whole is not None else await _piecemeal(service)
+    overview = dict(whole if whole is not None else await _piecemeal(service))
+    if room is not None:
+        overview["announced"] = await _announced(service, room)
     events, now = [], None
     async with aclosing(_events(service)) as pages:
         async for page, date in pages:
@@ -121,6 +125,15 @@ async def _json(service: Service, path: str, params: Mapping[str, str] | None = 
         return None
     found = reply.json if reply.status == HTTPStatus.OK else None
     return found if isinstance(found, dict) else None
+
+
+async def _announced(service: Service, room: int) -> Row:
+    """Which DP rank has it, where one has said so."""
+    try:
+        found = (await service.post("/query_dp_ranks", {"bootstrap_rooms": [room]})).json
+    except (aiohttp.ClientError, OSError, TimeoutError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 async def _piecemeal(service: Service) -> Row:
@@ -234,10 +247,10 @@ async def _registries_beside(url: str) -> dict[str, list[str]]:
     ports = {USUAL_PORT}
     if await is_ours(host):
         likely = (found for process, found in listeners.listening() if any(word in process.command for word in _LIKELY))
-        ports |= {each for found in likely for each in found}
+        ports |= {each for found in likely for each in found if each not in ENGINES}
     wanted = sorted(ports - {port}, key=lambda each: (each != USUAL_PORT, each))[:BESIDE]
     urls = [f"http://{Endpoint(host, each)}" for each in wanted]
-    told = await asyncio.gather(*(identify(each, deadline_s=BESIDE_S) for each in urls))
+    told = await asyncio.gather(*(identify(each, deadline_s=BESIDE_S, deep=False) for each in urls))
     found = zip(urls, told, strict=True)
     return {each: _names(identity) for each, identity in found if identity.who is Who.REGISTRY}
 
@@ -257,7 +270,7 @@ async def _astray(registry: str) -> list[Astray]:
         urls = value.split(",") if "://" in value else [f"http://127.0.0.1:{value}"] if value.isdigit() else []
         if not urls or any(_port(each) in (port, None) for each in urls) or len(found) == ASTRAY:
             continue
-        told = await asyncio.gather(*(identify(each, deadline_s=BESIDE_S) for each in urls))
+        told = await asyncio.gather(*(identify(each, deadline_s=BESIDE_S, deep=False) for each in urls))
         if all(each.who is not Who.REGISTRY for each in told):
             found.append(Astray(str(process), flag, value))
     return found

@@ -136,20 +136,20 @@ class Service:
                 body += piece
             return Reply(answer.status, body, _date(answer.headers.get("Date")), time.monotonic() - began)
 
-    async def identify(self) -> Identity:
-        """Never raises for what the other side does."""
+    async def identify(self, *, deep: bool = True) -> Identity:
+        """`deep`: what is no registry of ours is asked what else it may be. Never raises for what the other does."""
         try:
-            return await self._identify()
+            return await self._identify(deep)
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
             return Identity(_nobody(error), root_cause(error) or type(error).__name__)
 
-    async def _identify(self) -> Identity:
+    async def _identify(self, deep: bool) -> Identity:
         listed = await self.get("/v1/instances")
         if listed.status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
             return Identity(Who.LOCKED, f"GET /v1/instances: {listed.status} {listed.words}", listed)
         if listed.status == HTTPStatus.OK and isinstance(found := listed.json, dict) and "instances" in found:
             return Identity(Who.REGISTRY, f"GET /v1/instances: {listed.status}", listed)
-        for path, params, is_it, who in _SIGNS:
+        for path, params, is_it, who in _SIGNS if deep else ():
             reply = await self.get(path, params)
             if is_it(reply):
                 return Identity(who, f"GET {path}: {reply.status} {reply.words}", reply)
@@ -201,9 +201,11 @@ def _date(text: str | None) -> datetime | None:
         return None
 
 
-async def identify(url: str, credentials: Credentials | None = None, deadline_s: float = DEADLINE_S) -> Identity:
+async def identify(
+    url: str, credentials: Credentials | None = None, deadline_s: float = DEADLINE_S, *, deep: bool = True
+) -> Identity:
     async with Service(url, credentials, deadline_s) as service:
-        return await service.identify()
+        return await service.identify(deep=deep)
 
 
 async def is_ours(host: str) -> bool:

@@ -610,7 +610,7 @@ class WatchEnd(StrEnum):
 
 
 class WatchMetrics:
-    """Readers of `/v1/watch` and `/v1/sessions/watch`, together."""
+    """Readers of `/v1/watch`, `/v1/sessions/watch` and `/v1/overview/watch`, together."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._open = Gauge("pdctl_watch_streams_open", "Streams of changes open now.", registry=registry)

@@ -12,6 +12,7 @@ import pytest
 import structlog
 
 from pdctl import logs
+from pdctl.errors import ConfigError
 
 
 @pytest.fixture(autouse=True)
@@ -76,3 +77,9 @@ def test_an_exception_stays_in_its_line() -> None:
             log.exception("broke")
             raise
     assert "ZeroDivisionError" in json.loads(stream.getvalue())["exception"]
+
+
+@pytest.mark.parametrize("wrong", [-1.0, float("inf"), float("nan")])
+def test_lines_of_rooms_are_so_many_a_second_and_not_fewer_than_none(wrong: float) -> None:
+    with pytest.raises(ConfigError, match="rooms_a_second is"):
+        logs.LogSettings(rooms_a_second=wrong)

@@ -15,7 +15,8 @@ from pdctl.core.address import Endpoint
 from pdctl.core.findings import Culprit, Finding, Place, Scope, rank_name
 from pdctl.core.native import Registration
 from pdctl.core.route import Announcement, Seat, Shape
-from pdctl.core.seen import LEFT, SHOWN, Row, Seen, ago, host_of, missing_seats, said, seat_of, sizes
+from pdctl.core.seen import LEFT, SHOWN, Row, Seen, ago, host_of, missing_seats, said, seat_of, shape_of, sizes
+from pdctl.errors import BadField
 
 STILL_NEWS_S = 600.0
 """A refusal of an instance that serves is told for so long; of one that does not, until the rank is there."""
@@ -142,12 +143,29 @@ def absent(seen: Seen, scope: Scope) -> Iterator[Finding]:
     """What was asked about and the registry has never heard of, or does not know any more."""
     for place in scope.places:
         came = any(event.get("instance") == place.instance for event in _refused(seen, Scope((place,))))
-        if place.instance not in seen.instances and not came:
+        instance = seen.instances.get(place.instance)
+        if instance is None and not came:
             yield _gone(seen, place) or _never_came(seen, place)
+        elif instance is not None and place.seat is not None and not _has_seat(instance, place.seat):
+            yield _no_such_seat(place, instance)
     if (words := seen.overview.get("stock")) is not None:
         yield _stock(seen, str(words))
     elif not scope.places and scope.room is None and not seen.ranks:
         yield _never_came(seen, None)
+
+
+def _has_seat(instance: Row, seat: Seat) -> bool:
+    try:
+        return seat in shape_of(instance)
+    except BadField:
+        return True  # another wire's, which tells no shape
+
+
+def _no_such_seat(place: Place, instance: Row) -> Finding:
+    why = f"{place.instance} has no seat of that name: its sizes are {sizes(instance.get('shape', {}))}"
+    do = "compare the rank's own sizes with those: ranks count from 0"
+    facts = (f"instances: {instance.get('alive', 0)} of {instance.get('seats', 0)} seats are held",)
+    return Finding(Culprit.NEVER_REGISTERED, str(place), why, do, facts)
 
 
 def _stock(seen: Seen, words: str) -> Finding:
@@ -190,7 +208,7 @@ def _never_came(seen: Seen, place: Place | None) -> Finding:
         about,
         f"{who} is registered there, and the registry has heard of none",
         f"{first} that the engine runs and was told of {seen.registry} (--disaggregation-bootstrap-port for SGLang, "
-        "node.registry for pdctl): pdctl doctor on its host shows where the way ends",
+        "node.registry for pdctl): pdctl doctor on its host shows where the way ends. A stock decode registers nowhere",
         tuple(facts),
     )
 

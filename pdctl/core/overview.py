@@ -38,7 +38,7 @@ class ReportLimits:
     again_s         how soon at the latest the next one is wanted
     expire_after_s  a report that none has followed for so long is dropped, and that is an event
     per_s           of more ranks than report so often a second, each is asked to report less often, and is waited for
-                    longer; with 200, and links to 64 peers each, reports take a fifteenth of a core (docs/overview.md)
+                    longer; with 200, and links to 64 peers each, reports take a twelfth of a core (docs/overview.md)
     """
 
     max_reports: int = 20_000

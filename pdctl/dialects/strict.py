@@ -6,7 +6,7 @@ No path and no field is known here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -90,7 +90,16 @@ def route_class(refused: Refused) -> type[APIRoute]:
 def _inlined(adapter: TypeAdapter[Any]) -> dict[str, Any]:
     schema = adapter.json_schema()
     defined = schema.pop("$defs", {})
-    for name, value in schema.get("properties", {}).items():
-        if "$ref" in value:
-            schema["properties"][name] = defined[value["$ref"].rpartition("/")[2]]
-    return schema
+    whole: dict[str, Any] = _resolved(schema, defined)
+    return whole
+
+
+def _resolved(part: Any, defined: Mapping[str, Any]) -> Any:
+    """With what it refers to in its place, however deep: in an OpenAPI its own definitions have none."""
+    if isinstance(part, list):
+        return [_resolved(each, defined) for each in part]
+    if not isinstance(part, dict):
+        return part
+    if "$ref" in part:
+        return _resolved(defined[part["$ref"].rpartition("/")[2]], defined)
+    return {name: _resolved(value, defined) for name, value in part.items()}

@@ -81,7 +81,9 @@ def test_a_rank_is_named_as_every_command_names_it(words: tuple[str, ...], said:
     assert str(Whom.parse(*words)) == said
 
 
-@pytest.mark.parametrize(("words", "field"), [(("p", "xx1"), "seat"), (("a b",), "instance"), (("",), "instance")])
+@pytest.mark.parametrize(
+    ("words", "field"), [(("p", "xx1"), "seat"), (("a b",), "instance"), (("",), "instance"), (("vllm:a",), "instance")]
+)
 def test_what_is_no_name_is_refused_by_its_field(words: tuple[str, ...], field: str) -> None:
     with pytest.raises(BadField) as error:
         Whom.parse(*words)

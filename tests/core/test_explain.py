@@ -105,6 +105,11 @@ def test_a_name_that_is_nearly_right_is_asked_back() -> None:
     assert (finding.what, "did you mean prefill-a?" in finding.do) == (Culprit.NEVER_REGISTERED, True)
 
 
+def test_a_seat_that_the_instance_does_not_have_is_told() -> None:
+    assert found(whole(), scope=Scope.parse(["p/tp9"])) == [("never_registered", "p/tp9")]
+    assert found(whole(), scope=Scope.parse(["p/tp1"])) == []
+
+
 def test_a_process_that_looks_elsewhere_is_blamed_only_for_who_never_came() -> None:
     lost = [Astray("pid 7 (python)", "--registry", "http://r:9")]
     assert found(whole(), scope=Scope.parse(["q"]), astray=lost) == [("wrong_bootstrap_port", "pid 7 (python)")]

@@ -381,6 +381,15 @@ async def test_a_report_comes_by_the_usual_way_as_well(wire: Wire, registry_url:
     assert (await wire.get("/overview"))["reports"][0]["bytes"] == 5
 
 
+async def test_its_schema_is_whole_in_the_openapi(registry_url: str) -> None:
+    async with aiohttp.ClientSession() as http, http.get(f"{registry_url}/openapi.json") as answer:
+        told = await answer.json()
+    assert "#/$defs/" not in json.dumps(told)
+    body = told["paths"]["/v1/instances/{instance}/ranks/{seat}/report"]["put"]["requestBody"]
+    links = body["content"]["application/json"]["schema"]["properties"]["links"]
+    assert links["items"]["properties"]["state"]["enum"] == ["trusted", "trial", "blocked", "dropped"]
+
+
 async def test_a_report_over_the_limit_is_refused(wire: Wire, registry_url: str) -> None:
     await wire.register()
     long = BytesIO(json.dumps(said(unready=["x" * BODY_LIMIT])).encode())

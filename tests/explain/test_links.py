@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pdctl.core.findings import Culprit, Finding
 from tests.engine.processes import Child
-from tests.explain.planted import culprits, explained, post
+from tests.explain.planted import culprits, explained
 from tests.service import service
 
 
@@ -61,11 +61,3 @@ async def test_an_ejected_link_is_named_with_who_is_at_its_other_end_and_why(tmp
             assert [finding.what for finding in back.findings] == [Culprit.EJECTED_LINK]  # its hold is not over
             assert "answers again" in back.findings[0].do
             assert (await culprits(registry, "room", "3"))[-1] == "room_unknown"
-
-
-async def test_a_session_that_the_service_itself_has_put_out_is_named(tmp_path: Path) -> None:
-    with service(tmp_path / "serve.log", "--journal", "memory:") as running:
-        told = {"cause": "timed_out", "detail": "64 blocks"}
-        assert await post(f"{running.url}/v1/sessions/127.0.0.1:1/failures", told) == 200
-        found = (await explained(running.url)).findings
-    assert Culprit.EJECTED_LINK in [finding.what for finding in found]

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from pdctl.cli import parser
 from pdctl.config import ServeSettings, StoreSettings
 from pdctl.core.findings import Culprit
 from pdctl.core.route import Seat, Shape
@@ -33,6 +34,7 @@ from tests.explain.planted import (
     explained,
     free_port,
     outer_address,
+    post,
     program,
     put,
     ranks,
@@ -241,6 +243,23 @@ async def test_a_rank_that_stands_still_is_told_from_a_dead_one(registry: str) -
         hung.child.resume()
 
 
+# --- 10. an ejected link: test_links.py has one with real ranks
+
+
+async def test_a_session_that_the_service_itself_has_put_out_is_named(registry: str) -> None:
+    told = {"cause": "timed_out", "detail": "64 blocks"}
+    assert await post(f"{registry}/v1/sessions/127.0.0.1:1/failures", told) == 200
+    ejected = [each for each in (await explained(registry)).findings if each.what is Culprit.EJECTED_LINK]
+    assert [each.who for each in ejected] == [f"the service at {registry} -> 127.0.0.1:1"]
+
+
+async def test_a_room_that_only_the_registry_has_heard_of_is_told_so(registry: str) -> None:
+    assert await post(f"{registry}/register_dp_rank", {"bootstrap_room": 4711, "dp_rank": 3}) == 200
+    [unknown] = [each for each in (await explained(registry, "room", "4711")).findings if each.who == "room 4711"]
+    assert unknown.what is Culprit.ROOM_UNKNOWN
+    assert "DP rank 3 has it" in unknown.evidence[-1]
+
+
 # --- 11. the store's master
 
 
@@ -302,9 +321,9 @@ def test_a_library_that_is_missing_is_named_with_what_brings_it(lacking: Path) -
     assert "libcudart.so.12" in said["engine"]["evidence"]
 
 
-def test_without_that_both_are_well() -> None:
-    status, said = doctor("--only", "libraries", "--only", "engine")
-    assert (status, {each["result"] for each in said.values()}) == (0, {"ok"})
+async def test_without_that_both_are_well() -> None:
+    said = await rounds(settings("http://127.0.0.1:1"), ["libraries", "engine"])
+    assert {each.result for each in said} == {Result.OK}
 
 
 # --- what a shell gets
@@ -315,13 +334,20 @@ def pdctl(*arguments: str) -> tuple[int, str]:
     return done.returncode, done.stdout.decode()
 
 
-def test_the_exit_status_tells_nothing_found_from_found_and_from_no_registry(engine: Ranks, registry: str) -> None:
-    engine.register("well", TP0, TP1)
+def test_the_exit_status_tells_found_from_no_registry(engine: Ranks, registry: str) -> None:
     engine.register("ill", TP0)
-    assert pdctl("well", "--at", registry)[0] == 0
     status, said = pdctl("ill", "--json", "--at", registry)
     assert (status, json.loads(said)["findings"][0]["what"]) == (1, "rank_missing")
     status, said = pdctl("of-nobody", "--at", f"http://127.0.0.1:{free_port()}")
     assert status == 69
     assert said.startswith("1. registry_down")
     assert "\x1b" not in said
+
+
+async def test_nothing_found_is_0_and_says_how_much_was_looked_at(
+    engine: Ranks, registry: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine.register("well", TP0, TP1)
+    args = parser().parse_args(["explain", "well", "--at", registry])
+    assert await args.run(settings(registry), args) == 0
+    assert "nothing is known to be wrong with well" in capsys.readouterr().out

@@ -25,7 +25,7 @@ def wheel(pytestconfig: pytest.Config) -> str:
 @pytest.fixture(scope="session")
 def builder(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Builder]:
     if not pytestconfig.getoption("--image", default=False):
-        pytest.skip("builds and runs the image: ./dev image-check does it, in two minutes and as root")
+        pytest.skip("builds and runs the image: ./dev image-check does it, as root and in some minutes")
     with Builder.at(ROOT / ".cache/image", scratch=tmp_path_factory.mktemp("image")) as builder:
         yield builder
 

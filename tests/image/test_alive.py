@@ -69,6 +69,7 @@ def test_the_port_of_the_environment_is_asked(
     assert said(alive, monkeypatch, "serve", PDCTL_SERVE__PORT=str(server.server_port)) is None
 
 
+@pytest.mark.timeout(30)
 def test_nobody_there_and_a_hung_service_are_sentences(alive: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(alive, "DEADLINE_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as hung:  # takes connections and never answers

@@ -286,9 +286,9 @@ CASES = [
     Case(
         "PdctlRoomsSlow",
         {
-            rank("pdctl_room_seconds_bucket", side="sender", le="30.0"): "0x80",
-            rank("pdctl_room_seconds_bucket", side="sender", le="60.0"): "0+10x80",
-            rank("pdctl_room_seconds_bucket", side="sender", le="+Inf"): "0+10x80",
+            _series("pdctl_room_seconds_bucket", RANK | {"side": "sender", "le": le, "pdctl_seat": seat}): values
+            for seat in ("dp0/cp0/tp0/pp0", "dp0/cp0/tp1/pp0")
+            for le, values in (("30.0", "0x80"), ("60.0", "0+10x80"), ("+Inf", "0+10x80"))
         },
         *(("15m",), ("5m",), {"job": "pdctl-ranks", "side": "sender"}, "58.5s"),
     ),
