@@ -31,7 +31,6 @@ import uvloop
 
 from pdctl import config, handed, inquiry, logs, node, succession
 from pdctl.beside import beside
-from pdctl.commands import completion, conformance, doctor, drain, events, explain, status
 from pdctl.commands.base import Commands, add_command, add_credentials, add_service, always, never
 from pdctl.config import Settings
 from pdctl.core.kvstore import Resolved
@@ -55,8 +54,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status."""
-    args = parser().parse_args(argv)
-    args.argv = list(sys.argv[1:] if argv is None else argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    args = parser(given[0] if given else None).parse_args(given)
+    args.argv = given
     flags = {name: value for name, value in vars(args).items() if "." in name}
     try:
         settings = config.load(flags, file=args.config)
@@ -101,18 +101,26 @@ async def _until_told_to_stop(work: Awaitable[int], *, lasting: bool) -> int:
         return 0 if lasting else 128 + signal.SIGTERM
 
 
-def parser() -> argparse.ArgumentParser:
-    """All commands; a flag's dest is the dotted name of the knob that it turns."""
+def parser(asked: str | None = None) -> argparse.ArgumentParser:
+    """All commands; a flag's dest is the dotted name of the knob that it turns.
+
+    Where `asked` is one of those here, what stands in files of its own is left out: a sidecar need not wait for what
+    draws tables.
+    """
     top = argparse.ArgumentParser(
         prog="pdctl", description="The control plane for prefill/decode disaggregated LLM serving."
     )
     top.add_argument("--version", action="version", version=f"pdctl {version('pdctl')}")
     commands = top.add_subparsers(metavar="COMMAND", required=True)
+    top.set_defaults(parser=parser)
     here = (_add_serve, _add_register, _add_agent, _add_sessions, _add_probe, _add_store, _add_journal, _add_demo)
-    elsewhere = (conformance.add, doctor.add, drain.add, events.add, explain.add, status.add)
-    for add in (*here, *elsewhere):
+    for add in here:
         add(commands)
-    completion.add(commands, parser)
+    if asked not in commands.choices:
+        from pdctl.commands import completion, conformance, doctor, drain, events, explain, status
+
+        for each in (completion, conformance, doctor, drain, events, explain, status):
+            each.add(commands)
     return top
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-SOON_S = 20.0
+SOON_S = 60.0
 FIRST_RANK = {"prefill_dp_rank": 0, "prefill_cp_rank": 0, "target_tp_rank": 0, "target_pp_rank": 0}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import shtab
@@ -16,12 +16,11 @@ _FILES = ("PATH", "FILE")
 _FILE_FLAGS = ("_file", ".tls_cert", ".tls_key", ".tls_ca", ".tls_client_ca")
 
 
-def add(commands: Commands, parser: Callable[[], argparse.ArgumentParser]) -> None:
-    """`parser` makes the whole of it, of which this is one command."""
+def add(commands: Commands) -> None:
+    """What makes the whole of it, of which this is one command, is told with the arguments: `parser`."""
     about = 'print a completion script: eval "$(pdctl completion bash)", or put it where the shell looks for them'
     command = add_command(commands, "completion", _completion, never, about)
     command.add_argument("shell", choices=SHELLS)
-    command.set_defaults(parser=parser)
 
 
 async def _completion(settings: Settings, args: argparse.Namespace) -> int:  # noqa: ARG001
