@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from pdctl.core.address import Endpoint
+from pdctl.core.address import Endpoint, is_loopback
 from pdctl.core.arrivals import MISMATCH, remedy
 from pdctl.core.findings import Culprit, Finding, Place, Scope, rank_name
 from pdctl.core.layout import Kind
@@ -89,12 +89,22 @@ def _behind(door: Door, who: str, row: Row, facts: tuple[str, ...]) -> Finding:
             do = "look at that process (its state in /proc, its stack, its host's load); kill it if it stays so"
             return Finding(Culprit.HANGS, who, why, do, facts)
         case _:
-            why = f"no way leads from here to the {where} of {who}"
-            do = (
-                "if peers see the same: a firewall or NetworkPolicy, or an address of another network (NAT, a pod's "
-                "own): announce one that peers reach, SGLANG_HOST_IP or PDCTL_NODE__HOST"
-            )
-            return Finding(Culprit.UNREACHABLE_ADDRESS, who, why, do, facts)
+            return _no_way(who, where, row, facts)
+
+
+def _no_way(who: str, where: str, row: Row, facts: tuple[str, ...]) -> Finding:
+    at, came_from = endpoint_of(row), row.get("registered_from")
+    if at is not None and came_from and came_from != at.host and not is_loopback(came_from):
+        facts = (*facts, f"ranks: {who} announces {at.host} and registered from {came_from}")
+        why = f"no way leads from here to the {where} of {who}, and it registered from {came_from}: NAT, or another net"
+        do = f"announce an address that peers reach, {came_from} if that is its own: SGLANG_HOST_IP, PDCTL_NODE__HOST"
+        return Finding(Culprit.UNREACHABLE_ADDRESS, who, why, do, facts)
+    why = f"no way leads from here to the {where} of {who}"
+    do = (
+        "if peers see the same: a firewall or NetworkPolicy, or an address of another network (NAT, a pod's own): "
+        "announce one that peers reach, SGLANG_HOST_IP or PDCTL_NODE__HOST"
+    )
+    return Finding(Culprit.UNREACHABLE_ADDRESS, who, why, do, facts)
 
 
 def _how_kept(row: Row) -> str:

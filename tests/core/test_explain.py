@@ -198,6 +198,14 @@ def test_what_is_behind_an_address_says_what_is_wrong(door: Door, what: str) -> 
     assert found(whole(), knocks={"10.0.0.8:5000": Knock(door, "so it is")}) == [(what, "p/tp1")]
 
 
+def test_an_address_behind_a_nat_is_told_with_where_its_rank_came_from() -> None:
+    behind = instance("p", row(TP0, registered_from="10.9.9.9"), row(TP1, "10.0.0.8:5000", registered_from="10.0.0.8"))
+    shut = {at: Knock(Door.NO_WAY, "no answer") for at in ("10.0.0.7:5000", "10.0.0.8:5000")}
+    nat, plain = explain(Seen({"instances": [behind]}, knocks=shut), Scope())
+    assert "registered from 10.9.9.9: NAT" in nat.why
+    assert "NAT" not in plain.why
+
+
 def test_loopback_is_no_fault_of_a_fleet_on_one_host() -> None:
     here = instance("p", row(TP0, "127.0.0.1:5000"), row(TP1, "127.0.0.1:5001"))
     assert found(here) == []
