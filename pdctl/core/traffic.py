@@ -295,7 +295,7 @@ def rooms(seen: Seen, scope: Scope) -> Iterator[Finding]:
         return
     found = [(key, kind, row) for key, report in seen.reports.items() for kind, row in rooms_of(report, scope.room)]
     for key, kind, row in found:
-        finding = (_failed if kind == "failed" else _stuck)(rank_name(*key), row)
+        finding = (_failed if kind == "failed" else _stuck)(seen, rank_name(*key), row)
         if finding is not None:
             yield finding
     if not found:
@@ -313,8 +313,14 @@ def rooms_of(report: Row, room: int | None) -> list[tuple[str, Row]]:
     return [(kind, row) for kind in ("open", "failed") for row in report.get(kind, ()) if row.get("room") == room]
 
 
-def _failed(who: str, row: Row) -> Finding:
-    peer = f", with {row['peer']}" if row.get("peer") else ""
+def _peer(seen: Seen, row: Row) -> str | None:
+    address = row.get("peer")
+    name = seen.by_address.get(str(address))
+    return f"{name} ({address})" if name else address
+
+
+def _failed(seen: Seen, who: str, row: Row) -> Finding:
+    peer = f", with {_peer(seen, row)}" if row.get("peer") else ""
     return Finding(
         Culprit.ROOM_FAILED,
         f"room {row['room']}",
@@ -324,10 +330,10 @@ def _failed(who: str, row: Row) -> Finding:
     )
 
 
-def _stuck(who: str, row: Row) -> Finding | None:
+def _stuck(seen: Seen, who: str, row: Row) -> Finding | None:
     if row["age_s"] < STUCK_S:
         return None
-    peer = row.get("peer") or "its peer"
+    peer = _peer(seen, row) or "its peer"
     return Finding(
         Culprit.ROOM_STUCK,
         f"room {row['room']}",

@@ -278,6 +278,15 @@ def test_a_room_is_told_with_the_ranks_that_have_it() -> None:
     ]
 
 
+def test_the_peer_of_a_room_is_named_even_if_it_is_gone() -> None:
+    ended = {"age_s": 3.0, "seconds": 1.0, "cause": "timed_out", "sentence": "no"}
+    failed = {"room": 7, "side": "sender", "peer": "10.0.0.9:5000", **ended}
+    overview = {"instances": [whole()], "reports": [report("p", failed=[failed])]}
+    gone = event(1, "expired", rank="tp0", peer="10.0.0.9:5000") | {"instance": "d"}
+    told = [finding for finding in explain(Seen(overview, [gone]), Scope(room=7)) if finding.who == "room 7"]
+    assert "with d/tp0 (10.0.0.9:5000)" in told[0].why
+
+
 def test_a_room_that_waits_is_stuck_only_after_a_while() -> None:
     def waits(age_s: float) -> dict[str, Any]:
         row = {"room": 7, "side": "sender", "phase": "bootstrapping", "age_s": age_s, "peer": None}
