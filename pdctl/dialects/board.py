@@ -8,8 +8,9 @@
     event: bye         data: {"error": {...}}  the service ends this stream, and why
 
 Four times a second at most, less often where there is much to say, and then the last state of all that has changed: a
-reader that is slow, or far away, hears less often and never of what is over. Nothing is queued for it; who takes nothing
-for `send_within_s` is cut off. Knows no thing's fields: what a name stands for is asked when somebody is told of it.
+reader that is slow, or far away, hears less often and never of what is over. Nothing is queued for it; who takes
+nothing for `send_within_s` is cut off. Knows no thing's fields: what a name stands for is asked when somebody is told
+of it.
 """
 
 from __future__ import annotations
