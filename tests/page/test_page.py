@@ -109,6 +109,22 @@ async def test_an_ejection_and_the_recovery_are_shown_with_their_cause(browser: 
         await window.sees("readmitted · prefill-0/tp0", "#events")
 
 
+async def test_a_tab_that_nobody_looks_at_still_tells_by_its_title(browser: Chromium) -> None:
+    fleet = Fleet()
+    async with shown(browser, fleet) as (told, window):
+        await window.sees("Everything serves", "#verdict")
+        hide = """() => { Object.defineProperty(document, 'hidden', { configurable: true, get: () => true });
+            window.frames_of = window.requestAnimationFrame; window.requestAnimationFrame = () => 0; }"""
+        await window.ask(hide)
+        told.say("report", fleet.block(0, 0))
+        await window.comes("document.title === '(1) pdctl'")
+        assert "Everything serves" in await window.text("#verdict")
+        show = """() => { window.requestAnimationFrame = window.frames_of; delete document.hidden;
+            document.dispatchEvent(new Event('visibilitychange')); }"""
+        await window.ask(show)
+        await window.sees("One thing is broken", "#verdict")
+
+
 async def test_a_prefill_that_refuses_everybody_is_the_suspect_itself(browser: Chromium) -> None:
     fleet = Fleet(prefills=2, decodes=3)
     for decode in range(3):
