@@ -184,6 +184,7 @@ class Registry:
     def __init__(self, answer: PdctlError | Exception | None = None) -> None:
         self.answer, self.grant = answer, Grant("p", "tp0", 1, 10.0, "alive", 1)
         self.granted: Grant | None = self.grant
+        self.again_s = 0.1
         self.asked: list[float] = []
         self.bodies: list[Any] = []
 
@@ -192,7 +193,7 @@ class Registry:
         self.bodies.append(exchange.body)
         if self.answer is not None:
             raise self.answer
-        return Wanted(5.0)
+        return Wanted(self.again_s)
 
 
 def reporter(registry: Registry, link: Link | None = None, every_s: float = 3600.0) -> Reporter:
@@ -262,6 +263,14 @@ async def test_who_holds_no_lease_tells_nobody_and_who_gets_one_tells_at_once() 
         assert registry.asked == []
         registry.granted = registry.grant
         await until(lambda: len(registry.asked) == 1)
+
+
+async def test_a_registry_of_a_crowd_is_told_less_often_than_the_rank_would() -> None:
+    registry = Registry()
+    registry.again_s = 3600.0
+    async with beside(reports=reporter(registry, every_s=0.05).run()):
+        await asyncio.sleep(0.8)
+    assert len(registry.asked) == 1
 
 
 async def test_a_rank_that_is_told_to_reports_never() -> None:

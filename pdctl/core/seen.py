@@ -106,6 +106,16 @@ class Seen:
         return ranks | reported
 
     @cached_property
+    def by_address(self) -> dict[str, str]:
+        """Whose control link an address is, or was until it ended."""
+        past = {
+            str(event.get("peer")): rank_name(str(event.get("instance")), seat)
+            for event in self.events
+            if event.get("kind") in LEFT | CAME and (seat := seat_of(event)) is not None
+        }
+        return past | {str(row.get("address")): rank_name(*key) for key, row in self.ranks.items()}
+
+    @cached_property
     def last(self) -> dict[tuple[str, Seat | None], Row]:
         """What last happened to each seat; under None to many of an instance at once, of whom no one is named."""
         found: dict[tuple[str, Seat | None], Row] = {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from pdctl.core.address import Endpoint
+from pdctl.core.address import Endpoint, is_loopback
 from pdctl.core.arrivals import MISMATCH, remedy
 from pdctl.core.findings import Culprit, Finding, Place, Scope, rank_name
 from pdctl.core.layout import Kind
@@ -89,12 +89,22 @@ def _behind(door: Door, who: str, row: Row, facts: tuple[str, ...]) -> Finding:
             do = "look at that process (its state in /proc, its stack, its host's load); kill it if it stays so"
             return Finding(Culprit.HANGS, who, why, do, facts)
         case _:
-            why = f"no way leads from here to the {where} of {who}"
-            do = (
-                "if peers see the same: a firewall or NetworkPolicy, or an address of another network (NAT, a pod's "
-                "own): announce one that peers reach, SGLANG_HOST_IP or PDCTL_NODE__HOST"
-            )
-            return Finding(Culprit.UNREACHABLE_ADDRESS, who, why, do, facts)
+            return _no_way(who, where, row, facts)
+
+
+def _no_way(who: str, where: str, row: Row, facts: tuple[str, ...]) -> Finding:
+    at, came_from = endpoint_of(row), row.get("registered_from")
+    if at is not None and came_from and came_from != at.host and not is_loopback(came_from):
+        facts = (*facts, f"ranks: {who} announces {at.host} and registered from {came_from}")
+        why = f"no way leads from here to the {where} of {who}, and it registered from {came_from}: NAT, or another net"
+        do = f"announce an address that peers reach, {came_from} if that is its own: SGLANG_HOST_IP, PDCTL_NODE__HOST"
+        return Finding(Culprit.UNREACHABLE_ADDRESS, who, why, do, facts)
+    why = f"no way leads from here to the {where} of {who}"
+    do = (
+        "if peers see the same: a firewall or NetworkPolicy, or an address of another network (NAT, a pod's own): "
+        "announce one that peers reach, SGLANG_HOST_IP or PDCTL_NODE__HOST"
+    )
+    return Finding(Culprit.UNREACHABLE_ADDRESS, who, why, do, facts)
 
 
 def _how_kept(row: Row) -> str:
@@ -285,7 +295,7 @@ def rooms(seen: Seen, scope: Scope) -> Iterator[Finding]:
         return
     found = [(key, kind, row) for key, report in seen.reports.items() for kind, row in rooms_of(report, scope.room)]
     for key, kind, row in found:
-        finding = (_failed if kind == "failed" else _stuck)(rank_name(*key), row)
+        finding = (_failed if kind == "failed" else _stuck)(seen, rank_name(*key), row)
         if finding is not None:
             yield finding
     if not found:
@@ -303,8 +313,14 @@ def rooms_of(report: Row, room: int | None) -> list[tuple[str, Row]]:
     return [(kind, row) for kind in ("open", "failed") for row in report.get(kind, ()) if row.get("room") == room]
 
 
-def _failed(who: str, row: Row) -> Finding:
-    peer = f", with {row['peer']}" if row.get("peer") else ""
+def _peer(seen: Seen, row: Row) -> str | None:
+    address = row.get("peer")
+    name = seen.by_address.get(str(address))
+    return f"{name} ({address})" if name else address
+
+
+def _failed(seen: Seen, who: str, row: Row) -> Finding:
+    peer = f", with {_peer(seen, row)}" if row.get("peer") else ""
     return Finding(
         Culprit.ROOM_FAILED,
         f"room {row['room']}",
@@ -314,10 +330,10 @@ def _failed(who: str, row: Row) -> Finding:
     )
 
 
-def _stuck(who: str, row: Row) -> Finding | None:
+def _stuck(seen: Seen, who: str, row: Row) -> Finding | None:
     if row["age_s"] < STUCK_S:
         return None
-    peer = row.get("peer") or "its peer"
+    peer = _peer(seen, row) or "its peer"
     return Finding(
         Culprit.ROOM_STUCK,
         f"room {row['room']}",

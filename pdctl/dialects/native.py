@@ -289,7 +289,7 @@ def _row(life: Life, now: float | None = None) -> dict[str, Any]:
         "ttl_s": life.ttl_s,
         "labels": dict(claim.labels),
         "metadata": dict(claim.metadata),
-        **({} if now is None else {"age_s": round(now - life.since, 3)}),
+        **({} if now is None else {"age_s": round(now - life.since, 3), "registered_from": claim.owner.host}),
     }
 
 

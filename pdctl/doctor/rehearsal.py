@@ -47,12 +47,15 @@ async def rehearsed(what: str, settings: Settings, deadline_s: float = DEADLINE_
     """Try `what` ("engine" or "device") in a child with these settings."""
     host = "::1" if ":" in settings.node.host else "127.0.0.1"  # what is announced has a check of its own
     said = {"accelerator": settings.node.accelerator, "engine": asdict(replace(settings.engine, host=host))}
-    child = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "pdctl.doctor.rehearsal", what, json.dumps(said)),
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.DEVNULL,
-    )
+    try:
+        child = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "pdctl.doctor.rehearsal", what, json.dumps(said)),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,
+        )
+    except OSError as error:
+        return Told(False, f"no child can be started to try it ({error}): let this user run {sys.executable}")
     try:
         async with asyncio.timeout(deadline_s):
             told, _ = await child.communicate()

@@ -1,4 +1,4 @@
-// Stream into picture, picture onto the page: at most four times a second, and not while nobody looks.
+// Stream into picture, picture onto the page: at most four times a second; while nobody looks, into the title alone.
 
 const DRAW_MS = 250;
 const EVENTS_AT_FIRST = 200;
@@ -56,7 +56,8 @@ function say(sentence) {
 function drawSoon() {
   if (due !== null) return;
   const rest = Math.max(DRAW_MS, 4 * took); // of thousands of ranks a picture takes a while: most of the time is the reader's
-  due = setTimeout(() => requestAnimationFrame(draw), Math.max(0, drawn + rest - performance.now()));
+  const next = () => (document.hidden ? draw() : requestAnimationFrame(draw)); // a hidden tab is given no frames
+  due = setTimeout(next, Math.max(0, drawn + rest - performance.now()));
 }
 
 function draw() {
@@ -74,6 +75,8 @@ function show() {
   picture.meter.trim(now);
   const seen = { picture, filter, now, links: linksOf(picture), rooms: roomsOf(picture) };
   const problems = problemsOf(picture, seen.links, seen.rooms, now);
+  title(problems);
+  if (document.hidden) return;
   verdict.show(problems, picture);
   showTiles(seen);
   fleet.show(seen);
@@ -81,7 +84,6 @@ function show() {
   chart.show(picture.meter, now);
   showRooms(seen);
   events.show(seen);
-  title(problems);
 }
 
 /** What a tab among many should say. */
@@ -89,8 +91,9 @@ function title(problems) {
   const bad = problems.filter((each) => each.grade === "bad").length;
   const words = linkState !== "live" ? "(?) pdctl" : bad ? `(${bad}) pdctl` : "pdctl";
   if (document.title !== words) document.title = words;
-  if (lastVerdict !== null && lastVerdict !== verdict.words) say(`${verdict.words}.`);
-  lastVerdict = verdict.words;
+  const verdictNow = verdictOf(problems, picture);
+  if (lastVerdict !== null && lastVerdict !== verdictNow) say(`${verdictNow}.`);
+  lastVerdict = verdictNow;
 }
 
 function showLink() {
@@ -123,5 +126,6 @@ byId("ask").addEventListener("submit", (event) => {
   stream.use(byId("token").value.trim());
   byId("token").value = "";
 });
+document.addEventListener("visibilitychange", drawSoon);
 setInterval(drawSoon, 1000); // ages
 stream.run();

@@ -198,6 +198,14 @@ def test_what_is_behind_an_address_says_what_is_wrong(door: Door, what: str) -> 
     assert found(whole(), knocks={"10.0.0.8:5000": Knock(door, "so it is")}) == [(what, "p/tp1")]
 
 
+def test_an_address_behind_a_nat_is_told_with_where_its_rank_came_from() -> None:
+    behind = instance("p", row(TP0, registered_from="10.9.9.9"), row(TP1, "10.0.0.8:5000", registered_from="10.0.0.8"))
+    shut = {at: Knock(Door.NO_WAY, "no answer") for at in ("10.0.0.7:5000", "10.0.0.8:5000")}
+    nat, plain = explain(Seen({"instances": [behind]}, knocks=shut), Scope())
+    assert "registered from 10.9.9.9: NAT" in nat.why
+    assert "NAT" not in plain.why
+
+
 def test_loopback_is_no_fault_of_a_fleet_on_one_host() -> None:
     here = instance("p", row(TP0, "127.0.0.1:5000"), row(TP1, "127.0.0.1:5001"))
     assert found(here) == []
@@ -268,6 +276,15 @@ def test_a_room_is_told_with_the_ranks_that_have_it() -> None:
         ("ejected_link", "p/tp0 -> d:1"),
         ("room_failed", "room 7"),
     ]
+
+
+def test_the_peer_of_a_room_is_named_even_if_it_is_gone() -> None:
+    ended = {"age_s": 3.0, "seconds": 1.0, "cause": "timed_out", "sentence": "no"}
+    failed = {"room": 7, "side": "sender", "peer": "10.0.0.9:5000", **ended}
+    overview = {"instances": [whole()], "reports": [report("p", failed=[failed])]}
+    gone = event(1, "expired", rank="tp0", peer="10.0.0.9:5000") | {"instance": "d"}
+    told = [finding for finding in explain(Seen(overview, [gone]), Scope(room=7)) if finding.who == "room 7"]
+    assert "with d/tp0 (10.0.0.9:5000)" in told[0].why
 
 
 def test_a_room_that_waits_is_stuck_only_after_a_while() -> None:

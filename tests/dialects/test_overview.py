@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from io import BytesIO
@@ -18,7 +19,7 @@ from pdctl.config import ServeSettings, Settings
 from pdctl.core.latest import Latest
 from pdctl.core.overview import ReportLimits
 from pdctl.credentials import AccessSettings
-from pdctl.dialects.board import Board
+from pdctl.dialects.board import SHARE, Board
 from pdctl.dialects.overview import BODY_LIMIT
 from pdctl.dialects.watch import WatchLimits
 from pdctl.errors import LimitReached
@@ -341,6 +342,23 @@ async def test_a_stream_that_has_nothing_to_say_says_that_it_lives(metrics: Metr
         async for piece in told:
             if piece == b": alive\n\n":
                 break
+
+
+async def test_what_takes_long_to_say_is_said_less_often(metrics: Metrics) -> None:
+    own, told = board(metrics), list[float]()
+
+    def slow(name: object) -> bytes:
+        told.append(time.monotonic())
+        time.sleep(0.03)
+        return b"0"
+
+    own._kinds = {"thing": slow}
+    async with asyncio.timeout(10.0):
+        async for _ in own.response("10.0.0.9").body_iterator:
+            own.changed("thing", 1)
+            if len(told) == 3:
+                break
+    assert told[2] - told[1] >= 0.03 / SHARE
 
 
 async def test_more_watchers_than_may_be_are_told_so(metrics: Metrics) -> None:

@@ -76,9 +76,9 @@ async def test_the_fleet_of_paper_speaks_as_a_real_registry_does(service: str) -
     assert names(told) <= names(real)
     assert names(told["instances"][0]) - {"shape"} <= names(real["instances"][0])
     for part in ("alive_seats", "missing_seats"):
-        assert names(told["instances"][0][part][0]) == names(real["instances"][0][part][0])
+        assert names(told["instances"][0][part][0]) <= names(real["instances"][0][part][0])
     assert names(told["reports"][0]) <= names(real["reports"][0])
-    assert names(planted.blocked(DECODE)) == names(real["reports"][0]["links"][0])
+    assert names(planted.blocked(DECODE)) <= names(real["reports"][0]["links"][0])
     assert names(told["service"]) <= names(real["service"])
     assert names(planted.event(1, "left", "gone")) <= names(events[0])
     assert {"seated", "left"} <= {each["kind"] for each in events}

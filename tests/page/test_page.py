@@ -109,6 +109,22 @@ async def test_an_ejection_and_the_recovery_are_shown_with_their_cause(browser: 
         await window.sees("readmitted · prefill-0/tp0", "#events")
 
 
+async def test_a_tab_that_nobody_looks_at_still_tells_by_its_title(browser: Chromium) -> None:
+    fleet = Fleet()
+    async with shown(browser, fleet) as (told, window):
+        await window.sees("Everything serves", "#verdict")
+        hide = """() => { Object.defineProperty(document, 'hidden', { configurable: true, get: () => true });
+            window.frames_of = window.requestAnimationFrame; window.requestAnimationFrame = () => 0; }"""
+        await window.ask(hide)
+        told.say("report", fleet.block(0, 0))
+        await window.comes("document.title === '(1) pdctl'")
+        assert "Everything serves" in await window.text("#verdict")
+        show = """() => { window.requestAnimationFrame = window.frames_of; delete document.hidden;
+            document.dispatchEvent(new Event('visibilitychange')); }"""
+        await window.ask(show)
+        await window.sees("One thing is broken", "#verdict")
+
+
 async def test_a_prefill_that_refuses_everybody_is_the_suspect_itself(browser: Chromium) -> None:
     fleet = Fleet(prefills=2, decodes=3)
     for decode in range(3):
@@ -189,6 +205,47 @@ async def test_throughput_is_what_reports_differ_by(browser: Chromium) -> None:
         await window.sees("MB/s sent, 0 B/s arrived", "#tile-moving-sub")
         words = await window.text("#chart-words")
         assert re.search(r"sent by prefills: .* (1\.\d GB|[789]\d\d MB)/s at most, 5\.0 GB in", words), words
+
+
+async def test_an_event_that_counts_again_takes_its_own_place(browser: Chromium) -> None:
+    async with shown(browser) as (told, window):
+        told.happens("refused", "page_size is 64 and this rank offers 16", instance="prefill-0")
+        told.happens("seated", "decode-0 tp0: seat taken", instance="decode-0", rank="tp0")
+        told.say("event", told.fleet.events[0] | {"count": 7})
+        await window.sees("refused · prefill-0 · 7 times", "#events")
+        heads = await window.do(lambda page: page.locator("#events .head").all_inner_texts())
+        assert heads == ["seated · decode-0/tp0", "refused · prefill-0 · 7 times"]
+
+
+@pytest.mark.parametrize(
+    ("about", "words", "grade"),
+    [
+        ({"unready": ["not registered at http://r:8998"]}, "prefill-0/tp0 is not ready: not registered at", "warn"),
+        ({"panicking": ["group"]}, "prefill-0/tp0: most of its links are blocked, so it uses them all the same", "bad"),
+        ({"doubt": True}, "prefill-0/tp0 doubts itself", "warn"),
+        ({"quarantined": 60}, "prefill-0/tp0: 60 pages in quarantine", "info"),
+        ({"store": {"attached": False, "sentence": "the master is down"}}, "has no store: the master is down", "warn"),
+    ],
+    ids=["unready", "panic", "doubt", "quarantine", "store"],
+)
+async def test_what_a_rank_says_of_itself_is_graded(
+    browser: Chromium, about: dict[str, Any], words: str, grade: str
+) -> None:
+    fleet = Fleet()
+    fleet.reports["prefill-0", 0] |= about
+    async with shown(browser, fleet) as (_, window):
+        await window.sees(words, f"#problem-list .{grade} .what")
+
+
+async def test_a_registry_in_trouble_says_so(browser: Chromium) -> None:
+    async with shown(browser) as (told, window):
+        told.say(
+            "service", told.fleet.overview()["service"] | {"unready": ["the journal takes no rows"], "age_s": 40.0}
+        )
+        await window.sees("The registry is not ready: the journal takes no rows", "#problems")
+        await window.sees("The registry answers from what it knew 40 s ago", "#problems")
+        told.say("service", told.fleet.overview()["service"])
+        await window.sees("Everything serves", "#verdict")
 
 
 # --- when the registry is not there
