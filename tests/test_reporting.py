@@ -34,6 +34,8 @@ from pdctl.telling import Telling
 from tests.test_node import FIRST, SHAPE, memory_pools, settings, until_registered
 
 SOON_S = 20.0
+NOBODY = "127.0.0.1:1"
+"""No engine answers there, so that whoever is asked says so at once: a peer that lives is back before it is told of."""
 
 
 # Real nodes, a real registry
@@ -94,26 +96,27 @@ async def test_both_ranks_of_a_pair_say_who_they_are_what_they_moved_and_whom_th
             await sending.send([3, 4])
             await sending.finish(2)
             await arriving.arrived()
-        prefill.prober.failed(decode.engine.session, Cause.REFUSED, "nobody listens")  # turns, so that it is told of
+        prefill.prober.failed(NOBODY, Cause.REFUSED, "nobody listens")  # turns, so that it is told of
         sent = await watch.report("default", lambda report: any(link["cause"] for link in report["links"]))
         assert sent["ended"] == {"success": 1, "failed": 0}
         assert sent["bytes"] == 2 * 2 * 4096 + 64
-        (link,) = sent["links"]
-        assert (link["session"], link["state"], link["cause"]) == (decode.engine.session, "blocked", "refused")
+        link, well = sent["links"]
+        assert (link["session"], link["state"], link["cause"]) == (NOBODY, "blocked", "refused")
         assert "nobody listens" in link["sentence"]
+        assert (well["session"], well["state"]) == (decode.engine.session, "trusted")
 
 
 async def test_a_link_that_goes_out_and_comes_back_is_told_within_a_moment_by_who_saw_it() -> None:
-    async with fleet() as (watch, _, prefill, decode):
+    async with fleet() as (watch, _, prefill, _):
         await watch.report("default", bool)
         began = time.monotonic()
-        prefill.prober.failed(decode.engine.session, Cause.REFUSED, "nobody listens")
+        prefill.prober.failed(NOBODY, Cause.REFUSED, "nobody listens")
         told = await watch.event("ejected")
         took_s = time.monotonic() - began
-        assert (told["instance"], told["rank"], told["session"]) == ("default", "tp0", decode.engine.session)
+        assert (told["instance"], told["rank"], told["session"]) == ("default", "tp0", NOBODY)
         assert told["cause"] == "refused"
-        prefill.prober.registered(decode.engine.session)
-        assert (await watch.event("readmitted"))["session"] == decode.engine.session
+        prefill.prober.registered(NOBODY)
+        assert (await watch.event("readmitted"))["session"] == NOBODY
         assert took_s < 3.0, "an hour is how often it reports otherwise"
 
 
@@ -137,8 +140,7 @@ async def test_a_room_that_fails_is_told_by_both_sides_with_its_cause() -> None:
 
 
 async def _open_room(watch: Watch, prefill: PrefillNode, decode: DecodeNode) -> dict[str, int]:
-    prefill.prober.registered("10.0.0.9:1")  # a change, so that a report goes out now
-    prefill.prober.failed("10.0.0.9:1", Cause.REFUSED, "nobody listens")
+    prefill.prober.failed(NOBODY, Cause.REFUSED, "nobody listens")  # a change, so that a report goes out now
     report = await watch.report("default", lambda report: bool(report["open"]))
     assert report["open"][0]["peer"] == str(decode.receiver.reply)
     rooms = report["rooms"]["sender"]
@@ -217,7 +219,7 @@ async def test_a_rank_whose_links_turn_all_the_time_reports_four_times_a_second_
             own.changed()
             await asyncio.sleep(0.01)
     gaps = np.diff(registry.asked)
-    assert 3 <= len(registry.asked) <= 6
+    assert 2 <= len(registry.asked) <= 6
     assert (gaps >= LEAST_S * 0.95).all()
 
 

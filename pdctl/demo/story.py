@@ -273,7 +273,7 @@ async def decode_stops(show: Show, stage: Stage) -> None:
     show.figure("a request to a blocked session fails in", f"{slowest_s * 1000:.1f} ms")
     await show.look("decode is blocked at prefill, the cause, the room that failed, then its lease", None, STOPPED_S)
     await _continue(show, stage, before)
-    await show.look("it is healed: readmitted, everything serves", stage)
+    await show.look("it is healed: readmitted, it serves; the rooms that failed are told of for a minute", stage)
     await _judge_told(show, [(failed, victim.decode), *zip(refused, (q for _, _, q in waiting), strict=True)])
     done = await stage.run_all([texts.of_length(LONG_PROMPT, show.toy, "again"), texts.built_in(show.toy)[0]])
     _judge_tokens(show, "requests to it succeed again", done)
