@@ -235,13 +235,13 @@ class Last:
     state_rows: Sequence[npt.ArrayLike]
 
     def plan(self, to: Destination) -> CopyPlan:
-        rows = to.last(self.n_sent, self.aux_row, self.state_rows)
-        return rows if self.source is None else CopyPlan.join(to.chunk(self.source, self.start), rows)
+        pages = [] if self.source is None else [to.chunk(self.source, self.start)]
+        return CopyPlan.join(*pages, to.last(self.n_sent, self.aux_row, self.state_rows))
 
     def summands(self, to: Destination) -> list[Summand]:
         """As `Destination.last_summands`."""
-        rows = to.last_summands(self.aux_row, self.state_rows)
-        return rows if self.source is None else [*to.chunk_summands(self.source, self.start), *rows]
+        pages = [] if self.source is None else to.chunk_summands(self.source, self.start)
+        return [*pages, *to.last_summands(self.aux_row, self.state_rows)]
 
 
 @dataclass(frozen=True, slots=True)
