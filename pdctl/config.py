@@ -44,7 +44,7 @@ from pdctl.core.sessions import ProbePolicy
 from pdctl.core.transfer import RoomTimeouts
 from pdctl.core.witness import WitnessPolicy
 from pdctl.credentials import AccessSettings, Credentials
-from pdctl.dialects.watch import WatchLimits
+from pdctl.dialects.audience import WatchLimits
 from pdctl.engine.mooncake import MooncakeSettings
 from pdctl.errors import BadField, ConfigError
 from pdctl.keyring import KeyWitness

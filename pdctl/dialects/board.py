@@ -16,17 +16,14 @@ of it.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Mapping
-from random import Random, SystemRandom
+from collections.abc import AsyncIterator, Callable, Hashable, Mapping
+from functools import partial
+from random import Random
 from typing import Any, NoReturn
 
-import structlog
-
 from pdctl.core.latest import Latest
-from pdctl.dialects.watch import Stream, WatchLimits, bye, event
-from pdctl.errors import LimitReached
+from pdctl.dialects.audience import Audience, Stream, WatchLimits, bye, event
 from pdctl.metrics import Metrics, WatchEnd
 
 EVERY_S = 0.25
@@ -39,8 +36,6 @@ Key = tuple[str, Hashable]
 """The kind of a thing, which its event is called by, and its name."""
 Tell = Callable[[Any], bytes | None]
 """What there is to say of a name, as JSON on one line; None: nothing."""
-
-log = structlog.get_logger(__name__)
 
 
 class Board:
@@ -66,47 +61,32 @@ class Board:
         self.latest = latest
         self._clock = clock
         self.whole = whole
-        self.heartbeat_s = limits.heartbeat_s
-        self.closing = False
+        self.audience = Audience(metrics, limits, random)
         self._kinds = kinds
         self._kept_kinds = kept
         self._kept: dict[Key, bytes] = {}
-        self._counts = metrics.watch
-        self._limits = limits
-        self._random = random or SystemRandom()
-        self._watchers = 0
-        self._news = asyncio.Event()
 
     def changed(self, kind: str, name: Hashable) -> None:
         """It is otherwise now, or gone."""
         self.latest.touch((kind, name))
         self._kept.pop((kind, name), None)
-        if self._watchers:
-            self._wake()
+        if self.audience:
+            self.audience.wake()
+        else:
+            self._kept.clear()
 
     def response(self, peer: str) -> Stream:
         """The stream of one more reader. Raises LimitReached."""
-        if self._watchers >= self._limits.max_watchers:
-            self._counts.ended(WatchEnd.LIMIT)
-            raise LimitReached(
-                f"{self._watchers} watchers are connected, the limit (max_watchers): "
-                "close one, share one among several readers, or raise the limit"
-            )
-        retry_ms = self._random.randint(1000, 3000)
-        return Stream(self._told(retry_ms, peer), self._counted, lambda: self._stuck(peer), self._limits.send_within_s)
+        stuck = partial(self.audience.ended, WatchEnd.STUCK, peer, of="overview")
+        return self.audience.stream(partial(self._told, peer), stuck)
 
     async def run(self) -> NoReturn:
-        """Until cancelled; then all streams say goodbye, so that no open one holds the server up."""
-        try:
-            await asyncio.Event().wait()
-            raise AssertionError
-        finally:
-            self.closing = True
-            self._wake()
+        """As `Audience.run`."""
+        await self.audience.run()
 
-    async def _told(self, retry_ms: int, peer: str) -> AsyncIterator[bytes]:
+    async def _told(self, peer: str, retry_ms: int) -> AsyncIterator[bytes]:
         yield b"retry: %d\n\n" % retry_ms
-        while not self.closing:
+        while not self.audience.is_over:
             seen = self.latest.number
             yield b"event: overview\ndata: "
             async for piece in self.whole():
@@ -114,14 +94,15 @@ class Board:
             yield b"\n\n"
             async for piece in self._changes(seen):
                 yield piece
-        self._ended(WatchEnd.STOPPED, peer)
+        self.audience.ended(WatchEnd.STOPPED, peer, of="overview")
         yield bye("this registry stops", "connect again, to it or to its successor")
 
     async def _changes(self, seen: int) -> AsyncIterator[bytes]:
         """What has changed after `seen`, until we stop, or the reader is so far behind that it must hear everything."""
-        while not self.closing and (keys := self.latest.since(seen)) is not None:
+        audience = self.audience
+        while not audience.is_over and (keys := self.latest.since(seen)) is not None:
             if not keys:
-                if not await self._news_within(self.heartbeat_s):
+                if not await audience.news_within(audience.limits.heartbeat_s):
                     yield b": alive\n\n"
                 continue
             seen, took_s = self.latest.number, 0.0
@@ -141,36 +122,3 @@ class Board:
         if kind in self._kept_kinds:
             self._kept[key] = entry
         return entry
-
-    async def _news_within(self, seconds: float) -> bool:
-        try:
-            async with asyncio.timeout(seconds):
-                await self._news.wait()
-        except TimeoutError:
-            return False
-        return True
-
-    def _wake(self) -> None:
-        """Those who wait hold the old event; those who come next wait for the new one."""
-        self._news.set()
-        self._news = asyncio.Event()
-
-    @contextlib.contextmanager
-    def _counted(self) -> Iterator[None]:
-        self._watchers += 1
-        self._counts.came()
-        try:
-            yield
-        finally:
-            self._watchers -= 1
-            self._counts.went()
-            if not self._watchers:
-                self._kept.clear()
-
-    def _stuck(self, peer: str) -> None:
-        self._ended(WatchEnd.STUCK, peer)
-
-    def _ended(self, end: WatchEnd, peer: str) -> None:
-        self._counts.ended(end)
-        say = log.info if end is WatchEnd.STOPPED else log.warning
-        say("watcher cut off", reason=end.value, peer=peer, of="overview")

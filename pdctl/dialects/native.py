@@ -31,9 +31,10 @@ from pdctl.core.instances import Incarnation, InstanceView
 from pdctl.core.lives import Change, ChangeKind, Life
 from pdctl.core.native import NAME, SEAT, Drain, Grant, Registration, Renewal, check_name, in_our_words, read_seat
 from pdctl.core.route import Seat, as_integer
+from pdctl.dialects.audience import WatchLimits
 from pdctl.dialects.edge import owner_of, received
 from pdctl.dialects.strict import Refused, as_body, fails, route_class, takes
-from pdctl.dialects.watch import Broadcast, WatchLimits
+from pdctl.dialects.watch import Broadcast
 from pdctl.errors import BadField, PdctlError
 from pdctl.metrics import Metrics
 from pdctl.registrar import Registrar

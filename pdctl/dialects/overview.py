@@ -29,11 +29,11 @@ from pdctl.core.lives import Owner
 from pdctl.core.native import check_name, read_seat
 from pdctl.core.overview import Held, Place
 from pdctl.core.report import Report, Wanted, short_seat
+from pdctl.dialects.audience import WatchLimits
 from pdctl.dialects.board import AT_ONCE, Board, Tell
 from pdctl.dialects.edge import json_answer, owner_of, peer_host, peer_of, received
 from pdctl.dialects.native import Instance, SeatName
 from pdctl.dialects.strict import Refused, as_body, fails, route_class, takes
-from pdctl.dialects.watch import WatchLimits
 from pdctl.errors import PdctlError, TooLarge
 from pdctl.lookout import Lookout
 from pdctl.metrics import Metrics

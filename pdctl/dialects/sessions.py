@@ -30,9 +30,10 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import TypeAdapter
 
 from pdctl.core.sessions import Change, Depth, Standing, State
+from pdctl.dialects.audience import WatchLimits
 from pdctl.dialects.edge import owner_of, received
 from pdctl.dialects.strict import Refused, as_body, fails, route_class, takes
-from pdctl.dialects.watch import Broadcast, WatchLimits
+from pdctl.dialects.watch import Broadcast
 from pdctl.errors import BadField, Cause
 from pdctl.metrics import Metrics
 

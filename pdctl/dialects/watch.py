@@ -20,52 +20,25 @@ takes nothing for `send_within_s`, is cut off. Decides nothing about instances a
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import secrets
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from dataclasses import dataclass
 from itertools import islice
-from random import Random, SystemRandom
+from random import Random
 from typing import Annotated, NoReturn
 
-import structlog
 from fastapi import APIRouter, Header, Query, Request
-from fastapi.responses import Response, StreamingResponse
-from starlette.types import Message, Send
+from fastapi.responses import Response
 
 from pdctl.core.feed import Feed
-from pdctl.core.seconds import check_seconds
+from pdctl.dialects.audience import Audience, WatchLimits, bye, event
 from pdctl.dialects.edge import peer_of
 from pdctl.dialects.strict import fails
-from pdctl.errors import BadField, ConfigError, LimitReached
+from pdctl.errors import BadField
 from pdctl.metrics import Metrics, WatchEnd
 
 BATCH = 256  # entries in one write: 64 KB or so, what uvicorn buffers before it asks us to wait
 ROOM_TO_BREATHE_S = 0.02  # 10,000 ranks that register in 5 s wake 100 watchers 250 times, not 10,000 times
-
-_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-
-log = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class WatchLimits:
-    """What watchers may cost.
-
-    max_watchers    streams at once; one more is answered 429
-    heartbeat_s     a stream that has had nothing to say for so long says that it lives
-    send_within_s   a reader that takes nothing for so long is cut off
-    """
-
-    max_watchers: int = 1000
-    heartbeat_s: float = 10.0
-    send_within_s: float = 10.0
-
-    def __post_init__(self) -> None:
-        check_seconds(self, "watch")
-        if self.max_watchers < 0:
-            raise ConfigError(f"watch max_watchers is {self.max_watchers}: give at least 0")
 
 
 class Broadcast:
@@ -93,18 +66,13 @@ class Broadcast:
         self._row, self._kept = row, kept
         self.names = names
         self._detail = detail
-        self._counts = metrics.watch
+        self.audience = Audience(metrics, limits or WatchLimits(), random)
         self._feed = Feed() if feed is None else feed
-        self._limits = limits or WatchLimits()
-        self._random = random or SystemRandom()
         # Two processes may give one revision to two changes; a cursor says whose it is
         self._lineage = lineage or secrets.token_hex(4)
         self._details: dict[str, bytes] = {}
-        self._news = asyncio.Event()
         self._waking: asyncio.TimerHandle | None = None
-        self._watchers = 0
         self._hearers: list[Callable[[str], None]] = []
-        self.closing = False
 
     @property
     def revision(self) -> int:
@@ -121,7 +89,7 @@ class Broadcast:
         self._feed.append(revision, event("change", data, self.cursor_at(revision)))
         for hear in self._hearers:
             hear(instance)
-        if self._watchers and self._waking is None:
+        if self.audience and self._waking is None:
             self._waking = asyncio.get_running_loop().call_later(ROOM_TO_BREATHE_S, self._wake)
 
     def read_cursor(self, text: str) -> int:
@@ -153,27 +121,16 @@ class Broadcast:
 
     def response(self, since: int, peer: str) -> Response:
         """The stream of one reader who has seen `since`. Raises LimitReached."""
-        if self._watchers >= self._limits.max_watchers:
-            self._counts.ended(WatchEnd.LIMIT)
-            raise LimitReached(
-                f"{self._watchers} watchers are connected, the limit (max_watchers): "
-                "close one, share one among several readers, or raise the limit"
-            )
-        reader = _Reader(self, since, peer, self._limits, self._random.randint(1000, 3000))
-        return Stream(reader.told(), self.counted, reader.is_stuck, self._limits.send_within_s)
+        reader = _Reader(self, since, peer)
+        return self.audience.stream(reader.told, reader.is_stuck)
 
     def subscribe(self, hear: Callable[[str], None]) -> None:
         """Call `hear` with the name of each instance of which something is told."""
         self._hearers.append(hear)
 
     async def run(self) -> NoReturn:
-        """Until cancelled; then all streams say goodbye, so that no open one holds the server up."""
-        try:
-            await asyncio.Event().wait()
-            raise AssertionError
-        finally:
-            self.closing = True
-            self._wake()
+        """As `Audience.run`."""
+        await self.audience.run()
 
     def covers(self, revision: int) -> bool:
         return self._feed.covers(revision)
@@ -202,91 +159,35 @@ class Broadcast:
             self._details[name] = row
         return row
 
-    async def news_within(self, seconds: float) -> bool:
-        try:
-            async with asyncio.timeout(seconds):
-                await self._news.wait()
-        except TimeoutError:
-            return False
-        return True
-
     def _wake(self) -> None:
-        """Those who wait hold the old event; those who come next wait for the new one."""
         self._waking = None
-        self._news.set()
-        self._news = asyncio.Event()
+        self.audience.wake()
 
     def cursor_at(self, revision: int) -> str:
         return f"{self._lineage}-{revision}"
 
-    @contextlib.contextmanager
-    def counted(self) -> Iterator[None]:
-        """One watcher more, as long as this lasts."""
-        self._watchers += 1
-        self._counts.came()
-        try:
-            yield
-        finally:
-            self._watchers -= 1
-            self._counts.went()
-
     def ended(self, end: WatchEnd, peer: str, seen: int) -> None:
-        self._counts.ended(end)
-        say = log.info if end is WatchEnd.STOPPED else log.warning
-        say("watcher cut off", reason=end.value, peer=peer, seen=seen, revision=self._feed.revision)
+        self.audience.ended(end, peer, seen=seen, revision=self._feed.revision)
 
 
 class FellBehind(Exception):
     """What the reader should be told next is not kept any more."""
 
 
-class Stream(StreamingResponse):
-    """What one reader is sent, with a deadline for every write. The base class ends it when the client leaves.
-
-    counted   stands around it, as long as it lasts
-    is_stuck  is told when the reader takes nothing any more
-    """
-
-    def __init__(
-        self,
-        told: AsyncIterator[bytes],
-        counted: Callable[[], contextlib.AbstractContextManager[None]],
-        is_stuck: Callable[[], None],
-        send_within_s: float,
-    ) -> None:
-        super().__init__(told, headers=_HEADERS, media_type="text/event-stream")
-        self._counted = counted
-        self._is_stuck = is_stuck
-        self._send_within_s = send_within_s
-
-    async def stream_response(self, send: Send) -> None:
-        async def within(message: Message) -> None:
-            async with asyncio.timeout(self._send_within_s):
-                await send(message)
-
-        with self._counted():
-            try:
-                await super().stream_response(within)
-            except TimeoutError:  # its buffers are full, so that no goodbye would reach it
-                self._is_stuck()
-
-
 class _Reader:
     """One reader: a number."""
 
-    def __init__(self, news: Broadcast, since: int, peer: str, limits: WatchLimits, retry_ms: int) -> None:
+    def __init__(self, news: Broadcast, since: int, peer: str) -> None:
         self._news = news
         self._seen = since
         self._peer = peer
-        self._limits = limits
-        self._retry_ms = retry_ms
 
     def is_stuck(self) -> None:
         self._news.ended(WatchEnd.STUCK, self._peer, self._seen)
 
-    async def told(self) -> AsyncIterator[bytes]:
+    async def told(self, retry_ms: int) -> AsyncIterator[bytes]:
         """What the reader is sent; ends with a goodbye."""
-        yield b"retry: %d\n\n" % self._retry_ms
+        yield b"retry: %d\n\n" % retry_ms
         try:
             if not self._news.covers(self._seen):
                 async for piece in self._listed():
@@ -309,10 +210,11 @@ class _Reader:
         yield event("synced", _json({"revision": self._seen}), self._news.cursor_at(self._seen))
 
     async def _changes(self) -> AsyncIterator[bytes]:
-        while not self._news.closing:
+        audience = self._news.audience
+        while not audience.is_over:
             if piece := self._next():
                 yield piece
-            elif not await self._news.news_within(self._limits.heartbeat_s):
+            elif not await audience.news_within(audience.limits.heartbeat_s):
                 yield b": alive\n\n"
         self._news.ended(WatchEnd.STOPPED, self._peer, self._seen)
         yield bye("this registry stops", "connect again, to it or to its successor")
@@ -322,15 +224,6 @@ class _Reader:
         if entries:
             self._seen = entries[-1][0]
         return b"".join(entry for _, entry in entries)
-
-
-def event(kind: str, data: bytes, cursor: str | None = None) -> bytes:
-    first = b"" if cursor is None else b"id: %b\n" % cursor.encode()
-    return b"%bevent: %b\ndata: %b\n\n" % (first, kind.encode(), data)
-
-
-def bye(what: str, fix: str) -> bytes:
-    return event("bye", _json({"error": {"message": f"{what}: {fix}", "fix": fix}}))
 
 
 def _json(body: object) -> bytes:

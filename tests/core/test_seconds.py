@@ -12,7 +12,7 @@ from pdctl.core.fleet import FleetPolicy
 from pdctl.core.seconds import check_seconds
 from pdctl.core.transfer import RoomTimeouts
 from pdctl.core.witness import WitnessPolicy
-from pdctl.dialects.watch import WatchLimits
+from pdctl.dialects.audience import WatchLimits
 from pdctl.engine.environment import MooncakeSettings
 from pdctl.errors import ConfigError
 from pdctl.keyring import KeyWitness

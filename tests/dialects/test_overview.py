@@ -19,9 +19,9 @@ from pdctl.config import ServeSettings, Settings
 from pdctl.core.latest import Latest
 from pdctl.core.overview import ReportLimits
 from pdctl.credentials import AccessSettings
+from pdctl.dialects.audience import WatchLimits
 from pdctl.dialects.board import SHARE, Board
 from pdctl.dialects.overview import BODY_LIMIT
-from pdctl.dialects.watch import WatchLimits
 from pdctl.errors import LimitReached
 from pdctl.looking import Looking
 from pdctl.lookout import Lookout

@@ -15,7 +15,8 @@ from fastapi.responses import Response
 
 from pdctl.core.address import Endpoint
 from pdctl.core.feed import Feed
-from pdctl.dialects.watch import Broadcast, WatchLimits
+from pdctl.dialects.audience import WatchLimits
+from pdctl.dialects.watch import Broadcast
 from pdctl.errors import BadField
 from pdctl.metrics import Metrics
 from pdctl.server import app, bind, bound, serve
