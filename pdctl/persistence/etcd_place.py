@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl
 
 from pdctl.core.address import Endpoint
 from pdctl.errors import BadField, ConfigError
@@ -26,13 +26,15 @@ class EtcdPlace:
     @classmethod
     def parse(cls, url: str) -> EtcdPlace:
         """Raises ConfigError."""
-        parts = urlsplit(url)
-        options = dict(parse_qsl(parts.query, keep_blank_values=True))
+        # Not by urlsplit: Python 3.11.4 and later, and what Debian has mended, refuse brackets after a comma.
+        where, _, query = url.removeprefix(ETCD).partition("?")
+        members, _, path = where.partition("/")
+        options = dict(parse_qsl(query, keep_blank_values=True))
         prefix = options.pop("prefix", PREFIX).strip("/")
-        if not url.startswith(ETCD) or parts.path.strip("/") or options or not prefix or not prefix.isprintable():
+        if not url.startswith(ETCD) or not members or path or options or not prefix or not prefix.isprintable():
             raise ConfigError(f"journal is {url!r}: give {ETCD}HOST:PORT[,HOST:PORT...][?prefix=NAME]")
         try:
-            endpoints = tuple(Endpoint.parse(text) for text in parts.netloc.split(","))
+            endpoints = tuple(Endpoint.parse(text) for text in members.split(","))
         except BadField as error:
             raise ConfigError(f"journal is {url!r} ({error}): give {ETCD}HOST:PORT[,HOST:PORT...]") from error
         return cls(endpoints, prefix)
