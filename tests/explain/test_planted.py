@@ -265,7 +265,7 @@ async def test_a_room_that_only_the_registry_has_heard_of_is_told_so(registry: s
 
 async def test_a_store_master_that_is_down_is_named() -> None:
     master = Master()
-    extra = {"master_server_address": master.address, "master_metrics_port": master.http}
+    extra = {"master_server_address": master.address, "master_metrics_port": master.http, "protocol": "tcp"}
     configured = settings("http://127.0.0.1:1", store=StoreSettings(extra=json.dumps(extra)))
     [down] = await rounds(configured, ["store"])
     assert down.result is Result.FAIL
