@@ -27,14 +27,14 @@ class Wire:
     @asynccontextmanager
     async def to(cls, there: Endpoint) -> AsyncIterator[Wire]:
         it = cls(there)
-        async with await asyncio.start_server(it._carry, "127.0.0.1", 0) as server:
+        async with await asyncio.start_server(it._taken, "127.0.0.1", 0) as server:
             it.here = Endpoint(*server.sockets[0].getsockname())
             try:
                 yield it
             finally:
                 server.close()
-                it.cut()
-                await asyncio.sleep(0.05)  # of a connection that was taken in that moment somebody must know
+                if taken := [task for task in asyncio.all_tasks() if _is_accepting(task)]:
+                    await asyncio.wait(taken)  # of a connection that was taken in that moment somebody must know
                 it.cut()
                 if it._carrying:
                     await asyncio.wait(it._carrying, timeout=5)
@@ -54,19 +54,29 @@ class Wire:
         self._is_cut = False
         self._flowing.set()
 
-    async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task
+    def _taken(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """At once, and no task that a loop which ends may cancel before its first step."""
+        if self._is_cut:
+            writer.transport.abort()
+            return
+        self._ways.add(writer)
+        task = asyncio.create_task(self._carry(reader, writer))
         self._carrying.add(task)
         task.add_done_callback(self._carrying.discard)
-        with contextlib.suppress(OSError):
-            if not self._is_cut:
+
+    async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        ways = {writer}
+        try:
+            with contextlib.suppress(OSError):
                 there, back = await asyncio.open_connection(self._there.host, self._there.port)
-                self._ways |= {writer, back}
-                await asyncio.gather(self._pump(reader, back), self._pump(there, writer))
-                self._ways.discard(back)
-        self._ways.discard(writer)
-        writer.transport.abort()
+                ways.add(back)
+                self._ways.add(back)
+                if not self._is_cut:  # since it was asked for
+                    await asyncio.gather(self._pump(reader, back), self._pump(there, writer))
+        finally:
+            self._ways -= ways
+            for way in ways:
+                way.transport.abort()
 
     async def _pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):
@@ -77,3 +87,8 @@ class Wire:
                 sink.write(data)
                 await sink.drain()
         sink.close()
+
+
+def _is_accepting(task: asyncio.Task[Any]) -> bool:
+    """asyncio's own: between a connection that was accepted and the protocol that is told of it."""
+    return getattr(task.get_coro(), "__qualname__", "").endswith("_accept_connection2")
