@@ -243,6 +243,10 @@ class JournalUnavailable(NotNow):
 class Behind(JournalUnavailable):
     """Another writer of the journal was faster; decide again on what it has written."""
 
+    def __init__(self) -> None:
+        faster = "another registry was faster"
+        super().__init__(f"{faster}: ask again", cause=faster)
+
 
 class TooSlow(NotNow):
     """A request's body did not arrive in time."""

@@ -142,7 +142,7 @@ class Keyring:
         rival = self._book.rival(key, value, host)
         gone = rival is not None and await self._is_gone(rival)
         if self._book.rival(key, value, host) != rival:
-            raise Behind("another registry was faster: ask again", cause="another registry was faster")
+            raise Behind
         return gone
 
     async def _is_gone(self, segment: Segment) -> bool:

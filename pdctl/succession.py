@@ -79,10 +79,14 @@ def _remove_a_dead_ones(path: Path) -> None:
             knock.connect(str(path))
         except ConnectionRefusedError:
             path.unlink(missing_ok=True)
-            return
-        except BlockingIOError:  # its queue is full
-            pass
-    raise AddressTaken(f"another process listens at {path}: stop it, or give --socket another path")
+        except BlockingIOError as error:  # its queue is full
+            raise _taken(path) from error
+        else:
+            raise _taken(path)
+
+
+def _taken(path: Path) -> AddressTaken:
+    return AddressTaken(f"another process listens at {path}: stop it, or give --socket another path")
 
 
 async def keep(sock: socket.socket, path: Path, command: Sequence[str], serving: Callable[[Path], None]) -> None:

@@ -61,6 +61,16 @@ def test_a_socket_in_use_and_a_file_are_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "dear"
 
 
+def test_a_socket_whose_queue_is_full_is_in_use(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as busy, socket.socket(socket.AF_UNIX) as waits:
+        busy.bind(str(tmp_path / "s"))
+        busy.listen(0)
+        waits.connect(str(tmp_path / "s"))
+        with pytest.raises(AddressTaken, match="another"), listening(tmp_path / "s", for_others=True):
+            pass
+    assert (tmp_path / "s").exists()
+
+
 def test_a_path_that_no_socket_can_have_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="longer than 107 bytes"), listening(tmp_path / ("x" * 107), for_others=False):
         pass

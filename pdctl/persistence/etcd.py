@@ -342,7 +342,7 @@ class EtcdJournal:
     def _behind(self) -> Behind:
         if self._counts is not None:
             self._counts.behind()
-        return Behind("another registry was faster: ask again", cause="another registry was faster")
+        return Behind()
 
     async def _committed(self, ops: Sequence[Op], head: Head) -> None:
         known = self._copy.written
