@@ -11,6 +11,8 @@ from typing import Any
 from aiohttp import web
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
+from tests.small_server import listening
+
 WITHIN_S = 20.0
 
 
@@ -68,15 +70,8 @@ async def collector() -> AsyncIterator[Collector]:
     it = Collector()
     app = web.Application(client_max_size=64 << 20)
     app.add_routes([web.post("/{path:.*}", it.take)])
-    runner = web.AppRunner(app, access_log=None)
-    await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    it.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-    try:
+    async with listening(web.AppRunner(app, access_log=None)) as it.url:
         yield it
-    finally:
-        await runner.cleanup()
 
 
 def _taken(span: Any, about: dict[str, Any]) -> Taken:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
@@ -48,6 +49,16 @@ def state_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         environ.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
         environ.delenv("STATE_DIRECTORY", raising=False)
         yield
+
+
+@pytest.fixture
+def info_is_logged() -> Iterator[None]:
+    """As in a service: what would be a line is one, though no handler is set up."""
+    root = logging.getLogger()
+    before = root.level
+    root.setLevel(logging.INFO)
+    yield
+    root.setLevel(before)
 
 
 @pytest.fixture

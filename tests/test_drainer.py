@@ -17,6 +17,7 @@ from pdctl.core.address import Endpoint
 from pdctl.core.route import Announcement, Seat, Shape
 from tests.core.test_draining import body, load
 from tests.service import Service, service
+from tests.small_server import listening
 
 SHAPE = Shape(attn_tp_size=1, attn_cp_size=1, dp_size=1, pp_size=1, page_size=16, kv_cache_dtype="bfloat16")
 QUICK = {"PDCTL_DRAIN__EVERY_S": "0.1", "PDCTL_DRAIN__QUIET_S": "0.6", "PDCTL_DRAIN__DEADLINE_S": "0.5"}
@@ -49,14 +50,10 @@ class Engine:
 @pytest.fixture
 async def engine() -> AsyncIterator[Engine]:
     made = Engine()
-    runner = web.ServerRunner(web.Server(made.answer, handler_cancellation=True), shutdown_timeout=0.1)
-    await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    (sock,) = site._server.sockets  # type: ignore[union-attr]
-    made.port = sock.getsockname()[1]
-    yield made
-    await runner.cleanup()
+    server = web.Server(made.answer, handler_cancellation=True)
+    async with listening(web.ServerRunner(server, shutdown_timeout=0.1)) as url:
+        made.port = int(url.rpartition(":")[2])
+        yield made
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from random import Random
 from typing import Any
 
@@ -19,14 +18,7 @@ from pdctl.telling import Telling
 CALLER = TraceContext("a" * 32, "b" * 16)
 PEER = TraceContext("d" * 32, "e" * 16)
 
-
-@pytest.fixture(autouse=True)
-def _info() -> Iterator[None]:
-    root = logging.getLogger()
-    before = root.level
-    root.setLevel(logging.INFO)
-    yield
-    root.setLevel(before)
+pytestmark = pytest.mark.usefixtures("info_is_logged")
 
 
 def spans(into: list[Span], ratio: float = 1.0) -> Spans:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from random import Random
@@ -31,6 +30,8 @@ HERE, THERE = Endpoint("10.0.0.1", 7000), Endpoint("10.0.0.2", 7001)
 CALLER = TraceContext("4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7", state="vendor=1")
 OTHER = TraceContext("1" * 32, "2" * 16)
 WITHIN_S = 10
+
+pytestmark = pytest.mark.usefixtures("info_is_logged")
 
 
 @dataclass
@@ -87,15 +88,6 @@ async def both(*, recorded: bool = True, ratio: float = 1.0) -> AsyncIterator[Bo
     ):
         it = Both(sender, receiver, engine, told)
         yield it
-
-
-@pytest.fixture(autouse=True)
-def _info() -> Iterator[None]:
-    root = logging.getLogger()
-    before = root.level
-    root.setLevel(logging.INFO)
-    yield
-    root.setLevel(before)
 
 
 async def test_the_decodes_caller_finds_both_sides_in_its_trace() -> None:

@@ -24,6 +24,7 @@ from pdctl.metrics import Metrics
 from pdctl.persistence.memory import MemoryJournal
 from pdctl.registrar import Registrar
 from pdctl.witness import Ask, Heard, Witness, asking, connect
+from tests.small_server import listening
 
 SHAPE = Shape(attn_tp_size=1, attn_cp_size=1, dp_size=1, pp_size=1, page_size=16, kv_cache_dtype="auto")
 QUICK = WitnessPolicy(tcp=True, interval_s=0.1, retry_s=0.05, deadline_s=0.5, max_lag_s=5.0)
@@ -140,21 +141,15 @@ async def test_an_engine_that_answers_5xx_is_known_to_be_dead_though_its_control
 
     engine = web.Application()
     engine.router.add_get("/health", health)
-    runner = web.AppRunner(engine)
-    await runner.setup()
-    await (site := web.TCPSite(runner, "127.0.0.1", 0)).start()
-    http_port = site._server.sockets[0].getsockname()[1]  # type: ignore[union-attr]
     policy = replace(QUICK, http_url="http://{host}:{http_port}/health")
-    try:
-        await registrar.register(claim(control.port, http_port=http_port))
+    async with listening(web.AppRunner(engine)) as url:
+        await registrar.register(claim(control.port, http_port=int(url.rpartition(":")[2])))
         async with witnessing(registrar, metrics, policy):
             await until(lambda: asked > 1)  # it has been seen serving
             status = 503
             await until(lambda: "answered 503" in (registrar.health("default") or ""))
             status = 404  # it serves, and somebody has written another path
             await until(lambda: registrar.health("default") is None)
-    finally:
-        await runner.cleanup()
 
 
 async def test_a_rank_with_a_lease_is_not_asked(registrar: Registrar, metrics: Metrics, control: ControlPort) -> None:

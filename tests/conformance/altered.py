@@ -12,6 +12,8 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 
+from tests.small_server import listening
+
 
 @dataclass(frozen=True, slots=True)
 class Told:
@@ -64,15 +66,8 @@ async def altered(behind: str, alter: Alter, close: bool = False) -> AsyncIterat
 
     app = web.Application(client_max_size=1 << 22)
     app.router.add_route("*", "/{path:.*}", answer)
-    runner = web.AppRunner(app)
-    async with aiohttp.ClientSession() as session:
-        await runner.setup()
-        try:
-            site = web.TCPSite(runner, "127.0.0.1", 0)
-            await site.start()
-            yield f"http://127.0.0.1:{runner.addresses[0][1]}"
-        finally:
-            await runner.cleanup()
+    async with aiohttp.ClientSession() as session, listening(web.AppRunner(app)) as url:
+        yield url
 
 
 def _kept(request: web.Request) -> dict[str, str]:

@@ -29,6 +29,7 @@ from pdctl.registrar import Registrar
 from pdctl.server import app, bind, bound, serve
 from tests.conformance.altered import Alter, Told, altered
 from tests.conftest import Clock
+from tests.small_server import listening
 from tests.wire.http_pairs import rank
 
 QUICK = Course(idle_s=0.05)
@@ -226,15 +227,9 @@ async def test_what_is_no_registry_is_told_so_and_is_asked_for_nothing_else() ->
             return web.json_response({"0": {"engine_id": "e", "worker_addr": {}}})
         return web.Response(status=404 if request.path != "/health" else 200)
 
-    runner = web.AppRunner(_everything(anything))
-    await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    try:
+    async with listening(web.AppRunner(_everything(anything))) as url:
         with pytest.raises(Unreachable, match="no bootstrap registry on SGLang's wire: it is vLLM's"):
-            await run(f"http://127.0.0.1:{runner.addresses[0][1]}")
-    finally:
-        await runner.cleanup()
+            await run(url)
     assert set(asked) == {"GET"}
 
 

@@ -24,6 +24,7 @@ from pdctl.doctor.rounds import CHECKS, rounds
 from pdctl.engine.environment import MooncakeSettings
 from pdctl.errors import BadField
 from tests.explain.planted import LISTENS, free_port, outer_address, program
+from tests.small_server import listening
 
 NOBODY = "http://127.0.0.1:1"
 
@@ -137,14 +138,8 @@ async def answering(*routes: web.RouteDef, date: str | None = None) -> AsyncIter
             response.headers["Date"] = date
 
     app.on_response_prepare.append(dated)
-    runner = web.AppRunner(app)
-    await runner.setup()
-    try:
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
-    finally:
-        await runner.cleanup()
+    async with listening(web.AppRunner(app)) as url:
+        yield url
 
 
 async def listed(_: web.Request) -> web.Response:
