@@ -9,7 +9,7 @@ from aiohttp import web
 
 
 @asynccontextmanager
-async def listening(runner: web.BaseRunner[web.Request] | web.BaseRunner[web.BaseRequest]) -> AsyncIterator[str]:
+async def listening(runner: web.BaseRunner) -> AsyncIterator[str]:
     """The URL of it, without a slash at its end."""
     await runner.setup()
     try:
