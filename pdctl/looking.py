@@ -75,6 +75,7 @@ class Looking:
         )
         board = overview.board(lookout, shown, metrics, settings.watch)
         registrar.subscribe(lookout.heard)
+        registrar.subscribe(links.heard)  # after it: of who says goodbye the session's end is not told again
         registrar.subscribe_refusals(lookout.refused)
         links.prober.subscribe(lookout.turned)
         news.subscribe(partial(board.changed, "instance"))

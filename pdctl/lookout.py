@@ -16,6 +16,7 @@ from pdctl.core import lives, standing
 from pdctl.core.chronicle import Chronicle, Kind
 from pdctl.core.instances import InstanceView
 from pdctl.core.lives import ENDINGS, ChangeKind, Owner
+from pdctl.core.naming import SESSION_KEY
 from pdctl.core.native import read_seat
 from pdctl.core.overview import News, Place, ReportBook, ReportLimits, speaker
 from pdctl.core.report import Report, Wanted, in_a_line, short_seat
@@ -29,6 +30,9 @@ CROWD = 16
 """More changes of one kind to one instance at a time are one event: 10,000 ranks that come would push out all else."""
 MOST_LINKS = 64
 """Events of one report at most, of links and of rooms alike; the rest is counted in one."""
+
+GOODBYES = frozenset({ChangeKind.LEFT, ChangeKind.DRAINED})
+"""That its transfer session goes with it is no event of its own."""
 
 Hear = Callable[[str, Hashable], None]
 
@@ -61,6 +65,7 @@ class Lookout:
         self._counts = metrics.reports
         self._hearers: list[Hear] = []
         self._trouble: str | None = None
+        self._bade: frozenset[str] = frozenset()  # sessions of lives that have just said goodbye
         self._counts.follow(lambda: len(self.reports), lambda: self.reports.nbytes)
 
     def subscribe(self, hear: Hear) -> None:
@@ -83,7 +88,8 @@ class Lookout:
         return Wanted(self.reports.again_s)
 
     def heard(self, changes: Sequence[lives.Change]) -> None:
-        """What the registry says."""
+        """What the registry says; to be told before the session table is."""
+        self._bade = frozenset(filter(None, map(_bade, changes)))
         crowds: dict[tuple[ChangeKind, str], list[lives.Change]] = {}
         for change in changes:
             crowds.setdefault((change.kind, change.instance), []).append(change)
@@ -100,6 +106,7 @@ class Lookout:
                     *of_life(change),
                     instance=instance,
                     rank=short_seat(change.seat),
+                    session=_bade(change),
                     peer=str(change.life.address),
                     cause=None if change.why is None else in_a_line(change.why),
                 )
@@ -108,7 +115,8 @@ class Lookout:
         """What this service's own session table says."""
         for change in changes:
             cause = None if change.cause is None else change.cause.value
-            self._add(*of_session(change), session=change.session or None, cause=cause)
+            if change.kind is not standing.ChangeKind.DROPPED or change.session not in self._bade:
+                self._add(*of_session(change), session=change.session or None, cause=cause)
             if change.session:
                 self._changed("session", change.session)
 
@@ -183,6 +191,12 @@ class Lookout:
     def _changed(self, kind: str, name: Hashable) -> None:
         for hear in self._hearers:
             hear(kind, name)
+
+
+def _bade(change: lives.Change) -> str | None:
+    """The transfer session of a life that has said goodbye."""
+    said = change.life.claim.metadata.get(SESSION_KEY)
+    return said if change.kind in GOODBYES and isinstance(said, str) else None
 
 
 def _short(seat: str) -> str | None:

@@ -104,7 +104,6 @@ async def sidecar(settings: Settings) -> AsyncIterator[Sidecar]:
         others.tell(registrar, news)
         ours = native.router(registrar, news, others.engines)
         links = Links.open(settings, Asking(), metrics, native.refusing(registrar))
-        registrar.subscribe(links.heard)
         url = journal_url(settings.serve)
         looking = Looking.open(settings, registrar, news, others.engines, links, metrics, url)
         shown = [looking.router, page.router()]

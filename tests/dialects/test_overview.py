@@ -17,6 +17,7 @@ import pytest
 from pdctl.beside import beside
 from pdctl.config import ServeSettings, Settings
 from pdctl.core.latest import Latest
+from pdctl.core.naming import SESSION_KEY
 from pdctl.core.overview import ReportLimits
 from pdctl.credentials import AccessSettings
 from pdctl.dialects.audience import WatchLimits
@@ -135,6 +136,23 @@ async def test_lives_that_come_and_go_are_events(wire: Wire) -> None:
     assert await events(wire, kind="seated") == [first]
     assert await events(wire, instance="another") == []
     assert await events(wire, since=99) == [first, last], "another registry's number: all there is"
+
+
+@pytest.mark.parametrize(("ends", "told"), [("DELETE", ["left"]), ("PUT", ["replaced", "dropped"])])
+async def test_a_goodbye_is_one_event_and_its_session_is_named_in_it(wire: Wire, ends: str, told: list[str]) -> None:
+    session = "10.0.0.7:15001"
+    granted = await wire.register(metadata={SESSION_KEY: session})
+    (row,) = (await wire.get("/overview"))["sessions"]
+    assert row["session"] == session
+    if ends == "DELETE":
+        await wire.ask("DELETE", f"{RANK}?epoch={granted['epoch']}")
+    else:  # another process in its seat: that the session of the first one is out is news
+        await wire.register(port=41000)
+    after = await events(wire, since=2)
+    assert sorted(event["kind"] for event in after) == sorted(told)
+    assert [event["session"] for event in after if event["kind"] in ("left", "dropped")] == [session]
+    rows = (await wire.get("/overview"))["sessions"]
+    assert [row["state"] for row in rows] == ["dropped"], "it is dropped all the same"
 
 
 async def test_a_crowd_that_comes_at_once_is_one_event(wire: Wire, registrar: Registrar) -> None:
