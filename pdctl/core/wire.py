@@ -56,6 +56,14 @@ WHY = b"pdctl:why"
 # How a pdctl decode marks the two frames of a trace context behind all frames of its metadata, where there is one.
 TRACE = b"pdctl:trace"
 
+# How a pdctl decode says, behind all frames of its metadata, which use of the room's number it speaks of. A pdctl prefill
+# says that number behind its status, so that what is said twice is neither taken for news nor for another room's.
+USE = b"pdctl:use"
+
+# How a pdctl decode marks a registration that says nothing new, and a pdctl prefill its answer to a question: it is one
+# to whom a room's pages may be named again at any time. (Stock takes up a room anew that is named after its end.)
+AGAIN = b"pdctl:again"
+
 # Rooms from here on are none, stock routers draw 63 bits. A decode that must know beforehand whether a prefill sums
 # gives such a room up: stock confirms that at once, as it does of any room that it does not know, and ours adds SUMS.
 FIRST_QUESTION = 2**64 - 2**32
@@ -87,6 +95,7 @@ class RegisterBuffers:
     dcp_rank: int = 0
     staging_slots: tuple[int, ...] = ()
     wants_sums: bool = False
+    again: bool = field(default=False, compare=False)
 
     def kv_pool(self) -> Pool:
         """Raises LayoutMismatch where the message contradicts itself."""
@@ -124,6 +133,7 @@ class RegisterBuffers:
             _pack("Q", self.staging_slots),
             _pack("Q", self.kv_item_lens),
             *([SUMS] if self.wants_sums else []),
+            *([AGAIN] if self.again else []),
         ]
 
     @classmethod
@@ -150,6 +160,7 @@ class RegisterBuffers:
             staging_slots=read.packed(18, "Q", "staging slots"),
             kv_item_lens=read.packed(19, "Q", "KV bytes a page of each entry"),
             wants_sums=SUMS in frames[20:],  # not by number: a later stock release may have frames of its own there
+            again=AGAIN in frames[20:],
         )
 
 
@@ -159,7 +170,7 @@ class Metadata:
 
     aux_row None and no pages: a dummy, from a decode rank that needs nothing but must be heard of. `required`: how many
     decode ranks this prefill rank must hear of. `prefix_len`: tokens that decode has already; `pages` begins after it.
-    `trace`: whose request it is, behind all frames that stock reads.
+    `trace`: whose request it is, and `use`: which use of the room's number, behind all frames that stock reads.
     """
 
     NAME: ClassVar[str] = "metadata"
@@ -174,6 +185,7 @@ class Metadata:
     state_rows: IntLists = ()
     device_pages: Pages | None = field(default=None, repr=False)
     trace: TraceContext | None = None
+    use: int | None = None
 
     @property
     def is_dummy(self) -> bool:
@@ -191,6 +203,7 @@ class Metadata:
             _put(self.prefix_len),
             b"" if self.device_pages is None else self.device_pages.astype(_PAGE).tobytes(),
             *([] if self.trace is None else [TRACE, self.trace.traceparent.encode(), self.trace.state.encode()]),
+            *([] if self.use is None else [USE, _put(self.use)]),
         ]
 
     @classmethod
@@ -209,6 +222,7 @@ class Metadata:
             prefix_len=read.optional(8, "prefix length", 0),
             device_pages=device_pages if len(device_pages) else None,
             trace=read.trace(10) if len(frames) > 10 else None,
+            use=read.use(10),
         )
 
 
@@ -286,7 +300,7 @@ class Status:
     """How a room stands at one prefill rank. The reason is a fourth frame: stock 0.5.23 sends none but reads it.
 
     sums: of what it has written, for a decode that has asked for them; None where it sends none. Not yet checked
-    against any pool.
+    against any pool. use: of the room's number, as its metadata said; None where that said none.
     """
 
     NAME: ClassVar[str] = "status"
@@ -296,24 +310,29 @@ class Status:
     rank: int
     reason: str | None = None
     sums: tuple[Sums, ...] | None = None
+    use: int | None = None
 
     def to_frames(self) -> list[bytes]:
         frames = [_put(self.room), _put(self.phase), _put(self.rank)]
-        if self.reason is not None or self.sums is not None:
+        behind = [] if self.sums is None else [SUMS, pack(self.sums)]
+        behind += [] if self.use is None else [USE, _put(self.use)]
+        if self.reason is not None or behind:
             frames.append((self.reason or "").encode()[:MAX_TEXT])
-        return frames if self.sums is None else [*frames, SUMS, pack(self.sums)]
+        return frames + behind
 
     @classmethod
     def from_frames(cls, frames: Frames) -> Self:
         read = _Reader(cls.NAME, frames, needed=3)
         phase = Phase(read.number(1, "status", high=max(Phase)))
-        return cls(read.room(0), phase, read.number(2, "rank"), read.text(3), read.sums(4))
+        sums = read.sums(4)
+        use = read.use(4 if sums is None else 6)
+        return cls(read.room(0), phase, read.number(2, "rank"), read.text(3), sums, use)
 
 
 @dataclass(frozen=True, slots=True)
 class AbortAck:
     """No chunk of the room is in flight any more. Without rank and generation (older peers) it proves nothing. `sums`,
-    in answer to a question: this prefill gives sums."""
+    in answer to a question: this prefill gives sums; `again`: it may be told everything twice."""
 
     TAG: ClassVar[bytes] = b"ABORT_ACK"
     NAME: ClassVar[str] = "abort acknowledgement"
@@ -322,17 +341,18 @@ class AbortAck:
     rank: int | None = None
     generation: int | None = None
     sums: bool = False
+    again: bool = False
 
     def to_frames(self) -> list[bytes]:
         given = [self.room] + [n for n in (self.rank, self.generation) if n is not None]
-        return [self.TAG, *map(_put, given), *([SUMS] if self.sums else [])]
+        return [self.TAG, *map(_put, given), *([SUMS] if self.sums else []), *([AGAIN] if self.again else [])]
 
     @classmethod
     def from_frames(cls, frames: Frames) -> Self:
         read = _Reader(cls.NAME, frames, needed=2)
         rank = read.number(2, "rank") if len(frames) > 2 else None
         generation = read.number(3, "generation") if len(frames) > 3 else None
-        return cls(read.room(1), rank, generation, read.frame(4) == SUMS)
+        return cls(read.room(1), rank, generation, SUMS in frames[4:], AGAIN in frames[4:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -472,6 +492,11 @@ class _Reader:
             return None
         parent, state = (self.frame(first + behind.index(TRACE) + n).decode("latin-1") for n in (1, 2))
         return TraceContext.parse(parent, state)
+
+    def use(self, first: int) -> int | None:
+        """Behind frames that a later stock release may add."""
+        behind = list(self.frames[first:])
+        return None if USE not in behind else self.number(first + behind.index(USE) + 1, "use of the room's number")
 
     def packed(self, index: int, code: str, what: str) -> tuple[int, ...]:
         return self._unpack(index, code, what, self.frame(index))
