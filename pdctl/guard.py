@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pdctl.core.access import STOCK_ONLY, Denied, Rules, TrustList, is_native, plain_host
 from pdctl.core.lives import Owner
-from pdctl.metrics import AccessMetrics
+from pdctl.counts.service import AccessMetrics
 from pdctl.shortcut import Answered, at_once_of
 
 log = structlog.get_logger(__name__)

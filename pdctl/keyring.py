@@ -19,8 +19,9 @@ import structlog
 from pdctl.core.address import Endpoint
 from pdctl.core.metadata import KeyBook, Row, Segment, name_of
 from pdctl.core.seconds import check_seconds
+from pdctl.counts.wires import KeyChange
 from pdctl.errors import Behind, ConfigError
-from pdctl.metrics import KeyChange, Metrics
+from pdctl.metrics import Metrics
 from pdctl.retry import deciding
 
 AT_ONCE = 32

@@ -24,13 +24,12 @@ from pdctl.core.device import DeviceKind
 from pdctl.core.kvstore import KVStoreConfig, SetUp, StoreRank, set_up
 from pdctl.core.seconds import check_seconds
 from pdctl.core.warmup import Report, Result, Step, is_never, key_of, likely, value_of
-from pdctl.counts.store import StoreMetrics
+from pdctl.counts.store import StoreMetrics, StoreTrafficMetrics
 from pdctl.device.base import Device
 from pdctl.engine import wheel
 from pdctl.engine.environment import pieces_at_once
 from pdctl.engine.store_wheel import environment, store_class
 from pdctl.errors import ConfigError, StoreCause, StoreFailed, StoreNotReady, StoreUnusable
-from pdctl.metrics import StoreTrafficMetrics
 from pdctl.retry import Failure, RetryPolicy, retrying
 from pdctl.spans import Open, Spans, spanned
 from pdctl.store import master, rehearsal

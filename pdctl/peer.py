@@ -22,8 +22,9 @@ import zmq.asyncio
 
 from pdctl.core.address import Endpoint
 from pdctl.core.seconds import check_seconds
+from pdctl.counts.rooms import LinkDrop
 from pdctl.errors import BadFrames, ConfigError, Unreachable
-from pdctl.metrics import LinkDrop, Metrics
+from pdctl.metrics import Metrics
 
 log = structlog.get_logger(__name__)
 

@@ -31,13 +31,14 @@ from pdctl.core.registry import Registry
 from pdctl.core.rooms import RoomBook
 from pdctl.core.route import Seat
 from pdctl.core.sayings import LIVES, Refusal, refusal_of
+from pdctl.counts.registry import Found, Lookup
 from pdctl.errors import (
     Behind,
     LimitReached,
     NotReady,
     PdctlError,
 )
-from pdctl.metrics import Found, Lookup, Metrics
+from pdctl.metrics import Metrics
 from pdctl.persistence.base import Journal, Kept, Learned, Note, Room, Shared
 from pdctl.waiting import Command, Decide, Offered, Told, Waiting, decided, settle
 

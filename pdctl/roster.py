@@ -21,8 +21,9 @@ import structlog
 from pdctl.core.address import Endpoint
 from pdctl.core.fleet import Fleet, Move, Place, Prefill, Row, Worker, shown
 from pdctl.core.lives import Owner
+from pdctl.counts.wires import FleetChange
 from pdctl.errors import NotReady, Occupied
-from pdctl.metrics import FleetChange, Metrics
+from pdctl.metrics import Metrics
 from pdctl.retry import deciding
 
 AT_ONCE = 64

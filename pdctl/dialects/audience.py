@@ -18,8 +18,9 @@ from fastapi.responses import StreamingResponse
 from starlette.types import Message, Send
 
 from pdctl.core.seconds import check_seconds
+from pdctl.counts.service import WatchEnd
 from pdctl.errors import ConfigError, LimitReached
-from pdctl.metrics import Metrics, WatchEnd
+from pdctl.metrics import Metrics
 
 _HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 

@@ -23,8 +23,9 @@ from random import Random
 from typing import Any, NoReturn
 
 from pdctl.core.latest import Latest
+from pdctl.counts.service import WatchEnd
 from pdctl.dialects.audience import Audience, Stream, WatchLimits, bye, event
-from pdctl.metrics import Metrics, WatchEnd
+from pdctl.metrics import Metrics
 
 EVERY_S = 0.25
 AT_ONCE = 64

@@ -23,10 +23,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pdctl.core.lives import Claim
 from pdctl.core.route import MAX_SEATS, Announcement, Seat, as_integer, as_object, needed, rank_body, topology_body
+from pdctl.counts.registry import Lookup
 from pdctl.dialects import sglang_openapi as docs
 from pdctl.dialects.edge import MIB, owner_of, parsed, peer_host, received, text_answer
 from pdctl.errors import BadField, PdctlError, TooLarge
-from pdctl.metrics import Lookup
 from pdctl.registrar import Registrar
 from pdctl.shortcut import Answer, Answered, Beside, Promise
 from pdctl.waiting import Told

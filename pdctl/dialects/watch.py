@@ -31,11 +31,12 @@ from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import Response
 
 from pdctl.core.feed import Feed
+from pdctl.counts.service import WatchEnd
 from pdctl.dialects.audience import Audience, WatchLimits, bye, event
 from pdctl.dialects.edge import peer_of
 from pdctl.dialects.strict import fails
 from pdctl.errors import BadField
-from pdctl.metrics import Metrics, WatchEnd
+from pdctl.metrics import Metrics
 
 BATCH = 256  # entries in one write: 64 KB or so, what uvicorn buffers before it asks us to wait
 ROOM_TO_BREATHE_S = 0.02  # 10,000 ranks that register in 5 s wake 100 watchers 250 times, not 10,000 times

@@ -37,8 +37,8 @@ from zlib import crc32
 import structlog
 
 from pdctl.core.lives import Change, Record
+from pdctl.counts.registry import JournalMetrics
 from pdctl.errors import Behind, JournalUnavailable, JournalUnusable, Unreachable
-from pdctl.metrics import JournalMetrics
 from pdctl.persistence.base import Kept, Learned, Note, Room, Word
 from pdctl.persistence.etcd_leases import AGAIN, Pulses
 from pdctl.persistence.etcd_place import EtcdPlace, EtcdSettings

@@ -11,8 +11,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from pdctl.counts.registry import JournalMetrics
 from pdctl.errors import ConfigError
-from pdctl.metrics import JournalMetrics
 from pdctl.persistence.etcd_place import ETCD, EtcdPlace, EtcdSettings
 from pdctl.persistence.memory import MemoryJournal
 from pdctl.persistence.sqlite import ROOMS_KEPT_S, SqliteJournal, open_sqlite

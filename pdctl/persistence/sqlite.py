@@ -35,8 +35,8 @@ import aiosqlite
 import structlog
 
 from pdctl.core.lives import Change
+from pdctl.counts.registry import JournalMetrics
 from pdctl.errors import JournalUnavailable, JournalUnusable
-from pdctl.metrics import JournalMetrics
 from pdctl.persistence import sqlite_file as files
 from pdctl.persistence.base import Kept, Note, Room
 from pdctl.persistence.lock import FileLock, hold

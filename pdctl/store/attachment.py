@@ -28,9 +28,9 @@ import structlog
 
 from pdctl.core.layout import Region
 from pdctl.core.seconds import check_seconds
+from pdctl.counts.store import StoreCall, StoreEnd, StoreTrafficMetrics
 from pdctl.errands import Errands
 from pdctl.errors import ConfigError, StoreCause, StoreFailed
-from pdctl.metrics import StoreCall, StoreEnd, StoreTrafficMetrics
 from pdctl.retry import RetryPolicy, retrying
 from pdctl.store.base import Each, Ints, Store
 

@@ -21,7 +21,7 @@ from prometheus_client import CollectorRegistry
 from structlog.testing import capture_logs
 
 from pdctl.core.kvstore import KVStoreConfig
-from pdctl.metrics import StoreTrafficMetrics
+from pdctl.counts.store import StoreTrafficMetrics
 from pdctl.store import master as asking
 from pdctl.store.attachment import Attachment, attached
 from tests.engine.processes import die_with_parent

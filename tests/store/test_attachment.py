@@ -13,8 +13,8 @@ import pytest
 from prometheus_client import CollectorRegistry
 from structlog.testing import capture_logs
 
+from pdctl.counts.store import StoreTrafficMetrics
 from pdctl.errors import BadField, ConfigError, StoreCause, StoreFailed
-from pdctl.metrics import StoreTrafficMetrics
 from pdctl.retry import RetryPolicy
 from pdctl.store.attachment import Attachment, AttachPolicy, attached
 from pdctl.store.base import Each, Ints
