@@ -8,39 +8,39 @@ we have no use for (staging, other engines): they come back as `Unknown`.
     decode -> prefill   RegisterBuffers, Metadata, Abort, Bootstrap, Matched
     prefill -> decode   Status, AbortAck, AuxData
 
-Numbers are decimal ASCII, packed integers little-endian, unless a message says otherwise.
+How a frame holds its number or its lists: core.frames.
 """
 
 from __future__ import annotations
 
-import itertools
 import re
 import struct
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Self
 
-import numpy as np
-import numpy.typing as npt
-
 from pdctl.core.address import Endpoint
+from pdctl.core.frames import (
+    DECIMAL,
+    MAX_TEXT,
+    Frames,
+    IntLists,
+    Pages,
+    Reader,
+    packed,
+    packed_lists,
+    put,
+    put_endpoint,
+    put_pages,
+)
 from pdctl.core.layout import Pool
 from pdctl.core.sums import Sums, pack, unpack
 from pdctl.core.trace import TraceContext
 from pdctl.core.transfer import Phase
-from pdctl.errors import BadField, BadFrames, LayoutMismatch
-
-Frames = Sequence[bytes]
-Pages = npt.NDArray[np.int32]
-IntLists = tuple[tuple[int, ...], ...]
+from pdctl.errors import BadFrames, LayoutMismatch
 
 MAX_FRAMES = 64  # the longest message known has 20
-MAX_TEXT = 512  # a session, a host, a reason: what a log line can bear
 MAX_RANKS = 4096  # of one instance; a required count above it is nonsense
-_MAX_ROOM = 2**64 - 1  # stock routers draw 63 bits
-_DECIMAL = re.compile(rb"[0-9]{1,20}")
 _TAG = re.compile(rb"[A-Za-z][A-Za-z0-9_]{0,63}")
-_PAGE = np.dtype("<i4")
 
 # How a pdctl prefill begins the reason when it does not know the session. The wire carries nothing else that a decode
 # rank could tell it by, and registering anew is the cure.
@@ -56,8 +56,9 @@ WHY = b"pdctl:why"
 # How a pdctl decode marks the two frames of a trace context behind all frames of its metadata, where there is one.
 TRACE = b"pdctl:trace"
 
-# How a pdctl decode says, behind all frames of its metadata, which use of the room's number it speaks of. A pdctl prefill
-# says that number behind its status, so that what is said twice is neither taken for news nor for another room's.
+# How a pdctl decode says, behind all frames of its metadata, which use of the room's number it speaks of. A pdctl
+# prefill says that number behind its status, so that what is said twice is neither taken for news nor for another
+# room's.
 USE = b"pdctl:use"
 
 # How a pdctl decode marks a registration that says nothing new, and a pdctl prefill its answer to a question: it is one
@@ -114,31 +115,31 @@ class RegisterBuffers:
     def to_frames(self) -> list[bytes]:
         return [
             self.TAG,
-            *_put_endpoint(self.reply),
+            *put_endpoint(self.reply),
             self.session.encode("ascii"),
-            _pack("Q", self.kv_pointers),
-            _pack("Q", self.aux_pointers),
-            _pack_lists("Q", self.state_pointers),
-            _put(self.tp_rank),
-            _put(self.tp_size),
-            _put(self.kv_item_len),
-            _pack_lists("I", self.state_item_lens),
-            _pack_lists("I", self.state_dims),
-            _pack("I", self.kv_layer_ids),
-            _pack_lists("I", self.state_layer_ids),
-            b"" if self.staging_pointer is None else _pack("Q", (self.staging_pointer,)),
-            b"" if self.staging_pointer is None else _put(self.staging_nbytes),
-            _put(self.dcp_size),
-            _put(self.dcp_rank),
-            _pack("Q", self.staging_slots),
-            _pack("Q", self.kv_item_lens),
+            packed("Q", self.kv_pointers),
+            packed("Q", self.aux_pointers),
+            packed_lists("Q", self.state_pointers),
+            put(self.tp_rank),
+            put(self.tp_size),
+            put(self.kv_item_len),
+            packed_lists("I", self.state_item_lens),
+            packed_lists("I", self.state_dims),
+            packed("I", self.kv_layer_ids),
+            packed_lists("I", self.state_layer_ids),
+            b"" if self.staging_pointer is None else packed("Q", (self.staging_pointer,)),
+            b"" if self.staging_pointer is None else put(self.staging_nbytes),
+            put(self.dcp_size),
+            put(self.dcp_rank),
+            packed("Q", self.staging_slots),
+            packed("Q", self.kv_item_lens),
             *([SUMS] if self.wants_sums else []),
             *([AGAIN] if self.again else []),
         ]
 
     @classmethod
     def from_frames(cls, frames: Frames) -> Self:
-        read = _Reader(cls.NAME, frames, needed=10)
+        read = Reader(cls.NAME, frames, needed=10)
         staging = read.packed(14, "Q", "staging pointer")
         return cls(
             reply=read.endpoint(1, 2),
@@ -193,22 +194,22 @@ class Metadata:
 
     def to_frames(self) -> list[bytes]:
         return [
-            _put(self.room),
-            *_put_endpoint(self.reply),
+            put(self.room),
+            *put_endpoint(self.reply),
             self.session.encode("ascii"),
-            self.pages.astype(_PAGE).tobytes(),
-            b"" if self.aux_row is None else _put(self.aux_row),
-            _pack_lists("i", self.state_rows),
-            _put(self.required),
-            _put(self.prefix_len),
-            b"" if self.device_pages is None else self.device_pages.astype(_PAGE).tobytes(),
+            put_pages(self.pages),
+            b"" if self.aux_row is None else put(self.aux_row),
+            packed_lists("i", self.state_rows),
+            put(self.required),
+            put(self.prefix_len),
+            b"" if self.device_pages is None else put_pages(self.device_pages),
             *([] if self.trace is None else [TRACE, self.trace.traceparent.encode(), self.trace.state.encode()]),
-            *([] if self.use is None else [USE, _put(self.use)]),
+            *([] if self.use is None else [USE, put(self.use)]),
         ]
 
     @classmethod
     def from_frames(cls, frames: Frames) -> Self:
-        read = _Reader(cls.NAME, frames, needed=8)
+        read = Reader(cls.NAME, frames, needed=8)
         pages = read.pages(4, "destination pages")
         device_pages = read.pages(9, "device pages")
         return cls(
@@ -221,8 +222,8 @@ class Metadata:
             required=read.number(7, "number of decode ranks", low=1, high=MAX_RANKS),
             prefix_len=read.optional(8, "prefix length", 0),
             device_pages=device_pages if len(device_pages) else None,
-            trace=read.trace(10) if len(frames) > 10 else None,
-            use=read.use(10),
+            trace=_trace(read, 10),
+            use=_use(read, 10),
         )
 
 
@@ -240,17 +241,17 @@ class Abort:
     reason: str | None = None
 
     def to_frames(self) -> list[bytes]:
-        frames = [self.TAG, _put(self.room)]
+        frames = [self.TAG, put(self.room)]
         if self.reply is not None:
-            frames += _put_endpoint(self.reply)
+            frames += put_endpoint(self.reply)
             if self.generation is not None:
-                frames.append(_put(self.generation))
+                frames.append(put(self.generation))
                 frames += [] if self.reason is None else [WHY, self.reason.encode()[:MAX_TEXT]]
         return frames
 
     @classmethod
     def from_frames(cls, frames: Frames) -> Self:
-        read = _Reader(cls.NAME, frames, needed=2)
+        read = Reader(cls.NAME, frames, needed=2)
         reply = read.endpoint(2, 3) if len(frames) > 2 else None
         generation = read.number(4, "generation") if len(frames) > 4 else None
         return cls(read.room(1), reply, generation, read.text(6) if read.frame(5) == WHY else None)
@@ -267,11 +268,11 @@ class Bootstrap:
     reply: Endpoint
 
     def to_frames(self) -> list[bytes]:
-        return [self.TAG, _put(self.room), *_put_endpoint(self.reply)]
+        return [self.TAG, put(self.room), *put_endpoint(self.reply)]
 
     @classmethod
     def from_frames(cls, frames: Frames) -> Self:
-        read = _Reader(cls.NAME, frames, needed=4)
+        read = Reader(cls.NAME, frames, needed=4)
         return cls(read.room(1), read.endpoint(2, 3))
 
 
@@ -287,11 +288,11 @@ class Matched:
     session: str
 
     def to_frames(self) -> list[bytes]:
-        return [self.TAG, _put(self.room), self.session.encode("ascii")]
+        return [self.TAG, put(self.room), self.session.encode("ascii")]
 
     @classmethod
     def from_frames(cls, frames: Frames) -> Self:
-        read = _Reader(cls.NAME, frames, needed=3)
+        read = Reader(cls.NAME, frames, needed=3)
         return cls(read.room(1), read.session(2))
 
 
@@ -313,19 +314,19 @@ class Status:
     use: int | None = None
 
     def to_frames(self) -> list[bytes]:
-        frames = [_put(self.room), _put(self.phase), _put(self.rank)]
+        frames = [put(self.room), put(self.phase), put(self.rank)]
         behind = [] if self.sums is None else [SUMS, pack(self.sums)]
-        behind += [] if self.use is None else [USE, _put(self.use)]
+        behind += [] if self.use is None else [USE, put(self.use)]
         if self.reason is not None or behind:
             frames.append((self.reason or "").encode()[:MAX_TEXT])
         return frames + behind
 
     @classmethod
     def from_frames(cls, frames: Frames) -> Self:
-        read = _Reader(cls.NAME, frames, needed=3)
+        read = Reader(cls.NAME, frames, needed=3)
         phase = Phase(read.number(1, "status", high=max(Phase)))
-        sums = read.sums(4)
-        use = read.use(4 if sums is None else 6)
+        sums = _sums(read, 4)
+        use = _use(read, 4 if sums is None else 6)
         return cls(read.room(0), phase, read.number(2, "rank"), read.text(3), sums, use)
 
 
@@ -345,11 +346,11 @@ class AbortAck:
 
     def to_frames(self) -> list[bytes]:
         given = [self.room] + [n for n in (self.rank, self.generation) if n is not None]
-        return [self.TAG, *map(_put, given), *([SUMS] if self.sums else []), *([AGAIN] if self.again else [])]
+        return [self.TAG, *map(put, given), *([SUMS] if self.sums else []), *([AGAIN] if self.again else [])]
 
     @classmethod
     def from_frames(cls, frames: Frames) -> Self:
-        read = _Reader(cls.NAME, frames, needed=2)
+        read = Reader(cls.NAME, frames, needed=2)
         rank = read.number(2, "rank") if len(frames) > 2 else None
         generation = read.number(3, "generation") if len(frames) > 3 else None
         return cls(read.room(1), rank, generation, SUMS in frames[4:], AGAIN in frames[4:])
@@ -370,14 +371,14 @@ class AuxData:
     def to_frames(self) -> list[bytes]:
         return [
             self.TAG,
-            *map(_put, (self.room, self.buffer, self.row)),
+            *map(put, (self.room, self.buffer, self.row)),
             struct.pack(">I", len(self.data)),
             self.data,
         ]
 
     @classmethod
     def from_frames(cls, frames: Frames) -> Self:
-        read = _Reader(cls.NAME, frames, needed=6)
+        read = Reader(cls.NAME, frames, needed=6)
         if len(frames[4]) != 4 or struct.unpack(">I", frames[4])[0] != len(frames[5]):
             raise read.bad(4, "length", f"does not say {len(frames[5])}, the length of frame 5")
         return cls(read.room(1), read.number(2, "buffer"), read.number(3, "row"), bytes(frames[5]))
@@ -400,7 +401,7 @@ def parse_to_prefill(frames: Frames) -> ToPrefill:
     for message in (RegisterBuffers, Abort, Bootstrap, Matched):
         if tag == message.TAG:
             return message.from_frames(frames)
-    return Metadata.from_frames(frames) if _DECIMAL.fullmatch(tag) else _unknown(tag)
+    return Metadata.from_frames(frames) if DECIMAL.fullmatch(tag) else _unknown(tag)
 
 
 def parse_to_decode(frames: Frames) -> ToDecode:
@@ -409,7 +410,7 @@ def parse_to_decode(frames: Frames) -> ToDecode:
     for message in (AbortAck, AuxData):
         if tag == message.TAG:
             return message.from_frames(frames)
-    return Status.from_frames(frames) if _DECIMAL.fullmatch(tag) else _unknown(tag)
+    return Status.from_frames(frames) if DECIMAL.fullmatch(tag) else _unknown(tag)
 
 
 def _tag(frames: Frames) -> bytes:
@@ -424,130 +425,23 @@ def _unknown(tag: bytes) -> Unknown:
     return Unknown(tag.decode("ascii"))
 
 
-@dataclass(frozen=True, slots=True)
-class _Reader:
-    """Reads one message's frames by number; every refusal names the message, the frame and what it should hold."""
-
-    message: str
-    frames: Frames
-    needed: int
-
-    def __post_init__(self) -> None:
-        if len(self.frames) < self.needed:
-            raise BadFrames(
-                f"{self.message}: {len(self.frames)} frames, needs {self.needed}: the sender is no SGLang rank"
-            )
-
-    def bad(self, index: int, what: str, problem: str) -> BadFrames:
-        return BadFrames(f"{self.message} frame {index} ({what}): {problem}")
-
-    def frame(self, index: int) -> bytes:
-        """Empty where the message is shorter: old peers leave frames out, new ones leave them empty."""
-        return self.frames[index] if index < len(self.frames) else b""
-
-    def number(self, index: int, what: str, *, low: int = 0, high: int = 2**63 - 1) -> int:
-        raw = self.frame(index)
-        # not int() alone: it takes "1_000", " 7\n" and digits of other alphabets
-        if not _DECIMAL.fullmatch(raw) or not low <= int(raw) <= high:
-            raise self.bad(index, what, f"{raw[:32]!r} is no number from {low} to {high}")
-        return int(raw)
-
-    def optional(self, index: int, what: str, default: int) -> int:
-        return self.number(index, what) if self.frame(index) else default
-
-    def room(self, index: int) -> int:
-        return self.number(index, "room", high=_MAX_ROOM)
-
-    def session(self, index: int) -> str:
-        raw = self.frame(index)
-        text = raw.decode("ascii", errors="replace")
-        if not 1 <= len(raw) <= MAX_TEXT or not text.isascii() or not text.isprintable() or " " in text:
-            raise self.bad(index, "session", f"{raw[:32]!r} is no session id")
-        return text
-
-    def endpoint(self, host: int, port: int) -> Endpoint:
-        number = self.number(port, "port", high=2**16)
-        try:
-            return Endpoint(self.frame(host).decode("ascii"), number)
-        except (BadField, UnicodeDecodeError) as error:
-            raise self.bad(host, "host and port to answer to", str(error)) from None
-
-    def text(self, index: int) -> str | None:
-        """Free text for people: cut, and without anything that could break a log line."""
-        raw = self.frame(index)[:MAX_TEXT].decode("utf-8", errors="replace")
-        return "".join(c if c.isprintable() else " " for c in raw) or None
-
-    def sums(self, index: int) -> tuple[Sums, ...] | None:
-        if self.frame(index) != SUMS:
-            return None
-        try:
-            return tuple(unpack(self.frame(index + 1)))
-        except ValueError as error:
-            raise self.bad(index + 1, "sums", str(error)) from None
-
-    def trace(self, first: int) -> TraceContext | None:
-        """Behind frames that a later stock release may add. One that cannot be read is none: it moves no byte."""
-        behind = list(self.frames[first:])
-        if TRACE not in behind:
-            return None
-        parent, state = (self.frame(first + behind.index(TRACE) + n).decode("latin-1") for n in (1, 2))
-        return TraceContext.parse(parent, state)
-
-    def use(self, first: int) -> int | None:
-        """Behind frames that a later stock release may add."""
-        behind = list(self.frames[first:])
-        return None if USE not in behind else self.number(first + behind.index(USE) + 1, "use of the room's number")
-
-    def packed(self, index: int, code: str, what: str) -> tuple[int, ...]:
-        return self._unpack(index, code, what, self.frame(index))
-
-    def lists(self, index: int, code: str, what: str) -> IntLists:
-        """A count, that many byte lengths, then the packed lists themselves; empty for no list at all."""
-        raw = self.frame(index)
-        if not raw:
-            return ()
-        count = int.from_bytes(raw[:4], "little")
-        head = 4 * (count + 1)
-        if len(raw) < head:
-            raise self.bad(index, what, f"{len(raw)} bytes cannot hold the lengths of {count} lists")
-        ends = [
-            head,
-            *(int(n) for n in np.cumsum(np.frombuffer(raw[4:head], "<u4"), dtype=np.uint64) + np.uint64(head)),
-        ]
-        if ends[-1] != len(raw):
-            raise self.bad(index, what, f"the lists should end at byte {ends[-1]}, the frame ends at {len(raw)}")
-        return tuple(self._unpack(index, code, what, raw[start:end]) for start, end in itertools.pairwise(ends))
-
-    def pages(self, index: int, what: str) -> Pages:
-        raw = self.frame(index)
-        if len(raw) % _PAGE.itemsize:
-            raise self.bad(index, what, f"{len(raw)} bytes are no whole number of i32")
-        pages = np.frombuffer(raw, dtype=_PAGE)
-        if len(pages) and int(pages.min()) < 0:
-            raise self.bad(index, what, f"page {int(pages.min())} is below 0")
-        return pages
-
-    def _unpack(self, index: int, code: str, what: str, raw: bytes) -> tuple[int, ...]:
-        width = struct.calcsize(f"<{code}")
-        if len(raw) % width:
-            raise self.bad(index, what, f"{len(raw)} bytes are no whole number of {width}-byte integers")
-        return struct.unpack(f"<{len(raw) // width}{code}", raw)
+def _sums(read: Reader, index: int) -> tuple[Sums, ...] | None:
+    if read.frame(index) != SUMS:
+        return None
+    try:
+        return tuple(unpack(read.frame(index + 1)))
+    except ValueError as error:
+        raise read.bad(index + 1, "sums", str(error)) from None
 
 
-def _put(number: int) -> bytes:
-    return b"%d" % number
+def _trace(read: Reader, first: int) -> TraceContext | None:
+    """One that cannot be read is none: it moves no byte."""
+    if (at := read.after(TRACE, first)) is None:
+        return None
+    parent, state = (read.frame(at + n).decode("latin-1") for n in (0, 1))
+    return TraceContext.parse(parent, state)
 
 
-def _put_endpoint(endpoint: Endpoint) -> list[bytes]:
-    return [endpoint.host.encode("ascii"), _put(endpoint.port)]
-
-
-def _pack(code: str, numbers: Sequence[int]) -> bytes:
-    return struct.pack(f"<{len(numbers)}{code}", *numbers)
-
-
-def _pack_lists(code: str, lists: IntLists) -> bytes:
-    if not lists:
-        return b""
-    packed = [_pack(code, numbers) for numbers in lists]
-    return _pack("I", [len(packed), *map(len, packed)]) + b"".join(packed)
+def _use(read: Reader, first: int) -> int | None:
+    at = read.after(USE, first)
+    return None if at is None else read.number(at, "use of the room's number")

@@ -11,8 +11,9 @@ import pytest
 
 from pdctl.core.address import Endpoint
 from pdctl.core.destination import Destination, LayerGroups
+from pdctl.core.frames import IntLists
 from pdctl.core.layout import Heads, Kind, KvLayout, Pool, RankPools
-from pdctl.core.wire import IntLists, Metadata, RegisterBuffers
+from pdctl.core.wire import Metadata, RegisterBuffers
 from pdctl.errors import CallerError, LayoutMismatch
 
 KV = Pool((1_000_000,), (64,), 16)

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pdctl.core.address import Endpoint
+from pdctl.core.frames import MAX_TEXT
 from pdctl.core.transfer import Phase
 from pdctl.core.wire import (
     MAX_FRAMES,
-    MAX_TEXT,
     Abort,
     AbortAck,
     AuxData,
