@@ -28,7 +28,7 @@ from pdctl.core.layout import (
     same_entries,
 )
 from pdctl.core.parts import part_spans, span_plan
-from pdctl.core.plan import CopyPlan, Ints, head_plan, item_plan, page_plan
+from pdctl.core.plan import CopyPlan, Ints, Paired, head_plan, page_plan
 from pdctl.core.sums import AUX, KV, STATE, Spans, Summand, head_spans, item_spans
 from pdctl.core.wire import Metadata, RegisterBuffers
 from pdctl.errors import CallerError, LayoutMismatch
@@ -39,49 +39,97 @@ _REMEDY = "start both with the same page size, and count from the same prefix"
 
 
 @dataclass(frozen=True, slots=True)
-class Destination:
-    """`kv`, `aux` and `states` are the decode rank's pools; `pairs` says which of its entries each of ours goes to.
+class Partner:
+    """What one decode rank has registered, paired with our pools: the same for all of its rooms.
 
-    `tokens`: the share of every request's tokens that this rank takes of pages that we have whole.
+    `kv` and `aux` are its pools; `pairs` says which of its entries each of ours goes to. `tokens`: the share of every
+    request's tokens that it takes of pages that we have whole. `items`: the pages of all entries, or their tokens where
+    these are dealt out; None where only some heads of each are copied. `rows`: those of aux.
     """
 
+    said: RegisterBuffers
     ours: RankPools
     kv: Pool
     aux: Pool
-    states: tuple[State, ...]
     pairs: Pairs
     heads: Heads | None
-    named: Metadata
     tokens: Share
-    wants_sums: bool = False
+    items: Paired | None
+    rows: Paired
+
+    @classmethod
+    def of(cls, said: RegisterBuffers, ours: RankPools) -> Partner:
+        """Raises LayoutMismatch, with both values, when memory so registered cannot be paired with our pools."""
+        kv, layout = said.kv_pool(), ours.layout
+        pairs = pair_entries(layout, len(ours.kv), said.kv_layer_ids, len(kv), "KV")
+        heads = None
+        if layout.heads is not None:  # a rank of several DP groups may count itself through all of them
+            heads = Heads(layout.heads.total, said.tp_size, said.tp_rank % said.tp_size)
+        tokens, aux = _share(said, ours), said.aux_pool(ours.aux.item_lens)
+        rows = Paired.of(ours.aux, aux, same_entries(len(ours.aux)), "aux")
+        it = cls(said, ours, kv, aux, pairs, heads, tokens, None, rows)
+        if tokens.is_all and not _alike_heads(layout.heads, heads):
+            it.copies(pairs, (), ())  # refuses what no page could be sent to
+            return it
+        return replace(it, items=it.paired(pairs))
+
+    def paired(self, pairs: Pairs) -> Paired:
+        """Pages, or tokens where these are dealt out, of so many entries."""
+        if self.items is not None and pairs is self.pairs:
+            return self.items
+        if self.tokens.is_all:
+            return Paired.of(self.ours.kv, self.kv, pairs, "KV")
+        ours, theirs = (by_token(pool, self.ours.layout.page_size, "KV") for pool in (self.ours.kv, self.kv))
+        return Paired.of(ours, theirs, pairs, "KV")
+
+    def copies(self, pairs: Pairs, source: npt.ArrayLike, named: npt.ArrayLike) -> CopyPlan:
+        """Pages `source` of ours into its pages `named`, each with all of its tokens."""
+        layout = self.ours.layout
+        if self.items is not None or layout.heads is None or self.heads is None:
+            return self.paired(pairs).plan(source, named)
+        return head_plan(
+            self.ours.kv,
+            self.kv,
+            pairs,
+            source,
+            named,
+            page_size=layout.page_size,
+            ours=layout.heads,
+            theirs=self.heads,
+            what="KV",
+        )
+
+    def destination(self, named: Metadata) -> Destination:
+        """Raises LayoutMismatch, with its reason, when what it named cannot be paired with our pools."""
+        _check_supported(named, self.ours)
+        _check_prefix(named, self.tokens, self.ours)
+        return Destination(self, _states(self.said, named, self.ours), named)
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """Where `partner` wants one room. `states`: its pools of state, where it named rows of them."""
+
+    partner: Partner
+    states: tuple[State, ...]
+    named: Metadata
 
     @classmethod
     def of(cls, said: RegisterBuffers, named: Metadata, ours: RankPools) -> Destination:
         """Raises a PdctlError, with its reason, when memory so registered and named cannot be paired with our pools."""
-        _check_supported(named, ours)
-        kv = said.kv_pool()
-        pairs = pair_entries(ours.layout, len(ours.kv), said.kv_layer_ids, len(kv), "KV")
-        heads = None
-        if ours.layout.heads is not None:  # a rank of several DP groups may count itself through all of them
-            heads = Heads(ours.layout.heads.total, said.tp_size, said.tp_rank % said.tp_size)
-        tokens = _share(said, named, ours)
-        it = cls(
-            ours,
-            kv,
-            said.aux_pool(ours.aux.item_lens),
-            _states(said, named, ours),
-            pairs,
-            heads,
-            named,
-            tokens,
-            said.wants_sums,
-        )
-        it.chunk(np.empty(0, np.int64), 0)  # refuses what no chunk could be sent to
-        return it
+        return Partner.of(said, ours).destination(named)
 
     @property
     def session(self) -> str:
         return self.named.session
+
+    @property
+    def ours(self) -> RankPools:
+        return self.partner.ours
+
+    @property
+    def wants_sums(self) -> bool:
+        return self.partner.said.wants_sums
 
     def chunk(self, source: Ints, start: int, layers: range | None = None) -> CopyPlan:
         """Our pages `source`, shape (n,), into the n of the named pages that begin with number `start`; of all layers,
@@ -91,34 +139,36 @@ class Destination:
             raise LayoutMismatch(
                 f"KV: decode session {self.session} named {len(named)} pages and page {end} is being sent: {_REMEDY}"
             )
-        if not self.tokens.is_all:
-            ours, theirs = (by_token(pool, layout.page_size, "KV") for pool in (self.ours.kv, self.kv))
-            here, there = dealt_tokens(source, start, named, self.tokens, layout.page_size)
-            return page_plan(ours, theirs, pairs, here, there, "KV")
+        if not self.partner.tokens.is_all:
+            here, there = dealt_tokens(source, start, named, self.partner.tokens, layout.page_size)
+            return self.partner.paired(pairs).plan(here, there)
         if layout.pages.is_all:
-            return self._copies(source, named[start:end], pairs)
+            return self.partner.copies(pairs, source, named[start:end])
         held, at = held_pages(source, layout.pages)
-        return self._copies(held, named[start + at], pairs)
+        return self.partner.copies(pairs, held, named[start + at])
 
     def _filled(self, n: int) -> int:
         """How many pages of the decode rank's `n` of ours fill."""
-        return -(-n // self.tokens.size)
+        return -(-n // self.partner.tokens.size)
 
     def chunk_summands(self, source: Ints, start: int, layers: range | None = None) -> list[Summand]:
         """What `chunk` copies, page by page, or token by token; to be summed only after it has raised nothing."""
         pairs, layout, kv = self._pairs_of(layers), self.ours.layout, self.ours.kv
         if not len(source) or not len(pairs):
             return []
-        if not self.tokens.is_all:
+        partner = self.partner
+        if not partner.tokens.is_all:
             per = layout.page_size
             kv, every = by_token(kv, per, "KV"), np.arange(len(self.named.pages))
-            here, numbers = dealt_tokens(source, start, every, self.tokens, per)
+            here, numbers = dealt_tokens(source, start, every, partner.tokens, per)
             return [Summand(KV, numbers, kv, here, *item_spans(kv, pairs), per)] if len(here) else []
         held, at = (source, np.arange(len(source))) if layout.pages.is_all else held_pages(source, layout.pages)
-        if layout.heads is None or self.heads is None:
+        if layout.heads is None or partner.heads is None:
             spans: tuple[Spans, Spans] | None = item_spans(kv, pairs)
         else:
-            spans = head_spans(kv, self.kv, pairs, page_size=layout.page_size, ours=layout.heads, theirs=self.heads)
+            spans = head_spans(
+                kv, partner.kv, pairs, page_size=layout.page_size, ours=layout.heads, theirs=partner.heads
+            )
         return [] if spans is None or not len(held) else [Summand(KV, start + at, kv, held, *spans)]
 
     def last_summands(self, aux_row: int | None, state_rows: Sequence[npt.ArrayLike] = ()) -> list[Summand]:
@@ -138,10 +188,11 @@ class Destination:
         return found
 
     def _pairs_of(self, layers: range | None) -> Pairs:
+        pairs = self.partner.pairs
         if layers is None:
-            return self.pairs
-        of = self.ours.layout.layer_of(len(self.ours.kv))[self.pairs[:, 0]]
-        return self.pairs[(layers.start <= of) & (of < layers.stop)]
+            return pairs
+        of = self.ours.layout.layer_of(len(self.ours.kv))[pairs[:, 0]]
+        return pairs[(layers.start <= of) & (of < layers.stop)]
 
     def last(self, n_sent: int, aux_row: int | None, state_rows: Sequence[npt.ArrayLike] = ()) -> CopyPlan:
         """Our aux row and rows of state, when `n_sent` pages have been all that were named; nothing of what either side
@@ -153,24 +204,8 @@ class Destination:
             )
         plans = [self._state(group, rows, state_rows) for group, rows in enumerate(self.named.state_rows) if rows]
         if aux_row is not None and self.named.aux_row is not None:
-            plans.append(item_plan(self.ours.aux, self.aux, [aux_row], [self.named.aux_row], "aux"))
+            plans.append(self.partner.rows.plan([aux_row], [self.named.aux_row]))
         return CopyPlan.join(*plans)
-
-    def _copies(self, source: npt.ArrayLike, named: npt.ArrayLike, pairs: Pairs) -> CopyPlan:
-        layout = self.ours.layout
-        if layout.heads is None or self.heads is None:
-            return page_plan(self.ours.kv, self.kv, pairs, source, named, "KV")
-        return head_plan(
-            self.ours.kv,
-            self.kv,
-            pairs,
-            source,
-            named,
-            page_size=layout.page_size,
-            ours=layout.heads,
-            theirs=self.heads,
-            what="KV",
-        )
 
     def _state(self, group: int, rows: Sequence[int], state_rows: Sequence[npt.ArrayLike]) -> CopyPlan:
         if group >= len(state_rows):
@@ -336,23 +371,32 @@ def _alike(pairs: Pairs, slices: Sequence[Slices], said: RegisterBuffers) -> Ite
         yield (some, None, None) if heads == mine.heads else (some, mine, replace(mine, heads=heads))
 
 
-def _share(said: RegisterBuffers, named: Metadata, ours: RankPools) -> Share:
+def _alike_heads(ours: Heads | None, theirs: Heads | None) -> bool:
+    """Whether all heads here are all heads there."""
+    return ours is None or theirs is None or ours.held == theirs.held == ours.to_send(theirs)
+
+
+def _share(said: RegisterBuffers, ours: RankPools) -> Share:
     """Of tokens that we have whole and the decode rank has not. Raises LayoutMismatch."""
     theirs, layout = Share(said.dcp_size, said.dcp_rank), ours.layout
     if theirs == layout.tokens:
         return Share()
     if not layout.tokens.is_all or layout.kind is not Kind.MLA or not layout.pages.is_all:
         raise LayoutMismatch(
-            f"decode session {named.session} is DCP rank {theirs.rank} of {theirs.size} and this prefill rank, of "
+            f"decode session {said.session} is DCP rank {theirs.rank} of {theirs.size} and this prefill rank, of "
             f"{layout.kind}, {layout.tokens.rank} of {layout.tokens.size}, its pages shared by {layout.pages.size}: "
             "only a prefill of MLA without DCP and KV sharding serves another DCP size"
         )
-    if named.prefix_len % (layout.page_size * theirs.size):
+    return theirs
+
+
+def _check_prefix(named: Metadata, tokens: Share, ours: RankPools) -> None:
+    page_size = ours.layout.page_size
+    if not tokens.is_all and named.prefix_len % (page_size * tokens.size):
         raise LayoutMismatch(
             f"decode session {named.session} has a prefix of {named.prefix_len} tokens already: with a DCP size of "
-            f"{theirs.size} and pages of {layout.page_size} it must be a multiple of {layout.page_size * theirs.size}"
+            f"{tokens.size} and pages of {page_size} it must be a multiple of {page_size * tokens.size}"
         )
-    return theirs
 
 
 def _check_supported(named: Metadata, ours: RankPools) -> None:

@@ -16,6 +16,8 @@ from pdctl.errors import LayoutMismatch
 
 Ints = npt.NDArray[np.int64]
 
+_FIRST = np.zeros(1, np.int64)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CopyPlan:
@@ -35,7 +37,7 @@ class CopyPlan:
     @property
     def total(self) -> int:
         """Bytes in all."""
-        return int(self.nbytes.sum())
+        return int(np.add.reduce(self.nbytes))
 
     @classmethod
     def of(cls, *copies: tuple[int, int, int]) -> CopyPlan:
@@ -45,6 +47,8 @@ class CopyPlan:
 
     @classmethod
     def join(cls, *plans: CopyPlan) -> CopyPlan:
+        if len(plans) == 1:
+            return plans[0]
         return cls(
             *(
                 np.concatenate([getattr(p, name) for p in plans] or [np.empty(0, np.int64)])
@@ -74,20 +78,49 @@ def page_plan(
     Runs that go on at both sides become one copy. Both page arrays have shape (k,). Raises LayoutMismatch when items of
     a pair differ in length, when the arrays do, or when an index is negative or past a pool whose size is known.
     """
-    check_items(source, destination, pairs, what)
-    src, dst = _checked_pages(source, destination, src_pages, dst_pages, what)
-    if not len(src):
-        return CopyPlan.of()
-    starts = np.flatnonzero(np.r_[True, (np.diff(src) != 1) | (np.diff(dst) != 1)])
-    counts = np.diff(np.r_[starts, len(src)])
-    lens = lengths(source)[pairs[:, :1]]
-    # One table, filled in place: of large plans, touching fresh memory is most of the cost.
-    table = np.empty((3, len(pairs), len(starts)), np.int64)
-    for row, items in zip(table, (src[starts], dst[starts], counts), strict=True):
-        np.multiply(items, lens, out=row)
-    table[0] += _pointers(source)[pairs[:, :1]]
-    table[1] += _pointers(destination)[pairs[:, 1:]]
-    return CopyPlan(*table.reshape(3, -1))
+    return Paired.of(source, destination, pairs, what).plan(src_pages, dst_pages)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Paired:
+    """Two pools, entry by entry: where item 0 of each begins, and how long items are; all three of shape (pairs,).
+
+    What every room between the same two ranks has in common: made anew for each, it was half of what a plan of one page
+    cost.
+    """
+
+    source: Pool
+    destination: Pool
+    what: str
+    src: Ints
+    dst: Ints
+    nbytes: Ints
+
+    @classmethod
+    def of(cls, source: Pool, destination: Pool, pairs: Pairs, what: str) -> Paired:
+        """Raises LayoutMismatch when items of a pair differ in length."""
+        check_items(source, destination, pairs, what)
+        ours, theirs = pairs[:, 0], pairs[:, 1]
+        src, dst = _pointers(source)[ours], _pointers(destination)[theirs]
+        return cls(source, destination, what, src, dst, lengths(source)[ours])
+
+    def plan(self, src_items: npt.ArrayLike, dst_items: npt.ArrayLike) -> CopyPlan:
+        """As `page_plan`."""
+        src, dst = _checked_pages(self.source, self.destination, src_items, dst_items, self.what)
+        if not len(src):
+            return CopyPlan.of()
+        if len(src) == 1:  # as a table it takes three times as long
+            return CopyPlan(self.src + src * self.nbytes, self.dst + dst * self.nbytes, self.nbytes)
+        starts = np.concatenate((_FIRST, np.flatnonzero((np.diff(src) != 1) | (np.diff(dst) != 1)) + 1))
+        counts = np.diff(starts, append=len(src))
+        lens = self.nbytes[:, None]
+        # One table, filled in place: of large plans, touching fresh memory is most of the cost.
+        table = np.empty((3, len(lens), len(starts)), np.int64)
+        for row, items in zip(table, (src[starts], dst[starts], counts), strict=True):
+            np.multiply(items, lens, out=row)
+        table[0] += self.src[:, None]
+        table[1] += self.dst[:, None]
+        return CopyPlan(*table.reshape(3, -1))
 
 
 def head_plan(
@@ -180,8 +213,8 @@ def _checked_pages(
     src, dst = np.asarray(src_pages, dtype=np.int64).ravel(), np.asarray(dst_pages, dtype=np.int64).ravel()
     if len(src) != len(dst):
         raise LayoutMismatch(f"{what}: {len(src)} items to send into {len(dst)} places: give one place for each")
-    for pool, items, side in ((source, src, "sender"), (destination, dst, "receiver")):
-        _check_items(pool, items, f"{what} of the {side}")
+    _check_items(source, src, what, "sender")
+    _check_items(destination, dst, what, "receiver")
     return src, dst
 
 
@@ -189,12 +222,14 @@ def _pointers(pool: Pool) -> Ints:
     return np.asarray(pool.pointers, dtype=np.uint64).astype(np.int64)
 
 
-def _check_items(pool: Pool, items: Ints, what: str) -> None:
+def _check_items(pool: Pool, items: Ints, what: str, side: str) -> None:
     if not len(items):
         return
-    low, high = int(items.min()), int(items.max())
+    # Not items.min(): of one page, its wrapper takes as long again as the look.
+    low = int(np.minimum.reduce(items))
+    high = low if pool.n_items is None else int(np.maximum.reduce(items))
     if low < 0 or (pool.n_items is not None and high >= pool.n_items):
         size = "" if pool.n_items is None else f", the pool has {pool.n_items}"
         raise LayoutMismatch(
-            f"{what}: index {low if low < 0 else high} is outside the pool{size}: check the page table"
+            f"{what} of the {side}: index {low if low < 0 else high} is outside the pool{size}: check the page table"
         )
