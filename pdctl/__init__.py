@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from pdctl.client import Exhaustion, RegistryClient
     from pdctl.config import Settings, load, store_config
     from pdctl.core.address import Endpoint
+    from pdctl.core.ejection import ProbePolicy
     from pdctl.core.kvstore import KVStoreConfig, StoreRank
     from pdctl.core.layout import Heads, Kind, KvLayout, Pool, RankPools, Region
     from pdctl.core.news import Changed, Listed, Picture
     from pdctl.core.plan import CopyPlan
     from pdctl.core.route import Announcement, Seat, Shape
-    from pdctl.core.sessions import ProbePolicy
     from pdctl.core.trace import TraceContext
     from pdctl.core.transfer import RoomTimeouts
     from pdctl.credentials import Credentials
@@ -110,12 +110,12 @@ _ROOMS = {
     "client": ("Exhaustion", "RegistryClient"),
     "config": ("Settings", "load", "store_config"),
     "core.address": ("Endpoint",),
+    "core.ejection": ("ProbePolicy",),
     "core.kvstore": ("KVStoreConfig", "StoreRank"),
     "core.layout": ("Heads", "Kind", "KvLayout", "Pool", "RankPools", "Region"),
     "core.news": ("Changed", "Listed", "Picture"),
     "core.plan": ("CopyPlan",),
     "core.route": ("Announcement", "Seat", "Shape"),
-    "core.sessions": ("ProbePolicy",),
     "core.trace": ("TraceContext",),
     "core.transfer": ("RoomTimeouts",),
     "credentials": ("Credentials",),

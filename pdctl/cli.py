@@ -34,7 +34,7 @@ from pdctl.beside import beside
 from pdctl.commands.base import Commands, add_command, add_credentials, add_service, always, never
 from pdctl.config import Settings
 from pdctl.core.kvstore import Resolved
-from pdctl.core.sessions import Depth, State
+from pdctl.core.standing import Depth, State
 from pdctl.device.open import open_device
 from pdctl.errors import CallerError, ConfigError, NotReady, OperatorError, PdctlError, Superseded, Unreachable
 from pdctl.kvstore import check_store, open_store

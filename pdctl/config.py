@@ -30,6 +30,7 @@ from pdctl.core.address import Endpoint
 from pdctl.core.admission import AdmissionPolicy
 from pdctl.core.device import DeviceSpec
 from pdctl.core.draining import DrainPolicy
+from pdctl.core.ejection import ProbePolicy
 from pdctl.core.fleet import FleetPolicy
 from pdctl.core.kvstore import CONFIG_PATH, Resolved, StoreFile, StoreRank, resolve
 from pdctl.core.lives import LONGEST_TTL_S, SHORTEST_TTL_S
@@ -40,7 +41,6 @@ from pdctl.core.overview import ReportLimits
 from pdctl.core.registry import RegistryLimits
 from pdctl.core.route import Announcement, Seat, Shape
 from pdctl.core.seconds import check_seconds
-from pdctl.core.sessions import ProbePolicy
 from pdctl.core.transfer import RoomTimeouts
 from pdctl.core.witness import WitnessPolicy
 from pdctl.credentials import AccessSettings, Credentials

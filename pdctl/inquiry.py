@@ -21,7 +21,7 @@ from pdctl.config import Settings, environment
 from pdctl.core.address import Endpoint
 from pdctl.core.exchange import Exchange
 from pdctl.core.route import as_object, needed
-from pdctl.core.sessions import Depth
+from pdctl.core.standing import Depth
 from pdctl.device.open import open_device
 from pdctl.engine.asking import Asking
 from pdctl.engine.base import Proof

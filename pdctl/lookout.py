@@ -21,7 +21,7 @@ from pdctl.core.native import read_seat
 from pdctl.core.overview import News, Place, ReportBook, ReportLimits, speaker
 from pdctl.core.report import Report, Wanted, in_a_line, short_seat
 from pdctl.core.sayings import Refusal, of_life, of_link, of_room, of_session, place_in, sides_of
-from pdctl.core.sessions import State
+from pdctl.core.standing import State
 from pdctl.errors import BadField, PdctlError
 from pdctl.metrics import Metrics
 

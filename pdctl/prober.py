@@ -16,19 +16,8 @@ from typing import Any, Protocol
 
 import structlog
 
-from pdctl.core.sessions import (
-    Change,
-    ChangeKind,
-    Depth,
-    Entry,
-    Question,
-    SessionTable,
-    Standing,
-    State,
-    Turn,
-    Unwell,
-    Well,
-)
+from pdctl.core.sessions import SessionTable
+from pdctl.core.standing import Change, ChangeKind, Depth, Entry, Question, Standing, State, Turn, Unwell, Well
 from pdctl.engine.base import Announced, PeerCard, Proof
 from pdctl.errors import Cause, LimitReached, SessionBlocked, TransferFailed
 from pdctl.lag import LoopLag

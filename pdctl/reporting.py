@@ -39,7 +39,7 @@ from pdctl.core.report import (
     Wanted,
     in_a_line,
 )
-from pdctl.core.sessions import Standing, State
+from pdctl.core.standing import Standing, State
 from pdctl.core.transfer import Phase, Quarantined, Side
 from pdctl.counts.reports import ReportMetrics, Sent
 from pdctl.errors import PdctlError, PutOff, RegistryRefused

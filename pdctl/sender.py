@@ -32,9 +32,9 @@ from pdctl.core.address import Endpoint
 from pdctl.core.course import Ended
 from pdctl.core.destination import Destination, Last, LayerGroups
 from pdctl.core.early import EarlyBook, EarlyLimits
+from pdctl.core.gate import Gate
 from pdctl.core.layout import RankPools
 from pdctl.core.plan import CopyPlan, Ints
-from pdctl.core.sessions import Gate
 from pdctl.core.sums import Checksum, Summand, Sums
 from pdctl.core.trace import Trace, TraceContext, trace_of
 from pdctl.core.transfer import OVERDUE, SENDER, Event, Phase, Quarantined, RoomTimeouts, Side, step

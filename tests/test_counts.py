@@ -8,8 +8,9 @@ import time
 
 from prometheus_client import CollectorRegistry
 
+from pdctl.core.ejection import ProbePolicy
 from pdctl.core.kvstore import StoreRank
-from pdctl.core.sessions import ProbePolicy, SessionTable
+from pdctl.core.sessions import SessionTable
 from pdctl.core.warmup import Report, Result
 from pdctl.engine.asking import Asking
 from pdctl.engine.base import PeerCard

@@ -11,7 +11,7 @@ import pytest
 from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from pdctl.core.sessions import Change, ChangeKind, Depth, State
+from pdctl.core.standing import Change, ChangeKind, Depth, State
 from pdctl.errors import Cause
 from pdctl.metrics import Metrics
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pdctl.cli import main
-from pdctl.core.sessions import ProbePolicy
+from pdctl.core.ejection import ProbePolicy
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

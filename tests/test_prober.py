@@ -19,8 +19,10 @@ import pytest
 from prometheus_client import CollectorRegistry
 from structlog.testing import capture_logs
 
+from pdctl.core.ejection import ProbePolicy
 from pdctl.core.layout import Region
-from pdctl.core.sessions import ChangeKind, Depth, ProbePolicy, SessionTable, State
+from pdctl.core.sessions import SessionTable
+from pdctl.core.standing import ChangeKind, Depth, State
 from pdctl.engine import handshake
 from pdctl.engine.asking import Asking
 from pdctl.engine.base import PeerCard, Proof

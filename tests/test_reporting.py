@@ -22,7 +22,7 @@ from pdctl.core.course import Ended as EndedRoom
 from pdctl.core.exchange import Exchange
 from pdctl.core.native import Grant
 from pdctl.core.report import MAX_LINKS, FailedRoom, LinkSeen, OpenRoom, Report, StoreSeen, Wanted
-from pdctl.core.sessions import Standing, State
+from pdctl.core.standing import Standing, State
 from pdctl.core.transfer import Event, Phase, Quarantined, Side
 from pdctl.dialects.overview import BODY_LIMIT
 from pdctl.dialects.strict import as_body

@@ -12,8 +12,10 @@ import pytest
 
 from pdctl.core.address import Endpoint
 from pdctl.core.early import EarlyLimits
+from pdctl.core.ejection import ProbePolicy
 from pdctl.core.layout import Pool, RankPools, Region
-from pdctl.core.sessions import Depth, ProbePolicy, SessionTable, State
+from pdctl.core.sessions import SessionTable
+from pdctl.core.standing import Depth, State
 from pdctl.core.transfer import Phase, RoomTimeouts
 from pdctl.core.wire import (
     NOT_REGISTERED,

@@ -19,7 +19,7 @@ from pdctl.core.lives import Life, Owner
 from pdctl.core.report import FailedRoom, LinkSeen, Report
 from pdctl.core.route import Seat
 from pdctl.core.seconds import check_seconds
-from pdctl.core.sessions import State
+from pdctl.core.standing import State
 from pdctl.errors import ConfigError, LimitReached, UnknownLease
 
 Place = tuple[str, Seat]

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from pdctl.core.native import check_name
 from pdctl.core.route import Seat, as_object, needed
-from pdctl.core.sessions import State
+from pdctl.core.standing import State
 from pdctl.core.transfer import Phase, Side
 from pdctl.errors import BadField, Cause
 

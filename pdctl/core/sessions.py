@@ -34,9 +34,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager
-from typing import Generic, Protocol
+from collections.abc import Callable, Iterator
+from typing import Generic
 
 from pdctl.core.calendar import Calendar
 from pdctl.core.ejection import Doubt, Groups, Health, ProbePolicy
@@ -58,44 +57,9 @@ from pdctl.core.standing import (
 )
 from pdctl.errors import Cause
 
-__all__ = [
-    "AT_ONCE",
-    "Change",
-    "ChangeKind",
-    "Depth",
-    "Entry",
-    "Gate",
-    "Life",
-    "ProbePolicy",
-    "Question",
-    "SessionTable",
-    "Standing",
-    "State",
-    "Turn",
-    "Unwell",
-    "Well",
-]
-
 AT_ONCE = 256  # forgetting 10,000 idle sessions in one go held the loop for 165 ms
 _UNPROVEN = "somebody answers, but nothing shows that it is the same life"
 _NOTHING_KNOWN = "somebody answers, but there is no life to compare it with"
-
-
-class Gate(Protocol):
-    """What a sender asks of, and tells to, whoever keeps the session table."""
-
-    def reason_blocked(self, session: str) -> str | None:
-        """Why no transfer may go to `session` now, as a sentence; None when one may."""
-
-    def failed(self, session: str, cause: Cause, detail: str) -> None:
-        """A transfer to `session` failed."""
-
-    def registered(self, session: str, pointers: Sequence[int] = ()) -> None:
-        """The peer has announced `session` anew, with memory at `pointers`: whatever was held against it is over."""
-
-    def passing(self, session: str) -> AbstractAsyncContextManager[None]:
-        """Around one transfer: raises SessionBlocked at once, waits for its turn while the session is on trial, and
-        tells the table how it ended: well, or by the TransferFailed that leaves the block."""
 
 
 class SessionTable(Generic[ShownT]):

@@ -29,7 +29,7 @@ from fastapi import APIRouter, Path, Query, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import TypeAdapter
 
-from pdctl.core.sessions import Change, Depth, Standing, State
+from pdctl.core.standing import Change, Depth, Standing, State
 from pdctl.dialects.audience import WatchLimits
 from pdctl.dialects.edge import owner_of, received
 from pdctl.dialects.strict import Refused, as_body, fails, route_class, takes

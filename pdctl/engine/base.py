@@ -19,7 +19,7 @@ from typing import Protocol
 
 from pdctl.core.layout import Region
 from pdctl.core.plan import CopyPlan
-from pdctl.core.sessions import Depth
+from pdctl.core.standing import Depth
 
 
 @dataclass(frozen=True, slots=True)

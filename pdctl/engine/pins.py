@@ -26,7 +26,7 @@ import structlog
 
 from pdctl.core.layout import Region
 from pdctl.core.plan import CopyPlan
-from pdctl.core.sessions import Depth
+from pdctl.core.standing import Depth
 from pdctl.engine.base import PeerCard, Proof
 from pdctl.engine.blocks import Lane
 from pdctl.engine.canary import MAGIC, NONCE_NBYTES, TITLE_NBYTES, Questions, candidates, slot

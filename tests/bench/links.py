@@ -23,8 +23,10 @@ from prometheus_client import CollectorRegistry
 from rich.console import Console
 
 from pdctl import logs
+from pdctl.core.ejection import ProbePolicy
 from pdctl.core.plan import CopyPlan
-from pdctl.core.sessions import Depth, ProbePolicy, SessionTable, Well
+from pdctl.core.sessions import SessionTable
+from pdctl.core.standing import Depth, Well
 from pdctl.device.cpu import Cpu
 from pdctl.engine.asking import Asking
 from pdctl.engine.base import Engine, PeerCard

@@ -14,7 +14,7 @@ from pdctl.core.overview import News, Place, ReportBook, ReportLimits
 from pdctl.core.report import LinkSeen, Report, Wanted, in_a_line, short_seat
 from pdctl.core.route import Seat
 from pdctl.core.sayings import place_in
-from pdctl.core.sessions import State
+from pdctl.core.standing import State
 from pdctl.errors import BadField, ConfigError, LimitReached
 from tests.conftest import Clock
 

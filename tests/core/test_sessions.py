@@ -8,20 +8,9 @@ from typing import Any
 
 import pytest
 
-from pdctl.core.sessions import (
-    AT_ONCE,
-    Change,
-    ChangeKind,
-    Depth,
-    Entry,
-    ProbePolicy,
-    Question,
-    SessionTable,
-    State,
-    Turn,
-    Unwell,
-    Well,
-)
+from pdctl.core.ejection import ProbePolicy
+from pdctl.core.sessions import AT_ONCE, SessionTable
+from pdctl.core.standing import Change, ChangeKind, Depth, Entry, Question, State, Turn, Unwell, Well
 from pdctl.errors import Cause
 
 STEADY = ProbePolicy(

@@ -16,19 +16,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from pdctl.core.sessions import (
-    Change,
-    ChangeKind,
-    Depth,
-    Entry,
-    ProbePolicy,
-    Question,
-    SessionTable,
-    State,
-    Turn,
-    Unwell,
-    Well,
-)
+from pdctl.core.ejection import ProbePolicy
+from pdctl.core.sessions import SessionTable
+from pdctl.core.standing import Change, ChangeKind, Depth, Entry, Question, State, Turn, Unwell, Well
 from pdctl.errors import Cause
 
 POLICY = ProbePolicy(

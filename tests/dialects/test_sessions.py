@@ -15,10 +15,10 @@ import pytest
 from pdctl.beside import beside
 from pdctl.config import Settings
 from pdctl.core.address import Endpoint
+from pdctl.core.ejection import ProbePolicy
 from pdctl.core.lives import Claim, Owner
 from pdctl.core.naming import SESSION_KEY
 from pdctl.core.route import Announcement, Seat, Shape
-from pdctl.core.sessions import ProbePolicy
 from pdctl.engine.asking import Asking
 from pdctl.errors import PdctlError
 from pdctl.links import Links

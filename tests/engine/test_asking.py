@@ -14,7 +14,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from pdctl.core.layout import Region
-from pdctl.core.sessions import Depth
+from pdctl.core.standing import Depth
 from pdctl.device.cpu import Cpu
 from pdctl.engine.asking import Asking, ProbeThreads
 from pdctl.engine.base import PeerCard, Proof

@@ -23,7 +23,7 @@ from structlog.testing import capture_logs
 
 from pdctl.core.layout import Region
 from pdctl.core.plan import CopyPlan
-from pdctl.core.sessions import Depth
+from pdctl.core.standing import Depth
 from pdctl.engine.base import Engine, Proof
 from pdctl.engine.blocks import Direction, Lane, Transfer
 from pdctl.engine.canary import Canary, Questions

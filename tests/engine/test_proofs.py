@@ -10,7 +10,7 @@ import pytest
 
 from pdctl.core.layout import Region
 from pdctl.core.plan import CopyPlan
-from pdctl.core.sessions import Depth
+from pdctl.core.standing import Depth
 from pdctl.engine.canary import NBYTES
 from pdctl.engine.loopback import Directory, open_loopback
 from pdctl.engine.pins import Pins

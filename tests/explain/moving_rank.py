@@ -11,9 +11,9 @@ from dataclasses import replace
 from typing import Any
 
 from pdctl.config import NodeSettings, Settings
+from pdctl.core.ejection import ProbePolicy
 from pdctl.core.pairing import Paired
 from pdctl.core.route import Seat
-from pdctl.core.sessions import ProbePolicy
 from pdctl.errors import PdctlError
 from pdctl.node import DecodeNode, PrefillNode, decode_node, prefill_node
 from tests.e2e.instance import settings_at

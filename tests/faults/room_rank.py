@@ -30,10 +30,11 @@ import psutil
 
 from pdctl.client import RegistryClient
 from pdctl.core.address import Endpoint
+from pdctl.core.ejection import ProbePolicy
 from pdctl.core.layout import Pool, RankPools
 from pdctl.core.pairing import Paired
 from pdctl.core.route import Announcement, Seat, Shape
-from pdctl.core.sessions import ProbePolicy, SessionTable
+from pdctl.core.sessions import SessionTable
 from pdctl.core.transfer import RoomTimeouts, Side
 from pdctl.core.wire import Metadata, RegisterBuffers, Status, parse_to_decode, parse_to_prefill
 from pdctl.device.cpu import Cpu

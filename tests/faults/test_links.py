@@ -13,9 +13,11 @@ import psutil
 import pytest
 from prometheus_client import CollectorRegistry
 
+from pdctl.core.ejection import ProbePolicy
 from pdctl.core.layout import Region
 from pdctl.core.plan import CopyPlan
-from pdctl.core.sessions import Depth, ProbePolicy, SessionTable
+from pdctl.core.sessions import SessionTable
+from pdctl.core.standing import Depth
 from pdctl.device.cpu import Cpu
 from pdctl.engine.asking import Asking
 from pdctl.engine.base import Engine, PeerCard

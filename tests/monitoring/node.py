@@ -14,7 +14,7 @@ from collections.abc import Coroutine
 from typing import Any
 
 from pdctl.config import NodeSettings, ServeSettings, Settings
-from pdctl.core.sessions import ProbePolicy
+from pdctl.core.ejection import ProbePolicy
 from pdctl.core.sums import Checksum
 from pdctl.core.transfer import RoomTimeouts
 from pdctl.engine.environment import MooncakeSettings

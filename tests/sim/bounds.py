@@ -6,7 +6,7 @@ Written from the words of the policy and not from the table's code, which it is 
 
 from __future__ import annotations
 
-from pdctl.core.sessions import ProbePolicy
+from pdctl.core.ejection import ProbePolicy
 
 SLACK_S = 0.05
 """For the answers themselves: each takes a few milliseconds."""

@@ -19,9 +19,10 @@ import pytest
 from pdctl.beside import beside
 from pdctl.client import RegistryClient
 from pdctl.core.address import Endpoint
+from pdctl.core.ejection import ProbePolicy
 from pdctl.core.layout import Pool, RankPools
 from pdctl.core.route import Announcement, Seat, Shape
-from pdctl.core.sessions import ProbePolicy, SessionTable
+from pdctl.core.sessions import SessionTable
 from pdctl.core.sums import Checksum
 from pdctl.core.trace import TraceContext
 from pdctl.core.transfer import RoomTimeouts
