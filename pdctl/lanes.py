@@ -7,8 +7,7 @@ Knows no engine and no gate. A lane is there while somebody uses it; one that do
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Hashable
-from contextlib import asynccontextmanager
+from collections.abc import Hashable
 
 from pdctl.core.turns import Turn, Turns
 from pdctl.errors import LimitReached
@@ -25,25 +24,32 @@ class Lanes:
     def __len__(self) -> int:
         return len(self._lanes)
 
-    @asynccontextmanager
-    async def turn(self, session: str, room: Hashable, nbytes: int, patience_s: float) -> AsyncIterator[None]:
-        """Within, the turn is `room`'s. Raises LimitReached where it does not come within `patience_s`."""
-        lane = self._lanes.setdefault(session, Turns(self._max_nbytes))
-        turn, called = lane.ask(room, nbytes), asyncio.Event()
-        self._waiting[turn] = called
-        try:
-            self._go_on(lane)
-            if not called.is_set():
-                await self._called(called, lane, session, patience_s)
-            yield
-        finally:
-            self._waiting.pop(turn, None)
-            lane.end(turn)
-            self._go_on(lane)
-            if lane.is_idle:
-                self._lanes.pop(session, None)
+    def turn(self, session: str, room: Hashable, nbytes: int, patience_s: float) -> _Taken:
+        """`async with`: within, the turn is `room`'s; gives whether it was waited for. Raises LimitReached where it
+        does not come within `patience_s`."""
+        return _Taken(self, session, room, nbytes, patience_s)
 
-    async def _called(self, called: asyncio.Event, lane: Turns, session: str, patience_s: float) -> None:
+    # --- for those that take turns
+
+    def ask(self, session: str, room: Hashable, nbytes: int) -> Turn:
+        lane = self._lanes.get(session)
+        if lane is None:
+            lane = self._lanes[session] = Turns(self._max_nbytes)
+        turn = lane.ask(room, nbytes)
+        self._go_on(lane)
+        return turn
+
+    def end(self, session: str, turn: Turn) -> None:
+        lane = self._lanes[session]
+        self._waiting.pop(turn, None)
+        lane.end(turn)
+        self._go_on(lane)
+        if lane.is_idle:
+            del self._lanes[session]
+
+    async def called(self, session: str, turn: Turn, patience_s: float) -> None:
+        lane, called = self._lanes[session], asyncio.Event()
+        self._waiting[turn] = called
         try:
             async with asyncio.timeout(patience_s):
                 await called.wait()
@@ -56,4 +62,28 @@ class Lanes:
 
     def _go_on(self, lane: Turns) -> None:
         for turn in lane.begin():
-            self._waiting.pop(turn).set()
+            if (called := self._waiting.pop(turn, None)) is not None:
+                called.set()
+
+
+class _Taken:
+    """A class, since a generator's context costs three times as much, and each room has one."""
+
+    __slots__ = ("_asked", "_lanes", "_patience_s", "_session", "_turn")
+
+    def __init__(self, lanes: Lanes, session: str, room: Hashable, nbytes: int, patience_s: float) -> None:
+        self._lanes, self._session, self._asked, self._patience_s = lanes, session, (room, nbytes), patience_s
+
+    async def __aenter__(self) -> bool:
+        self._turn = self._lanes.ask(self._session, *self._asked)
+        if self._turn.is_under_way:
+            return False
+        try:
+            await self._lanes.called(self._session, self._turn, self._patience_s)
+        except BaseException:
+            self._lanes.end(self._session, self._turn)
+            raise
+        return True
+
+    async def __aexit__(self, *_: object) -> None:
+        self._lanes.end(self._session, self._turn)

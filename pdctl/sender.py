@@ -38,7 +38,7 @@ from pdctl.core.plan import CopyPlan, Ints
 from pdctl.core.sums import Checksum, Summand, Sums
 from pdctl.core.trace import Trace, TraceContext, trace_of
 from pdctl.core.transfer import OVERDUE, SENDER, Event, Phase, Quarantined, RoomTimeouts, Side, step
-from pdctl.core.turns import cut
+from pdctl.core.turns import cut, split
 from pdctl.core.wire import (
     NOT_REGISTERED,
     Abort,
@@ -50,7 +50,6 @@ from pdctl.core.wire import (
     parse_to_prefill,
 )
 from pdctl.engine.base import Engine
-from pdctl.engine.blocks import split
 from pdctl.engine.checksums import Checksums
 from pdctl.errands import Errands
 from pdctl.errors import (

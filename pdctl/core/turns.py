@@ -102,3 +102,13 @@ def cut(plan: CopyPlan, nbytes: int) -> list[CopyPlan]:
     piece = (np.cumsum(plan.nbytes) - plan.nbytes) // nbytes
     starts = [0, *(np.flatnonzero(np.diff(piece)) + 1).tolist(), len(plan)]
     return [CopyPlan(plan.src[a:b], plan.dst[a:b], plan.nbytes[a:b]) for a, b in itertools.pairwise(starts)]
+
+
+def split(plan: CopyPlan, limit: int) -> CopyPlan:
+    """The same bytes in copies of at most `limit`, in the same order."""
+    if not len(plan) or int(np.maximum.reduce(plan.nbytes)) <= limit:
+        return plan
+    pieces = -(-plan.nbytes // limit)
+    owner = np.repeat(np.arange(len(plan)), pieces)
+    offset = (np.arange(len(owner)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * limit
+    return CopyPlan(plan.src[owner] + offset, plan.dst[owner] + offset, np.minimum(plan.nbytes[owner] - offset, limit))

@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any, Protocol
 
-import numpy as np
-
 from pdctl.core.plan import CopyPlan
 from pdctl.errors import Cause
 
@@ -120,13 +118,3 @@ def blocks(plan: CopyPlan) -> Iterator[Block]:
     for first in range(0, len(plan), AT_ONCE):
         part = slice(first, first + AT_ONCE)
         yield from zip(plan.src[part].tolist(), plan.dst[part].tolist(), plan.nbytes[part].tolist(), strict=True)
-
-
-def split(plan: CopyPlan, limit: int) -> CopyPlan:
-    """The same bytes in copies of at most `limit`, in the same order."""
-    pieces = -(-plan.nbytes // limit)
-    if not len(plan) or int(pieces.max()) == 1:
-        return plan
-    owner = np.repeat(np.arange(len(plan)), pieces)
-    offset = (np.arange(len(owner)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * limit
-    return CopyPlan(plan.src[owner] + offset, plan.dst[owner] + offset, np.minimum(plan.nbytes[owner] - offset, limit))

@@ -17,8 +17,9 @@ import structlog
 
 from pdctl.core.layout import Region
 from pdctl.core.plan import CopyPlan
+from pdctl.core.turns import split
 from pdctl.engine.base import Capabilities, PeerCard, Proof
-from pdctl.engine.blocks import Direction, Transfer, blocks, split
+from pdctl.engine.blocks import Direction, Transfer, blocks
 from pdctl.engine.canary import Canary, Questions
 from pdctl.engine.carrier import Carrier, Patience
 from pdctl.engine.checks import check_plan, check_region, first_outside

@@ -20,8 +20,7 @@ import numpy as np
 from pdctl.core.layout import Pool
 from pdctl.core.plan import CopyPlan, Ints, item_plan
 from pdctl.core.sums import Checksum
-from pdctl.core.turns import cut
-from pdctl.engine.blocks import split
+from pdctl.core.turns import cut, split
 from pdctl.sender import SenderLimits
 from tests.bench.checksums import Pair
 from tests.bench.rivals import Row, race

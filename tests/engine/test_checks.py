@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from pdctl.core.layout import Region
 from pdctl.core.plan import CopyPlan
+from pdctl.core.turns import split
 from pdctl.engine.base import PeerCard
-from pdctl.engine.blocks import split
 from pdctl.engine.checks import check_region, first_outside
 from pdctl.errors import BadField
 
