@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
 
 import numpy as np
 import numpy.typing as npt
 
+from pdctl.core.comparing import Checked as Checked
+from pdctl.core.comparing import Checksum as Checksum
 from pdctl.core.dealing import by_token
 from pdctl.core.layout import Heads, Pairs, Pool, RankPools, lengths
 from pdctl.core.plan import Ints, head_nbytes
@@ -26,26 +27,6 @@ KV, AUX, STATE = 0, 1, 2
 
 _WORD = np.dtype("<u4")
 _HEAD = 5  # words before the lists: pool, per, items, parts, entries
-
-
-class Checksum(StrEnum):
-    """Whether the bytes of this side's rooms are summed and compared."""
-
-    OFF = "off"
-    OFFERED = "offered"  # with every peer that does so too; with others rooms go as without
-    REQUIRED = "required"  # a room whose peer does not fails, before any of its pages is used
-
-    @property
-    def is_on(self) -> bool:
-        return self is not Checksum.OFF
-
-
-class Checked(StrEnum):
-    """What became of one prefill rank's sums of one room."""
-
-    MATCHED = "matched"
-    DIFFERED = "differed"
-    ABSENT = "absent"  # a stock prefill, or one of ours that was not told to
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -16,13 +16,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
+from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
-
+from pdctl.core.comparing import Checksum
 from pdctl.core.seconds import check_seconds
-from pdctl.core.sums import Checksum
 from pdctl.errors import ConfigError, IllegalEvent
+
+if TYPE_CHECKING:  # a registry hears of phases and has no arrays
+    import numpy as np
+    import numpy.typing as npt
 
 
 class Phase(IntEnum):

@@ -6,7 +6,7 @@ from enum import StrEnum
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from pdctl.core.sums import Checked
+from pdctl.core.comparing import Checked
 from pdctl.core.transfer import Phase, Side
 
 # A page in a quiet house takes a millisecond; the waits that end a room are 300 s.
