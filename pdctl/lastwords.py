@@ -1,32 +1,35 @@
 """
-What a prefill rank says to decode ranks at a room's end: how it ended, again until it is heard; and, once, that nothing
-of it is in flight any more.
+What a prefill rank says to decode ranks at a room's end: how it ended, again until a connection takes it, and again to
+who has not heard it; and that nothing of it is in flight any more.
 
-Knows no rooms: which of them have ended, and what of, the sender says.
+A connection that breaks loses what it has taken, and only the decode rank sees that something is missing: it names its
+pages again, and is told again what it was told. Knows no rooms: which of them have ended, and what of, the sender says.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import replace
 
 import structlog
 
 from pdctl.core.address import Endpoint
+from pdctl.core.frames import Frames
 from pdctl.core.sums import Sums
 from pdctl.core.transfer import Phase, RoomTimeouts
-from pdctl.core.wire import FIRST_QUESTION, AbortAck, Status
+from pdctl.core.wire import FIRST_QUESTION, NOT_REGISTERED, AbortAck, Metadata, Send, Status
 from pdctl.errands import Errands
 from pdctl.errors import Unreachable
 from pdctl.retry import RetryPolicy, retrying
 
 log = structlog.get_logger(__name__)
 
-Send = Callable[[Endpoint, Sequence[bytes]], Awaitable[None]]
-
 _FLUSH_S = 1.0  # what a peer is allowed for taking a last status
+_MAX_OVER = 4096  # rooms' ends that are remembered for who asks again
+_MAX_NBYTES = 16 << 20  # of what was said then: sums are 4 bytes a page
 # A decode that does not hear how a room ended waits for all of its waiting_s, and loses a room that has succeeded. A
 # way that was cut for a moment is found again so; who is gone for longer has lost more than a status.
 _AGAIN = RetryPolicy(first_wait_s=0.2, max_wait_s=2.0, give_up_after_s=30.0)
@@ -37,6 +40,8 @@ class LastWords:
 
     def __init__(self, send: Send, rank: int, timeouts: RoomTimeouts) -> None:
         self._send, self._rank, self._timeouts = send, rank, timeouts
+        self._over: OrderedDict[tuple[int, Endpoint], tuple[int | None, Frames]] = OrderedDict()
+        self._nbytes = 0
         self._untold: dict[tuple[int, Endpoint], asyncio.Task[None]] = {}
         self._errands = Errands()
         self.reports = Errands()  # apart: what cannot be delivered stays long, and may not crowd out an abort's answer
@@ -45,15 +50,45 @@ class LastWords:
         await asyncio.gather(self.reports.aclose(_FLUSH_S), self._errands.aclose(_FLUSH_S))
 
     def report(
-        self,
-        to: Endpoint,
-        room: int,
-        phase: Phase,
-        reason: str | None = None,
-        sums: Sequence[Sums] | None = None,
+        self, named: Metadata, phase: Phase, reason: str | None = None, sums: Sequence[Sums] | None = None
     ) -> None:
-        """How the room has ended; said again until a connection takes it, or nobody there wants to know any more."""
-        frames = Status(room, phase, self._rank, reason, None if sums is None else tuple(sums)).to_frames()
+        """How the room that `named` speaks of has ended."""
+        given = None if sums is None else tuple(sums)
+        frames = Status(named.room, phase, self._rank, reason, given, named.use).to_frames()
+        self.over(named.room, named.reply, named.use, frames)
+        self._tell(named.room, named.reply, frames)
+
+    def over(self, room: int, to: Endpoint, use: int | None, said: Frames = ()) -> None:
+        """That use of the room's number has ended here, and `to` is told so by `said`, or need not be told."""
+        if use is None:
+            return
+        self._forget(room, to)
+        self._over[room, to] = use, said
+        self._nbytes += sum(map(len, said))
+        while len(self._over) > _MAX_OVER or self._nbytes > _MAX_NBYTES:
+            self._forget(*next(iter(self._over)))
+
+    def again(self, named: Metadata) -> bool:
+        """Whether the use of the room's number that it speaks of is over; whoever has not heard that is told again."""
+        use, said = self._over.get((named.room, named.reply), (None, ()))
+        if use is None or use != named.use:
+            return False
+        if said:
+            self._tell(named.room, named.reply, said)
+        return True
+
+    def ask_memory(self, named: Metadata) -> None:
+        """Of a decode rank that says again what gets no answer: that it has not been heard of here."""
+        why = f"{NOT_REGISTERED}: {named.session} has named pages, and its buffer registration has not come"
+        frames = Status(named.room, Phase.BOOTSTRAPPING, self._rank, why, None, named.use).to_frames()
+        self._post(named.reply, frames, "question")
+
+    def _forget(self, room: int, to: Endpoint) -> None:
+        _, said = self._over.pop((room, to), (None, ()))
+        self._nbytes -= sum(map(len, said))
+
+    def _tell(self, room: int, to: Endpoint, frames: Frames) -> None:
+        """Until a connection takes it, or nobody there wants to know any more."""
         policy = replace(_AGAIN, give_up_after_s=min(_AGAIN.give_up_after_s or 0.0, self._timeouts.waiting_s))
 
         async def deliver() -> None:
@@ -84,9 +119,10 @@ class LastWords:
     def acknowledge(self, room: int, to: Endpoint, generation: int) -> None:
         """And answer the question that it may be."""
         sums = room >= FIRST_QUESTION and self._timeouts.checksum.is_on
-        self._post(to, AbortAck(room, self._rank, generation, sums).to_frames(), "abort ack")
+        again = room >= FIRST_QUESTION
+        self._post(to, AbortAck(room, self._rank, generation, sums, again).to_frames(), "abort ack")
 
-    def _post(self, to: Endpoint, frames: Sequence[bytes], what: str) -> None:
+    def _post(self, to: Endpoint, frames: Frames, what: str) -> None:
         async def deliver() -> None:
             try:
                 await self._send(to, frames)

@@ -30,6 +30,9 @@ log = structlog.get_logger(__name__)
 
 _BREATHE_AFTER_S = 1e-3  # of messages; a receive that is ready at once never lets the event loop run
 _LOG_EVERY_S = 1.0
+# Until a connection whose other end acknowledges no byte is given up, and made anew with the next message. The kernel's
+# own patience is a quarter of an hour. A peer that is stopped acknowledges: its kernel does.
+_UNHEARD_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,6 +247,7 @@ def _push(context: zmq.asyncio.Context, address: str) -> zmq.asyncio.Socket:
     if "[" in address:
         socket.set(zmq.IPV6, 1)
     socket.set(zmq.LINGER, 0)
+    socket.set(zmq.TCP_MAXRT, _ms(_UNHEARD_S))
     # Without it a message to nobody is queued and called sent; with it a send waits for a connection.
     socket.set(zmq.IMMEDIATE, 1)
     _keep_alive(socket)

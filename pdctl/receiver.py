@@ -29,16 +29,17 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import itertools
-from collections import OrderedDict
+import secrets
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 import structlog
 
+from pdctl.contacts import Contacts
 from pdctl.core.address import Endpoint
 from pdctl.core.course import Course, Ended
 from pdctl.core.layout import RankPools
@@ -46,9 +47,8 @@ from pdctl.core.pairing import Paired
 from pdctl.core.plan import Ints
 from pdctl.core.sums import AUX, KV, STATE, Checked, Checksum, Sums, spoken
 from pdctl.core.trace import Trace, trace_of
-from pdctl.core.transfer import OVERDUE, RECEIVER, Event, Phase, Quarantined, RoomTimeouts, Side, step
+from pdctl.core.transfer import OVERDUE, RECEIVER, Event, Phase, Quarantined, RoomTimeouts, Side, Word, step
 from pdctl.core.wire import (
-    FIRST_QUESTION,
     NOT_REGISTERED,
     Abort,
     AbortAck,
@@ -56,6 +56,7 @@ from pdctl.core.wire import (
     Matched,
     Metadata,
     RegisterBuffers,
+    Send,
     Status,
     Unknown,
     parse_to_decode,
@@ -66,18 +67,14 @@ from pdctl.errors import BadFrames, CallerError, ChecksumsMissing, LayoutMismatc
 from pdctl.lag import Alarm
 from pdctl.metrics import Metrics
 from pdctl.pace import Pace
-from pdctl.retry import RetryPolicy, retrying
 from pdctl.telling import Telling
 
 log = structlog.get_logger(__name__)
 
-Send = Callable[[Endpoint, Sequence[bytes]], Awaitable[None]]
 IsGone = Callable[[Endpoint], Awaitable[bool]]
 Release = Callable[[Ints], None]
 
 _FLUSH_S = 1.0  # what a peer is allowed for taking a last abort
-_AGAIN = RetryPolicy(first_wait_s=0.2, max_wait_s=2.0)
-_MAX_PREFILLS = 4096  # prefill ranks of which is remembered that they know our memory
 
 
 async def never_gone(_: Endpoint) -> bool:
@@ -86,20 +83,11 @@ async def never_gone(_: Endpoint) -> bool:
 
 
 @dataclass(slots=True)
-class _Prefill:
-    """Whether a prefill rank has been told of our memory, and has said that it sums; the lock makes rooms of the same
-    moment tell it, and ask it, once."""
-
-    told: bool = False
-    sums: bool = False
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-
-
-@dataclass(slots=True)
 class _Held:
     """Pages of a failed room; `asked`: by the generation of our abort, the prefill ranks that have not confirmed."""
 
     room: int
+    use: int
     pages: Ints
     release: Release | None
     reason: str
@@ -136,16 +124,16 @@ class Receiver:
         if wants_sums:
             pools.check_summed_here()
         self._nbytes = sum(pools.kv.item_lens), sum(pools.aux.item_lens)
-        self._registration = _registration(session, reply, pools, tp_rank, tp_size, wants_sums).to_frames()
         self.checksums = Checksums()
         self._send, self._is_gone = send, is_gone
-        self._prefills: OrderedDict[Endpoint, _Prefill] = OrderedDict()
         self._rooms: dict[int, ArrivingRoom] = {}
         self._held: list[_Held] = []
         self._generations = itertools.count(1)
-        self._questions: dict[int, asyncio.Future[bool]] = {}
+        self._uses = itertools.count(secrets.randbits(62))  # as no process before it at this address has had them
         self.pace = Pace()
         self.errands = Errands()
+        registration = _registration(session, reply, pools, tp_rank, tp_size, wants_sums)
+        self.contacts = Contacts(send, registration, timeouts, clock, self.errands)
 
     async def __aenter__(self) -> Self:
         return self
@@ -170,11 +158,6 @@ class Receiver:
     def nbytes_of(self, n_pages: int) -> int:
         """What a room of so many pages brings, with its aux row."""
         return n_pages * self._nbytes[0] + self._nbytes[1]
-
-    @property
-    def prefills(self) -> tuple[Endpoint, ...]:
-        """Prefill ranks that have been told of our memory."""
-        return tuple(at for at, prefill in self._prefills.items() if prefill.told)
 
     @property
     def quarantine(self) -> tuple[Quarantined, ...]:
@@ -203,8 +186,9 @@ class Receiver:
         self._check_own(given, aux_row, rows, paired.senders, paired.ranks)
         who, required = (room, self.reply, self.session), paired.required
         course = self.telling.begin(Phase.BOOTSTRAPPING, self.clock(), trace_of(trace), is_first=True)
-        named = Metadata(*who, given.astype(np.int32), aux_row, required, prefix_len, rows, trace=course.trace)
-        dummy = Metadata(*who, np.empty(0, np.int32), None, required, prefix_len, trace=course.trace)
+        extra: dict[str, Any] = {"trace": course.trace, "use": next(self._uses)}
+        named = Metadata(*who, given.astype(np.int32), aux_row, required, prefix_len, rows, **extra)
+        dummy = Metadata(*who, np.empty(0, np.int32), None, required, prefix_len, **extra)
         telling = [(at, named) for at in paired.senders] + [(at, dummy) for at in paired.dummies]
         return ArrivingRoom(self, named, telling, paired.responses, paired.ranks, release, course)
 
@@ -222,29 +206,25 @@ class Receiver:
 
     def gone(self, prefill: Endpoint, why: str) -> None:
         """The process at `prefill` has proven to have ended: its rooms fail now, and its pages wait for the margin."""
-        self.forget(prefill)
+        self.contacts.forget(prefill)
         for room in list(self._rooms.values()):
             room.prefill_gone(prefill, why)
         self._confirm_gone(prefill)
-
-    def forget(self, prefill: Endpoint) -> None:
-        """Tell this prefill rank of our memory again before its next room."""
-        self._prefills.pop(prefill, None)
 
     # --- what prefill ranks say
 
     def _status(self, status: Status) -> None:
         room = self._rooms.get(status.room)
-        if room is None:
-            log.debug("status of an unknown room", room=status.room, rank=status.rank)
-        else:
+        if room is not None and status.use in (None, room.use):
             room.reported(status)
+        elif self.contacts.matched_before(status):
+            self.metrics.lost(Word.MATCH)
+        else:
+            log.debug("status of an unknown room", room=status.room, rank=status.rank)
 
     def _acknowledged(self, ack: AbortAck) -> None:
         """Generations are ours and never used twice, so each names one prefill rank's share of one room."""
-        if (question := self._questions.get(ack.room)) is not None:
-            if not question.done():
-                question.set_result(ack.sums)
+        if self.contacts.answered(ack):
             return
         for held in self._held:
             if held.room == ack.room and ack.generation in held.asked:
@@ -285,56 +265,6 @@ class Receiver:
         del self._rooms[room.room]
         self.metrics.ended(Side.RECEIVER, room.phase, self.clock() - room.opened_at)
 
-    async def tell_memory(self, prefill: Endpoint) -> None:
-        """Register our buffers there, unless that has been done. Raises Unreachable, and ChecksumsMissing."""
-        known = self._prefills.setdefault(prefill, _Prefill())
-        self._prefills.move_to_end(prefill)
-        while len(self._prefills) > _MAX_PREFILLS:
-            self._prefills.popitem(last=False)
-        async with known.lock:
-            if self.timeouts.checksum is Checksum.REQUIRED and not known.sums:
-                await self._require_sums(prefill)
-                known.sums = True
-            if not known.told:
-                await self._send(prefill, self._registration)
-                known.told = True
-
-    async def _require_sums(self, prefill: Endpoint) -> None:
-        """Stock knows no such question; it is put so that it answers, and at once (`FIRST_QUESTION`)."""
-        generation = next(self._generations)
-        room = FIRST_QUESTION + generation % (2**64 - FIRST_QUESTION)
-        answer = self._questions[room] = asyncio.get_running_loop().create_future()
-        limit_s = self.timeouts.transfer_s
-        try:
-            async with asyncio.timeout(limit_s):
-                await self._send(prefill, Abort(room, self.reply, generation).to_frames())
-                sums = await answer
-        except TimeoutError:
-            raise Unreachable(
-                f"prefill rank at {prefill} has not said within {limit_s:g} s whether it gives checksums, which "
-                "room.checksum requires here: see whether it is stopped, and whether it can reach this control port"
-            ) from None
-        finally:
-            del self._questions[room]
-        if not sums:
-            raise ChecksumsMissing(
-                f"prefill rank at {prefill} gives no checksums, and room.checksum is required here: start that prefill "
-                "with room.checksum offered or required (a stock one cannot), or this decode with offered"
-            )
-
-    def matched(self, prefill: Endpoint, room: int) -> None:
-        """Tell a prefill rank that what has arrived is what its sums say: for as long as it waits to hear it."""
-        frames = Matched(room, self.session).to_frames()
-        policy = replace(_AGAIN, give_up_after_s=self.timeouts.transfer_s)
-
-        async def tell() -> None:
-            try:
-                await retrying(policy, lambda: self._send(prefill, frames), is_permanent=_is_defect)
-            except Unreachable as error:
-                log.warning("prefill rank not told of a match", room=room, to=str(prefill), why=str(error))
-
-        self.errands.spawn(f"match to {prefill}", tell())
-
     async def tell_pages(self, prefill: Endpoint, named: Metadata) -> None:
         """Raises Unreachable, and then `prefill` does not know of the pages."""
         await self._send(prefill, named.to_frames())
@@ -342,7 +272,7 @@ class Receiver:
     def hold(self, room: ArrivingRoom, told: Sequence[Endpoint], release: Release | None) -> None:
         """Keep the room's pages until every one of `told` has confirmed that it writes no more."""
         asked = {next(self._generations): at for at in told}
-        held = _Held(room.room, room.pages, release, room.reason or "", self.clock(), asked)
+        held = _Held(room.room, room.use, room.pages, release, room.reason or "", self.clock(), asked)
         self._held.append(held)
         self.metrics.quarantined(Side.RECEIVER, len(held.pages))
         self._ask(held)
@@ -366,12 +296,16 @@ class Receiver:
 
     async def _ask_one(self, held: _Held, generation: int, at: Endpoint) -> None:
         try:
-            await self._send(at, Abort(held.room, self.reply, generation, held.reason or None).to_frames())
+            await self._send(at, Abort(held.room, self.reply, generation, held.reason or None, held.use).to_frames())
             return
         except Unreachable as error:
             log.warning("prefill rank not told of an abort", room=held.room, to=str(at), why=str(error))
-        if await self._is_gone(at):
-            self.gone(at, "its host says that nobody listens there any more")
+        await self.look_for(at)
+
+    async def look_for(self, prefill: Endpoint) -> None:
+        """Nothing can be said to it: is it there at all?"""
+        if await self._is_gone(prefill):
+            self.gone(prefill, "its host says that nobody listens there any more")
 
     def _confirm_gone(self, prefill: Endpoint) -> None:
         for held in list(self._held):
@@ -453,6 +387,9 @@ class ArrivingRoom:
         self._spoken = np.zeros(len(named.pages), bool)
         self._ended = asyncio.Event()
         self._timer: Alarm | None = None
+        self._reminder: asyncio.TimerHandle | None = None
+        self._told_at = self.opened_at
+        self._is_hurried = False
 
     async def __aenter__(self) -> Self:
         self._of.enter(self)
@@ -472,6 +409,11 @@ class ArrivingRoom:
         self._fail(Event.ABORTED, f"the decode engine left the room {why}")
         self._leave()
 
+    @property
+    def use(self) -> int:
+        """Of its number, unlike any other that this process makes of one."""
+        return self.named.use or 0
+
     async def arrived(self) -> None:
         """Return when every prefill rank that has to has reported success: pages and aux row are here."""
         await self._ended.wait()
@@ -483,7 +425,9 @@ class ArrivingRoom:
     def reported(self, status: Status) -> None:
         """Before we have named our pages it speaks of an earlier room; 2 only says that prefill has computed."""
         expected = self._ranks is None or status.rank in self._ranks
-        if not expected or not self._told or status.phase not in (Phase.SUCCESS, Phase.FAILED):
+        if expected and status.phase is Phase.BOOTSTRAPPING and (status.reason or "").startswith(NOT_REGISTERED):
+            self._hurry(self._at(status.rank))
+        elif not expected or not self._told or status.phase not in (Phase.SUCCESS, Phase.FAILED):
             log.debug("status not used", room=self.room, rank=status.rank, phase=status.phase.name)
         elif status.phase is Phase.FAILED:
             self._prefill_failed(status)
@@ -554,7 +498,8 @@ class ArrivingRoom:
             self._spoken |= spoken(sums, len(self.pages))
             self._answered(rank)
             if self.phase is not Phase.FAILED:
-                self._of.matched(self._at(rank), self.room)
+                match = Matched(self.room, self._of.session, self.use)
+                self._of.contacts.matched(self._at(rank), match, rank)
 
     def _at(self, rank: int) -> Endpoint:
         """Where that prefill rank is told; the senders come first in `_telling`, as their ids do."""
@@ -594,12 +539,13 @@ class ArrivingRoom:
         try:
             for at, _ in self._telling:
                 await self._of.pace.step()
-                await self._of.tell_memory(at)
+                await self._of.contacts.tell_memory(at)
             self._step(Event.BUFFERS_REGISTERED)
             for at, named in self._telling:
                 self._check()
                 await self._tell(at, named)
             self._step(Event.METADATA_SENT)
+            self._remind_in(self._of.timeouts.remind_s)
         except Unreachable as error:
             self._forget_all()
             self._fail(Event.PEER_UNREACHABLE, str(error))
@@ -617,7 +563,37 @@ class ArrivingRoom:
 
     def _forget_all(self) -> None:
         for at, _ in self._telling:
-            self._of.forget(at)
+            self._of.contacts.forget(at)
+
+    # --- telling again
+
+    def _remind_in(self, wait_s: float) -> None:
+        if not self.phase.is_final:
+            self._reminder = asyncio.get_running_loop().call_later(wait_s, self._remind, wait_s)
+
+    def _remind(self, wait_s: float) -> None:
+        self._of.errands.spawn(f"room {self.room} once more", self._say_again())
+        self._remind_in(2 * wait_s)
+
+    def _hurry(self, prefill: Endpoint) -> None:
+        """It has our pages and not our memory. Once a room, so that two who misunderstand each other keep the peace."""
+        if not self._is_hurried:
+            self._is_hurried = True
+            self._of.contacts.not_known_at(prefill)
+            self._of.errands.spawn(f"room {self.room} once more", self._say_again())
+
+    async def _say_again(self) -> None:
+        """Nobody has answered: the prefill may still compute, or may never have heard of the room."""
+        for at, named in self._telling:
+            try:
+                if await self._of.contacts.remind(at, self._of.clock() - self._told_at) and not self.phase.is_final:
+                    await self._of.tell_pages(at, replace(named, again=True))
+                    log.debug("room named again", room=self.room, to=str(at))
+            except Unreachable as error:
+                log.debug("room not named again", room=self.room, to=str(at), why=str(error))
+                await self._of.look_for(at)
+            if self.phase.is_final:
+                return
 
     # --- phases and endings
 
@@ -629,6 +605,7 @@ class ArrivingRoom:
             self._watch()
         if self.phase.is_final and not self._ended.is_set():
             self._ended.set()
+            _cancel(self._reminder)
             self.course.nbytes = self._of.nbytes_of(len(self.pages)) if self.phase is Phase.SUCCESS else 0
             self._of.telling.ended(self.phase, self.course, lambda: self._outcome(event))
 
@@ -699,10 +676,6 @@ def _registration(
         state_dims=pools.state_dims,
         wants_sums=wants_sums,
     )
-
-
-def _is_defect(error: Exception) -> bool:
-    return not isinstance(error, Unreachable)
 
 
 def _cancel(timer: asyncio.TimerHandle | Alarm | None) -> None:

@@ -18,6 +18,7 @@ not bring its blocks to rest in time, when it has. Until then it shows in `sende
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,7 +38,7 @@ from pdctl.core.layout import RankPools
 from pdctl.core.plan import CopyPlan, Ints
 from pdctl.core.sums import Checksum, Summand, Sums
 from pdctl.core.trace import Trace, TraceContext, trace_of
-from pdctl.core.transfer import OVERDUE, SENDER, Event, Phase, Quarantined, RoomTimeouts, Side, step
+from pdctl.core.transfer import OVERDUE, SENDER, Event, Phase, Quarantined, RoomTimeouts, Side, Word, step
 from pdctl.core.turns import cut, split
 from pdctl.core.wire import (
     NOT_REGISTERED,
@@ -46,6 +47,7 @@ from pdctl.core.wire import (
     Matched,
     Metadata,
     RegisterBuffers,
+    Send,
     Unknown,
     parse_to_prefill,
 )
@@ -66,7 +68,7 @@ from pdctl.errors import (
 )
 from pdctl.lag import Alarm
 from pdctl.lanes import Lanes
-from pdctl.lastwords import LastWords, Send
+from pdctl.lastwords import LastWords
 from pdctl.metrics import Metrics
 from pdctl.pace import Pace
 from pdctl.telling import Telling
@@ -188,12 +190,14 @@ class Sender:
                 self._aborted(abort)
             case Matched() as matched:
                 if (room := self._rooms.get(matched.room)) is not None:
-                    room.matched(matched.session)
+                    room.matched(matched)
             case Bootstrap() | Unknown() as other:
                 log.debug("message not used", message=type(other).__name__)
 
     def _registered(self, said: RegisterBuffers) -> None:
         before = self._peers.get(said.session)
+        if said.again and before == said:
+            return
         self._peers[said.session] = said
         self._peers.move_to_end(said.session)
         while len(self._peers) > self.limits.max_peers:
@@ -208,16 +212,22 @@ class Sender:
         log.info("decode rank registered", session=said.session, entries=len(said.kv_pointers), reply=str(said.reply))
 
     def _named(self, named: Metadata) -> None:
+        if self.words.again(named):
+            self.metrics.lost(Word.STATUS)
+            return
         self.words.hush(named.room, named.reply)
         room = self._rooms.get(named.room)
-        if room is None or room.phase.is_final:  # the next use of a room id may come while the last is being left
-            self._early.put(named, self.clock())
-        else:
-            room.named(named)
+        if room is not None and not room.phase.is_final:
+            is_known = room.named(named)
+        else:  # also the next use of a room id, which may come while the last is being left
+            is_known = self._early.put(named, self.clock())
+        if named.again and not is_known:
+            self.metrics.lost(Word.PAGES)
 
     def _aborted(self, abort: Abort) -> None:
         if abort.reply is not None:
             self.words.hush(abort.room, abort.reply)
+            self.words.over(abort.room, abort.reply, abort.use)
         room = self._rooms.get(abort.room) or next((r for r in self._unsettled if r.room == abort.room), None)
         if room is not None:
             room.aborted(abort)
@@ -251,6 +261,9 @@ class Sender:
     def settled(self, room: SendingRoom, n_pages: int) -> None:
         self._unsettled.remove(room)
         self.metrics.quarantined(Side.SENDER, -n_pages)
+
+    def knows(self, session: str) -> bool:
+        return session in self._peers
 
     def pair(self, named: Metadata) -> Destination:
         """Raises a PdctlError, with its reason, when this decode rank cannot be served."""
@@ -402,7 +415,10 @@ class SendingRoom:
         self._comparing = set(self._sums)
         for destination in self._destinations.values():
             sums = self._sums.get(destination.session)
-            self._of.words.report(destination.named.reply, self.room, Phase.SUCCESS, sums=sums)
+            self._of.words.report(destination.named, Phase.SUCCESS, sums=sums)
+        for named in self._named.values():
+            if named.is_dummy:
+                self._of.words.over(self.room, named.reply, named.use)
         if self._comparing:
             await self._comparison()
         self._step(Event.LAST_CHUNK_LANDED)
@@ -413,7 +429,12 @@ class SendingRoom:
         limit_s = self._of.timeouts.transfer_s
         try:
             async with asyncio.timeout(limit_s):
-                await self._compared.wait()
+                while not self._compared.is_set():
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(self._of.timeouts.remind_s):
+                            await self._compared.wait()
+                    for session in self._comparing:
+                        self._of.words.again(self._named[session])
         except TimeoutError:
             silent = ", ".join(sorted(self._comparing))
             self._fail(
@@ -425,11 +446,19 @@ class SendingRoom:
 
     # --- what peers say
 
-    def named(self, named: Metadata) -> None:
-        """A decode rank has named its pages. What comes when the room is complete is late or a repetition."""
+    def named(self, named: Metadata) -> bool:
+        """A decode rank has named its pages; whether it had done so before, or its memory is not known and must come
+        first. What comes when the room is complete is late or a repetition."""
+        known = self._named.get(named.session)
+        if known is not None and known.use is not None and known.use == named.use:
+            return True
         if self.phase is not Phase.BOOTSTRAPPING:
             log.debug("late metadata", room=self.room, session=named.session)
-            return
+            return True
+        if named.use is not None and not named.is_dummy and not self._of.knows(named.session):
+            self._of.words.ask_memory(named)
+            self._of.metrics.lost(Word.REGISTRATION)
+            return True
         self._named[named.session] = named
         if named.trace is not None:
             self._of.telling.learned(self.course, named.trace)
@@ -443,17 +472,18 @@ class SendingRoom:
                     self._sums[named.session] = []
             except PdctlError as error:
                 self._fail(Event.TRANSFER_FAILED, str(error))
-                return
+                return False
         required = self._required or max(each.required for each in self._named.values())
         complete = len(self._named) >= required
         self._step(Event.ALL_NAMED_PAGES if complete else Event.PEER_NAMED_PAGES)
         if complete:
             self._no_longer_bootstrapping.set()
+        return False
 
-    def matched(self, session: str) -> None:
+    def matched(self, match: Matched) -> None:
         """What it has of the room is what our sums say; before they were given that is a mistake."""
-        if session in self._comparing:
-            self._comparing.remove(session)
+        if match.session in self._comparing and match.use in (None, self._named[match.session].use):
+            self._comparing.remove(match.session)
             if not self._comparing:
                 self._compared.set()
 
@@ -610,8 +640,10 @@ class SendingRoom:
             if write is not current:
                 write.cancel()
         for named in self._named.values():
-            if not named.is_dummy and named.reply != but_tell_not:
-                self._of.words.report(named.reply, self.room, Phase.FAILED, reason)
+            if named.is_dummy or named.reply == but_tell_not:
+                self._of.words.over(self.room, named.reply, named.use)
+            else:
+                self._of.words.report(named, Phase.FAILED, reason)
         self._no_longer_bootstrapping.set()
         self._compared.set()
 

@@ -17,7 +17,7 @@ from pdctl.core.pairing import Paired
 from pdctl.core.plan import CopyPlan
 from pdctl.core.sums import KV, Checksum, Spans, Sums
 from pdctl.core.transfer import Phase, RoomTimeouts
-from pdctl.core.wire import SUMS, Matched, RegisterBuffers, Status, parse_to_prefill
+from pdctl.core.wire import SUMS, USE, Matched, RegisterBuffers, Status, parse_to_prefill
 from pdctl.errors import BadFrames, CallerError, RoomFailed, Unreachable
 from pdctl.metrics import Metrics
 from pdctl.receiver import Receiver
@@ -204,7 +204,8 @@ async def test_where_one_side_does_not_check_the_room_goes_as_without(
     async with rig_of(clock, prefill, decode) as rig:
         await rig.move(5, [[1]], [9], Released())
         assert len(rig.to_prefill[0]) == (21 if decode.checksum.is_on else 20)
-        assert rig.to_decode == [[b"5", b"4", b"0"]]
+        (status,) = rig.to_decode
+        assert status[:5] == [b"5", b"4", b"0", b"", USE], "no sums"
         assert rig.count("matched") == 0
         assert rig.count("absent") == float(decode.checksum.is_on)
 
@@ -344,7 +345,7 @@ async def test_pages_that_no_rank_speaks_of_are_not_used_where_each_gives_sums(
 
 async def test_a_prefill_that_hears_no_word_of_the_comparison_fails_its_room_in_time(clock: Clock) -> None:
     async with rig_of(clock, replace(CHECKED, transfer_s=0.1)) as rig:
-        rig.receiver.matched = lambda prefill, room: None  # type: ignore[method-assign]
+        rig.receiver.contacts.matched = lambda prefill, match, rank: None  # type: ignore[method-assign]
         await rig.move(5, [[1]], [9], Released())
         assert f"no word from decode session {rig.receiver.session} within 0.1 s whether what arrived" in rig.sent_why
         assert rig.sender.rooms == ()
@@ -367,7 +368,7 @@ async def test_a_word_of_a_match_that_no_connection_takes_is_said_when_one_does(
 
 async def test_a_word_of_a_match_before_there_were_sums_is_none(clock: Clock) -> None:
     async with rig_of(clock, replace(CHECKED, transfer_s=0.1)) as rig:
-        rig.receiver.matched = lambda prefill, room: None  # type: ignore[method-assign]
+        rig.receiver.contacts.matched = lambda prefill, match, rank: None  # type: ignore[method-assign]
         async with rig.receiver.open(5, PREFILL, [9], 3), rig.sender.open(5) as r:
             await r.peers_ready()
             rig.sender.handle(Matched(5, rig.receiver.session).to_frames())

@@ -37,6 +37,7 @@ FLOORS = {
                 "watching",
                 "telling",
                 "lastwords",
+                "contacts",
                 "tracing",
                 "device",
                 "memory",

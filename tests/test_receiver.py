@@ -310,7 +310,7 @@ async def test_a_prefill_that_never_answers_is_a_time_out_with_a_cause(clock: Cl
             with pytest.raises(RoomFailed, match=r"no final status from prefill at 10\S+:9001 within 0\.05 s: see"):
                 await room.arrived()
         await rig.told_of_room()
-        assert rig.receiver.prefills == ()  # another process may be there: it must hear of our memory again
+        assert rig.receiver.contacts.told == ()  # another process may be there: it must hear of our memory again
         rig.ack((await rig.told_abort())[1])
         assert await given_back.next() == [1]
 
@@ -392,7 +392,7 @@ async def test_a_prefill_that_forgot_us_hears_of_our_memory_again(rig: Rig) -> N
 async def test_an_ordinary_failure_does_not_register_again(rig: Rig) -> None:
     """It would lift, at the prefill, the block that the failure has put on our session."""
     await enter_and_fail(rig, rig.receiver.open(5, PREFILL, [1], 0))
-    assert rig.receiver.prefills == (PREFILL,)
+    assert rig.receiver.contacts.told == (PREFILL,)
 
 
 async def test_a_prefill_proven_gone_needs_no_ack(clock: Clock) -> None:

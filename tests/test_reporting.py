@@ -128,7 +128,7 @@ async def test_a_room_that_fails_is_told_by_both_sides_with_its_cause() -> None:
                 await sending.peers_ready()
                 opened = await asyncio.wait_for(_open_room(watch, prefill, decode), SOON_S)
                 assert opened == {"waiting_for_input": 1}
-                decode.receiver.gone(decode.receiver.prefills[0], "it is said to be")
+                decode.receiver.gone(decode.receiver.contacts.told[0], "it is said to be")
                 await arriving.arrived()
         failed = (await watch.report("decode", lambda report: bool(report["failed"])))["failed"][0]
         assert (failed["room"], failed["side"], failed["cause"]) == (9, "receiver", "peer_failed")

@@ -47,15 +47,18 @@ class EarlyBook:
         self._expire(now)
         return list(self._rooms)
 
-    def put(self, named: Metadata, now: float) -> None:
-        """News of a decode rank replaces its older news, an abort included: within a connection ZMQ keeps the order."""
+    def put(self, named: Metadata, now: float) -> bool:
+        """News of a decode rank replaces its older news, an abort included: within a connection ZMQ keeps the order.
+        Whether it has said anything of the room before."""
         early = self._pop(named.room) or _Early(now)
+        is_known = named.session in early.by_session
         early.by_session[named.session] = named
         early.aborted.discard(named.reply)
         early.expires = now + self._ttl_s
         self._rooms[named.room] = early
         self._count(early, 1)
         self._expire(now)
+        return is_known
 
     def abort(self, abort: Abort, now: float) -> None:
         """Remember it only for a room that was named: an abort of a finished room must not reach its id's next use."""

@@ -48,6 +48,15 @@ class Side(StrEnum):
     RECEIVER = "receiver"
 
 
+class Word(StrEnum):
+    """What one side has said of a room and the other not heard: the connection broke that had taken it."""
+
+    REGISTRATION = "registration"  # of decode's memory
+    PAGES = "pages"  # that decode named
+    STATUS = "status"  # prefill's last
+    MATCH = "match"  # decode's, of what it compared
+
+
 class Event(StrEnum):
     """Things that happened to a room."""
 
@@ -140,6 +149,10 @@ class RoomTimeouts:
     transfer_s: one turn of a chunk to one decode rank, of `SenderLimits.turn_nbytes` at most. 60 s is 6 GiB at the
         0.1 GB/s of the slowest block size measured (MOONCAKE_FACTS 3.4); a peer that stops is found by the engine's own
         inactivity limit (5 s), not by this. Its turn a chunk awaits for waiting_s.
+    remind_s: from naming a room's pages to a prefill rank until they are named once more, with the registration of our
+        memory; each further wait is twice the one before. What a connection had taken when it broke is lost, and nobody
+        else says it again. Also from a prefill's sums until they are given once more. A stock prefill is reminded of a
+        room that has waited for 30 s, no sooner: one that has ended there would be taken up again, and kept.
     release_s: how often a prefill that has not confirmed an abort is asked again, and warned about. It frees nothing:
         stock frees after 30 s without an answer, while a write may still be under way.
     drain_margin_s: from the confirmation of an abort to the reuse of its pages. Bytes that the prefill's kernel had
@@ -155,6 +168,7 @@ class RoomTimeouts:
     bootstrap_s: float = 300.0
     waiting_s: float = 300.0
     transfer_s: float = 60.0
+    remind_s: float = 2.0
     release_s: float = 30.0
     drain_margin_s: float = 2.0
     checksum: Checksum = Checksum.OFF

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 import struct
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import ClassVar, Self
 
@@ -37,6 +38,9 @@ from pdctl.core.sums import Sums, pack, unpack
 from pdctl.core.trace import TraceContext
 from pdctl.core.transfer import Phase
 from pdctl.errors import BadFrames, LayoutMismatch
+
+Send = Callable[[Endpoint, Frames], Awaitable[None]]
+"""Brings one message to a control link. Raises Unreachable."""
 
 MAX_FRAMES = 64  # the longest message known has 20
 MAX_RANKS = 4096  # of one instance; a required count above it is nonsense
@@ -61,8 +65,9 @@ TRACE = b"pdctl:trace"
 # room's.
 USE = b"pdctl:use"
 
-# How a pdctl decode marks a registration that says nothing new, and a pdctl prefill its answer to a question: it is one
-# to whom a room's pages may be named again at any time. (Stock takes up a room anew that is named after its end.)
+# How a pdctl decode marks a registration and metadata that say nothing new, and a pdctl prefill its answer to a
+# question: it is one to whom a room's pages may be named again at any time. (Stock takes up a room anew that is named
+# after its end.)
 AGAIN = b"pdctl:again"
 
 # Rooms from here on are none, stock routers draw 63 bits. A decode that must know beforehand whether a prefill sums
@@ -171,7 +176,8 @@ class Metadata:
 
     aux_row None and no pages: a dummy, from a decode rank that needs nothing but must be heard of. `required`: how many
     decode ranks this prefill rank must hear of. `prefix_len`: tokens that decode has already; `pages` begins after it.
-    `trace`: whose request it is, and `use`: which use of the room's number, behind all frames that stock reads.
+    `trace`: whose request it is, `use`: which use of the room's number, and `again`: it has been said before, behind
+    all frames that stock reads.
     """
 
     NAME: ClassVar[str] = "metadata"
@@ -187,6 +193,7 @@ class Metadata:
     device_pages: Pages | None = field(default=None, repr=False)
     trace: TraceContext | None = None
     use: int | None = None
+    again: bool = False
 
     @property
     def is_dummy(self) -> bool:
@@ -205,6 +212,7 @@ class Metadata:
             b"" if self.device_pages is None else put_pages(self.device_pages),
             *([] if self.trace is None else [TRACE, self.trace.traceparent.encode(), self.trace.state.encode()]),
             *([] if self.use is None else [USE, put(self.use)]),
+            *([AGAIN] if self.again else []),
         ]
 
     @classmethod
@@ -224,13 +232,14 @@ class Metadata:
             device_pages=device_pages if len(device_pages) else None,
             trace=_trace(read, 10),
             use=_use(read, 10),
+            again=AGAIN in frames[10:],
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Abort:
     """Decode gives the room up. With `generation` it holds the pages until that very generation is acknowledged; only
-    then a `reason` travels too, in frames that stock does not read."""
+    then a `reason` travels too, and which `use` of the room's number is over, in frames that stock does not read."""
 
     TAG: ClassVar[bytes] = b"ABORT"
     NAME: ClassVar[str] = "abort"
@@ -239,6 +248,7 @@ class Abort:
     reply: Endpoint | None = None
     generation: int | None = None
     reason: str | None = None
+    use: int | None = None
 
     def to_frames(self) -> list[bytes]:
         frames = [self.TAG, put(self.room)]
@@ -247,6 +257,7 @@ class Abort:
             if self.generation is not None:
                 frames.append(put(self.generation))
                 frames += [] if self.reason is None else [WHY, self.reason.encode()[:MAX_TEXT]]
+                frames += [] if self.use is None else [USE, put(self.use)]
         return frames
 
     @classmethod
@@ -254,7 +265,8 @@ class Abort:
         read = Reader(cls.NAME, frames, needed=2)
         reply = read.endpoint(2, 3) if len(frames) > 2 else None
         generation = read.number(4, "generation") if len(frames) > 4 else None
-        return cls(read.room(1), reply, generation, read.text(6) if read.frame(5) == WHY else None)
+        reason = read.text(6) if read.frame(5) == WHY else None
+        return cls(read.room(1), reply, generation, reason, _use(read, 5 if reason is None else 7))
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,14 +298,16 @@ class Matched:
 
     room: int
     session: str
+    use: int | None = None
 
     def to_frames(self) -> list[bytes]:
-        return [self.TAG, put(self.room), self.session.encode("ascii")]
+        behind = [] if self.use is None else [USE, put(self.use)]
+        return [self.TAG, put(self.room), self.session.encode("ascii"), *behind]
 
     @classmethod
     def from_frames(cls, frames: Frames) -> Self:
         read = Reader(cls.NAME, frames, needed=3)
-        return cls(read.room(1), read.session(2))
+        return cls(read.room(1), read.session(2), _use(read, 3))
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from enum import StrEnum
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from pdctl.core.comparing import Checked
-from pdctl.core.transfer import Phase, Side
+from pdctl.core.transfer import Phase, Side, Word
 
 # A page in a quiet house takes a millisecond; the waits that end a room are 300 s.
 ROOM_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
@@ -82,6 +82,14 @@ class RoomMetrics:
             ["result"],
             registry=registry,
         )
+        self._lost = Counter(
+            "pdctl_room_words_lost_total",
+            "Messages of rooms that were lost on their way and said again, by word.",
+            ["word"],
+            registry=registry,
+        )
+        for word in Word:
+            self._lost.labels(word)
         for result in Checked:
             self._checked.labels(result)
         for side in Side:
@@ -110,3 +118,6 @@ class RoomMetrics:
 
     def checked(self, result: Checked) -> None:
         self._checked.labels(result).inc()
+
+    def lost(self, word: Word) -> None:
+        self._lost.labels(word).inc()

@@ -38,9 +38,6 @@ POLICY = RetryPolicy(first_wait_s=0.05, max_wait_s=1.0, max_attempts=40, give_up
 PLACES = ("p0", "p1", "d0", "d1")
 SETTINGS = {
     "engine.progress_timeout_s": "2",
-    # What decode says of its pages may be lost with a link that is cut, and is not said again: the room ends by this.
-    "room.bootstrap_s": "8",
-    "room.waiting_s": "20",
     "retry.first_wait_s": "0.1",
     "retry.max_wait_s": "0.5",
     "log.level": "info",

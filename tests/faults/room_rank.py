@@ -70,7 +70,8 @@ ABSENT_FROM = 80  # what is sent is below this, and so below all three
 
 def timeouts(pace: int) -> RoomTimeouts:
     """`pace`: how many times slower than it could be this host is now: what is here is no test of how fast it is."""
-    return RoomTimeouts(2.5 * pace, 5 * pace, transfer_s=10 * pace, release_s=0.3, drain_margin_s=0.1)
+    waits = {"bootstrap_s": 2.5 * pace, "waiting_s": 5 * pace, "transfer_s": 10 * pace, "remind_s": 0.4 * pace}
+    return RoomTimeouts(**waits, release_s=0.3, drain_margin_s=0.1)
 
 
 class Moment(StrEnum):
@@ -540,7 +541,7 @@ class Decode(Ranks):
             if (it := rank.receiver) is not None:
                 of_rank += [("rooms", it.rooms), ("errands", len(it.errands))]
                 of_rank += [("quarantine", [held.room for held in it.quarantine])]
-                of_rank += [("telling", [at for at, known in it._prefills.items() if known.lock.locked()])]
+                of_rank += [("telling", [at for at, known in it.contacts._contacts.items() if known.lock.locked()])]
             yield from ((f"rank {number}, {what}", table) for what, table in of_rank)
 
 

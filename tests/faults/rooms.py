@@ -61,13 +61,14 @@ class Fault(StrEnum):
     PREFILL_KILLED = "prefill killed"
     PREFILL_STOPPED = "prefill stopped"
     CUT = "link cut"  # control link and data port, every connection broken
+    LOST = "messages lost"  # the control link takes what is said, breaks, and is there again
     SILENCED = "link silenced"  # both take bytes, and none goes on
     DATA_CUT = "data port cut"
     PREFILL_ABORTS = "aborted by prefill"
     DECODE_ABORTS = "aborted by decode"
 
 
-BY_CABLE = (Fault.CUT, Fault.SILENCED, Fault.DATA_CUT, Fault.PREFILL_ABORTS, Fault.DECODE_ABORTS)
+BY_CABLE = (Fault.CUT, Fault.LOST, Fault.SILENCED, Fault.DATA_CUT, Fault.PREFILL_ABORTS, Fault.DECODE_ABORTS)
 
 # As each end sees the faults that issue 5 names.
 SEEN_BY_SENDER = {
@@ -124,6 +125,7 @@ _GIVEN_UP = r"^decode rank [\d.:]+ has given the room up"
 _GIVEN_UP_EARLY = r"^decode rank [\d.:]+ gave the room up before it was opened here"
 _UNREACHABLE = r"^peer [\d.:]+ is not reachable"
 _NO_STATUS = r"^no final status from prefill at [\d.:]+"
+_DEAD_THERE = r"^prefill rank at [\d.:]+ is gone: its host says that nobody listens there any more"
 _LOST = f"{_UNREACHABLE}|{_NO_STATUS}"  # the connection may take a message before it is known to be broken
 _NO_CONNECTION = "^no connection for the"
 _LEFT_BY_DECODE = "^the decode engine left the room on CancelledError"
@@ -161,7 +163,7 @@ MATRIX: dict[Fault, dict[Moment, Ends]] = {
     ),
     Fault.PREFILL_KILLED: _ends(
         _DEAD,
-        _all(_LOST, _LOST, *[_NO_STATUS] * 7, WELL),
+        _all(*[f"{_UNREACHABLE}|{_DEAD_THERE}"] * 2, *[_DEAD_THERE] * 7, WELL),
     ),
     Fault.DECODE_STOPPED: _ends(
         _all(_NOBODY, _NOBODY, _SILENT, _HALF, _SILENT, _STALLED, _STALLED, _STALLED, WELL, WELL),
@@ -194,6 +196,11 @@ MATRIX: dict[Fault, dict[Moment, Ends]] = {
     Fault.CUT: _ends(
         _all(_NOBODY, _NOBODY, _SEVERED, _HALF, *[_SEVERED] * 4, WELL, WELL),
         _all(_LOST, _LOST, *[_NO_STATUS] * 7, WELL),
+    ),
+    # What the link had taken is said again. A first message that finds no connection was never taken.
+    Fault.LOST: _ends(
+        _all(*[f"{OR_WELL}{_NOBODY}"] * 2, WELL, _HALF, *[WELL] * 6),
+        _all(*[f"{OR_WELL}{_UNREACHABLE}"] * 2, WELL, _says(_HALF), *[WELL] * 6),
     ),
     Fault.SILENCED: _ends(
         _all(_NOBODY, _NOBODY, _SILENT, _HALF, _SILENT, *[_STALLED] * 3, WELL, WELL),
@@ -453,6 +460,17 @@ class Scene:
 
     async def data_cut(self) -> None:
         await self.by_cable(self.ways.cut(control=False))
+
+    async def lost(self) -> None:
+        for wire in self.ways.wires:
+            wire.silence()
+        await self.go_on("prefill")
+        await self.go_on("decode")
+        for wire in self.ways.wires:
+            wire.cut()
+            wire.mend()
+        await self.all_end("prefill")
+        await self.all_end("decode")
 
     async def silenced(self) -> None:
         self.ways.silence()

@@ -298,7 +298,7 @@ async def test_a_decode_that_requires_checksums_refuses_a_stock_prefill_before_i
             await asyncio.wait_for(arriving.__aenter__(), 5)
         assert given_back.now == [[4]]
         assert await stock("poll_until", room=room, status=[BOOTSTRAPPING, WAITING]) == BOOTSTRAPPING
-    assert (receiver.prefills, receiver.quarantine) == ((), ())
+    assert (receiver.contacts.told, receiver.quarantine) == ((), ())
 
 
 @SUMS_REQUIRED
