@@ -198,6 +198,8 @@ class Sender:
         before = self._peers.get(said.session)
         if said.again and before == said:
             return
+        if said.again and before is None:
+            self.metrics.lost(Word.REGISTRATION)
         self._peers[said.session] = said
         self._peers.move_to_end(said.session)
         while len(self._peers) > self.limits.max_peers:
@@ -457,7 +459,6 @@ class SendingRoom:
             return True
         if named.use is not None and not named.is_dummy and not self._of.knows(named.session):
             self._of.words.ask_memory(named)
-            self._of.metrics.lost(Word.REGISTRATION)
             return True
         self._named[named.session] = named
         if named.trace is not None:

@@ -14,6 +14,7 @@ import asyncio
 import ctypes
 import json
 import mmap
+import re
 import sys
 import time
 from collections import defaultdict
@@ -70,8 +71,9 @@ ABSENT_FROM = 80  # what is sent is below this, and so below all three
 
 def timeouts(pace: int) -> RoomTimeouts:
     """`pace`: how many times slower than it could be this host is now: what is here is no test of how fast it is."""
-    waits = {"bootstrap_s": 2.5 * pace, "waiting_s": 5 * pace, "transfer_s": 10 * pace, "remind_s": 0.4 * pace}
-    return RoomTimeouts(**waits, release_s=0.3, drain_margin_s=0.1)
+    return RoomTimeouts(
+        2.5 * pace, 5 * pace, transfer_s=10 * pace, remind_s=0.4 * pace, release_s=0.3, drain_margin_s=0.1
+    )
 
 
 class Moment(StrEnum):
@@ -350,6 +352,14 @@ class Prefill(Ranks):
         self.keeper.open()
         return {}
 
+    async def words_lost(self) -> dict[str, Any]:
+        """That decode ranks have said again here, or were told again."""
+        said = self.metrics.exposition()[0].decode()
+        return {
+            word: float(count)
+            for word, count in re.findall(r'^pdctl_room_words_lost_total{word="(.*)"} (.*)$', said, re.M)
+        }
+
     async def forget_memory(self, gone: bool) -> dict[str, Any]:
         """Our own region is not registered with our engine any more; or it is again."""
         await (self.engine.unregister if gone else self.engine.register)(self.memory.arena.region)
@@ -501,6 +511,13 @@ class Decode(Ranks):
             rank.foreign.append(f"pages {pages} were given back twice")
         rank.memory.set(GIVEN_BACK, pages, [row])
         rank.released.append((pages, row))
+
+    async def acquaint(self, prefill: str) -> dict[str, Any]:
+        """Connections both ways between each rank and `prefill`, and nothing told by them."""
+        for rank in self.ranks:
+            assert rank.receiver
+            await rank.receiver.contacts._ask(Endpoint.parse(prefill), self.timeouts.transfer_s)
+        return {}
 
     async def kept(self, at: int) -> dict[str, Any]:
         keeper = self.ranks[at].keeper

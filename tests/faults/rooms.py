@@ -18,7 +18,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -131,6 +131,9 @@ _NO_CONNECTION = "^no connection for the"
 _LEFT_BY_DECODE = "^the decode engine left the room on CancelledError"
 
 
+_TOLD_LATER = (Moment.EARLY, Moment.NAMED, Moment.BETWEEN, Moment.MOVING, Moment.FINISHING, Moment.TOLD)
+
+
 def _says(reason: str) -> str:
     return f"^prefill rank 0 says: {reason.removeprefix('^')}"
 
@@ -197,10 +200,10 @@ MATRIX: dict[Fault, dict[Moment, Ends]] = {
         _all(_NOBODY, _NOBODY, _SEVERED, _HALF, *[_SEVERED] * 4, WELL, WELL),
         _all(_LOST, _LOST, *[_NO_STATUS] * 7, WELL),
     ),
-    # What the link had taken is said again. A first message that finds no connection was never taken.
+    # What the link had taken is said again.
     Fault.LOST: _ends(
-        _all(*[f"{OR_WELL}{_NOBODY}"] * 2, WELL, _HALF, *[WELL] * 6),
-        _all(*[f"{OR_WELL}{_UNREACHABLE}"] * 2, WELL, _says(_HALF), *[WELL] * 6),
+        _all(*[WELL] * 3, _HALF, *[WELL] * 6),
+        _all(*[WELL] * 3, _says(_HALF), *[WELL] * 6),
     ),
     Fault.SILENCED: _ends(
         _all(_NOBODY, _NOBODY, _SILENT, _HALF, _SILENT, *[_STALLED] * 3, WELL, WELL),
@@ -373,6 +376,8 @@ class Scene:
 
     async def set_up(self) -> None:
         await ask(self.decode, "wire", ways=self.ways.of_ranks)
+        if self.fault is Fault.LOST:  # a connection that is there takes what is said, a new one first waits for a word
+            await ask(self.decode, "acquaint", prefill=self.ways.prefill)
         await ask(self.prefill, "keep_statuses", rooms=[self.rooms[Moment.TOLD]])
         for moment in reversed(MOMENTS):
             await self.hold(moment)
@@ -462,15 +467,29 @@ class Scene:
         await self.by_cable(self.ways.cut(control=False))
 
     async def lost(self) -> None:
-        for wire in self.ways.wires:
-            wire.silence()
-        await self.go_on("prefill")
-        await self.go_on("decode")
-        for wire in self.ways.wires:
-            wire.cut()
-            wire.mend()
+        """First what decode says, and then what prefill answers."""
+        before, to_prefill = await ask(self.prefill, "words_lost"), self.ways.to_prefill
+        assert to_prefill is not None
+        await self.swallow([to_prefill], "decode", lambda: len(to_prefill.swallowing) >= 2)  # of telling and naming
+        wires = [wire for moment, wire in zip(MOMENTS, self.ways.wires, strict=False) if moment in _TOLD_LATER]
+        await self.swallow(wires, "prefill", lambda: all(wire.swallowing for wire in wires))
         await self.all_end("prefill")
         await self.all_end("decode")
+        after = await ask(self.prefill, "words_lost")
+        assert all(after[word] > before[word] for word in ("registration", "pages", "status")), (
+            f"nothing was lost: {before}, {after}"
+        )
+
+    async def swallow(self, wires: Sequence[Wire], side: str, enough: Callable[[], bool]) -> None:
+        for wire in wires:
+            wire.silence()
+        await self.go_on(side)
+        async with asyncio.timeout(self.bounds.end_s):
+            while not enough():  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+        for wire in wires:
+            wire.cut()
+            wire.mend()
 
     async def silenced(self) -> None:
         self.ways.silence()

@@ -19,6 +19,8 @@ class Wire:
         self._is_cut = False
         self._flowing = asyncio.Event()
         self._flowing.set()
+        self.swallowing: set[asyncio.StreamReader] = set()
+        """Connections that have taken bytes since it fell silent."""
         self._ways: set[asyncio.StreamWriter] = set()
         self._carrying: set[asyncio.Task[Any]] = set()
         self.here: Endpoint
@@ -48,6 +50,7 @@ class Wire:
 
     def silence(self) -> None:
         """It takes connections and bytes, and not one goes on."""
+        self.swallowing.clear()
         self._flowing.clear()
 
     def mend(self) -> None:
@@ -81,6 +84,8 @@ class Wire:
     async def _pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):
             while data := await source.read(1 << 16):
+                if not self._flowing.is_set():
+                    self.swallowing.add(source)
                 await self._flowing.wait()
                 if self._is_cut:
                     break
