@@ -13,6 +13,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import NoReturn, Protocol
 
 from pdctl.core import lives, standing
+from pdctl.core.access import Denied
 from pdctl.core.chronicle import Chronicle, Kind
 from pdctl.core.instances import InstanceView
 from pdctl.core.lives import ENDINGS, ChangeKind, Owner
@@ -20,7 +21,7 @@ from pdctl.core.naming import SESSION_KEY
 from pdctl.core.native import read_seat
 from pdctl.core.overview import News, Place, ReportBook, ReportLimits, speaker
 from pdctl.core.report import Report, Wanted, in_a_line, short_seat
-from pdctl.core.sayings import Refusal, of_life, of_link, of_room, of_session, place_in, sides_of
+from pdctl.core.sayings import Refusal, of_denial, of_life, of_link, of_room, of_session, of_turn, place_in, sides_of
 from pdctl.core.standing import State
 from pdctl.errors import BadField, PdctlError
 from pdctl.metrics import Metrics
@@ -30,6 +31,8 @@ CROWD = 16
 """More changes of one kind to one instance at a time are one event: 10,000 ranks that come would push out all else."""
 MOST_LINKS = 64
 """Events of one report at most, of links and of rooms alike; the rest is counted in one."""
+
+_MAX_NAME = 128
 
 GOODBYES = frozenset({ChangeKind.LEFT, ChangeKind.DRAINED})
 """That its transfer session goes with it is no event of its own."""
@@ -135,6 +138,25 @@ class Lookout:
         event = self.events.refused(f"{peer} was refused: {error}", self._wall_clock(), self.clock(), **about)
         self._changed("event", event.id)
 
+    def denied(self, denied: Denied, asked: str, peer: str) -> None:
+        """The door has not let somebody in; `asked`: a method and a path."""
+        instance, seat = place_in(asked.partition(" ")[2])
+        self._kept_out(
+            Kind.DENIED,
+            of_denial(peer, asked, denied.text),
+            "many more were denied: see the log of this registry, which names some, and who can reach its port",
+            peer=peer,
+            instance=None if instance is None else in_a_line(instance, _MAX_NAME),
+            rank=None if seat is None else _short(seat),
+            reason=denied.why.value,
+            offered=asked,
+        )
+
+    def put_off(self, wait_s: int, peer: str) -> None:
+        """A registration has to come again after that time."""
+        others = "many more registrations wait for their turn: nothing, they come again by themselves"
+        self._kept_out(Kind.PUT_OFF, of_turn(peer, wait_s), others, peer=peer)
+
     # What time brings about
 
     async def run(self) -> NoReturn:
@@ -183,6 +205,10 @@ class Lookout:
                 f"serves all of {groups}, too many are out: see their hosts" if groups else "refuses who is out again"
             )
             self._add(Kind.PANIC, f"{who} {words}", **about)
+
+    def _kept_out(self, kind: Kind, sentence: str, others: str, **about: object) -> None:
+        event = self.events.kept_out(kind, sentence, others, self._wall_clock(), self.clock(), **about)
+        self._changed("event", event.id)
 
     def _add(self, kind: str, sentence: str, **about: object) -> None:
         event = self.events.add(kind, sentence, self._wall_clock(), **about)

@@ -109,11 +109,12 @@ async def sidecar(settings: Settings) -> AsyncIterator[Sidecar]:
         shown = [looking.router, page.router()]
         routers = [plain.router(), *others.routers(registrar, instance), ours, links.router, *shown]
         inner = sglang.in_front(plain, server.app(routers, metrics, unready=registrar.unready))
-        admitted = Turnstile(looking.in_front(inner), Admission(settings.admission), time.monotonic, metrics)
+        admission, lookout = Admission(settings.admission), looking.lookout
+        admitted = Turnstile(looking.in_front(inner), admission, time.monotonic, metrics, lookout.put_off)
         service = Dated(admitted, lambda: registrar.copy_age_s) if isinstance(journal, Shared) else admitted
         spans = await stack.enter_async_context(open_tracing(settings.trace, role="registry"))
         witness = _witness(settings.witness, registrar, metrics)
-        http = door.services(traced(service, spans), socks, settings.serve.grace_s)
+        http = door.services(traced(service, spans), socks, settings.serve.grace_s, lookout.denied)
         loops = {
             "listening": registrar.listen(),
             "news": news.run(),

@@ -102,7 +102,7 @@ class OtherWires:
     def routers(self, registrar: Registrar, instance: InstanceOf) -> list[APIRouter]:
         return [
             vllm.router(self.roster, registrar.refused, instance),
-            engines.operators_router(self.roster),
+            engines.operators_router(self.roster, native.refusing(registrar)),
             mooncake.router(self.keyring, registrar.refused, self.value_limit),
         ]
 

@@ -21,7 +21,10 @@ from pdctl.onlooker import Following, Onlooker, Row
 EVERY_S = 1.0
 KINDS = sorted({*(kind.value for kind in Kind), *(kind.value for kind in ChangeKind)})
 
-_BAD = {"refused", "ejected", "dropped", "room_failed", "report_lost", "journal_trouble", "expired", "lost", "panic"}
+_BAD = {
+    *("refused", "denied", "ejected", "dropped", "room_failed", "report_lost", "journal_trouble", "expired", "lost"),
+    "panic",
+}
 _GOOD = {"readmitted", "journal_well", "completed", "recovered"}
 
 

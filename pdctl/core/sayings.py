@@ -120,6 +120,15 @@ def of_room(rank: str, room: FailedRoom) -> Said:
     return Kind.ROOM_FAILED, f"room {room.room} failed at {rank}{with_whom}: {room.sentence}"
 
 
+def of_denial(peer: str, asked: str, text: str) -> str:
+    """`asked`: a method and a path; `text`: what whoever asked is told."""
+    return f"{peer} was denied {asked}: {text}"
+
+
+def of_turn(peer: str, wait_s: int) -> str:
+    return f"{peer} registers in {wait_s} s, many come at once: nothing, it comes again by itself (docs/outages.md)"
+
+
 def refusal_of(error: PdctlError) -> Refusal:
     match error:
         case Refused():
