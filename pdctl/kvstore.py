@@ -22,7 +22,6 @@ import structlog
 
 from pdctl.core.device import DeviceKind
 from pdctl.core.kvstore import KVStoreConfig, SetUp, StoreRank, set_up
-from pdctl.core.seconds import check_seconds
 from pdctl.core.warmup import Report, Result, Step, is_never, key_of, likely, value_of
 from pdctl.counts.store import StoreMetrics, StoreTrafficMetrics
 from pdctl.device.base import Device
@@ -30,45 +29,22 @@ from pdctl.engine import wheel
 from pdctl.engine.environment import pieces_at_once
 from pdctl.engine.store_wheel import environment, store_class
 from pdctl.errors import ConfigError, StoreCause, StoreFailed, StoreNotReady, StoreUnusable
-from pdctl.retry import Failure, RetryPolicy, retrying
+from pdctl.retry import Failure, retrying
 from pdctl.spans import Open, Spans, spanned
 from pdctl.store import master, rehearsal
 from pdctl.store.attachment import Attachment, AttachPolicy, attached
 from pdctl.store.base import Store, StoreAbility
 from pdctl.store.mooncake import ability_of, open_mooncake_store
-from pdctl.store.offloading import Claim, OffloadPatience, offloading
+from pdctl.store.offloading import Claim, offloading
+from pdctl.store.patience import WARM_UP as WARM_UP
+from pdctl.store.patience import StorePatience as StorePatience
 
 log = structlog.get_logger(__name__)
 
 _T = TypeVar("_T")
 
-UNTIL_READY = RetryPolicy(first_wait_s=0.5, multiplier=1.5, max_wait_s=2.0, give_up_after_s=60.0)
-WARM_UP = RetryPolicy(first_wait_s=1.0, multiplier=1.25, max_wait_s=4.0, even=True, max_attempts=10)
 ATTACHED = AttachPolicy()
-OFFLOAD = OffloadPatience()
 SCOUT = (sys.executable, "-m", "pdctl.scout")
-
-
-@dataclass(frozen=True, slots=True)
-class StorePatience:
-    """How long each link of the chain may take.
-
-    ask_s        for each of two questions to the master; a healthy one answers in a millisecond
-    rehearsal_s  for a set-up in a process of its own: 0.5 s where all is well, 5 s where a busy host starts eight;
-                 0: none is made
-    until_ready  how often master and set-up are tried; 60 s: a pod of a master that is scheduled anew needs that
-    warm_up      how often a key is put and read back: 10 times, 1 s apart at first and up to 4 s later, 23 s in all.
-                 Engines of the field stop after 9 s, which a segment that mounts late on a busy host has missed
-    """
-
-    ask_s: float = 1.0
-    rehearsal_s: float = 30.0
-    until_ready: RetryPolicy = UNTIL_READY
-    warm_up: RetryPolicy = WARM_UP
-    offload: OffloadPatience = OFFLOAD
-
-    def __post_init__(self) -> None:
-        check_seconds(self, "store", or_zero=("rehearsal_s",))
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,7 +54,8 @@ from pdctl.metrics import Metrics
 from pdctl.peer import PeerLink, open_link
 from pdctl.persistence.base import Shared
 from pdctl.persistence.copying import Copied, copy
-from pdctl.persistence.open import MEMORY, SQLITE, open_journal, path_in
+from pdctl.persistence.open import open_journal
+from pdctl.persistence.place import MEMORY, SQLITE, path_in
 from pdctl.prober import Prober
 from pdctl.receiver import Receiver
 from pdctl.registrar import Registrar

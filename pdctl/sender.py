@@ -20,7 +20,6 @@ from __future__ import annotations
 import asyncio
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
@@ -29,9 +28,10 @@ import numpy.typing as npt
 import structlog
 
 from pdctl.core.address import Endpoint
+from pdctl.core.allowance import SenderLimits as SenderLimits
 from pdctl.core.course import Ended
 from pdctl.core.destination import Destination, Last, LayerGroups
-from pdctl.core.early import EarlyBook, EarlyLimits
+from pdctl.core.early import EarlyBook
 from pdctl.core.gate import Gate
 from pdctl.core.layout import RankPools
 from pdctl.core.plan import CopyPlan, Ints
@@ -56,7 +56,6 @@ from pdctl.errors import (
     CallerError,
     Cause,
     ChecksumsMissing,
-    ConfigError,
     LayoutMismatch,
     LimitReached,
     PdctlError,
@@ -76,32 +75,6 @@ log = structlog.get_logger(__name__)
 Release = Callable[[Ints], None]
 
 _AHEAD = 2  # turns of one room at one peer at once: the second fills the gap between the first and the one after
-
-
-@dataclass(frozen=True, slots=True)
-class SenderLimits:
-    """What strangers can make this side remember, and what one decode rank may take of it.
-
-    max_peers: decode ranks whose memory is known; the one unused for longest is forgotten, and told so when it asks.
-    max_rooms_per_peer: open rooms in which one decode rank has named pages; a further one fails, and the rank is told.
-    max_nbytes_per_peer: under way to one decode rank at once; what is more waits here for its turn, room after room.
-        What the engine truly has in flight is less, and it shares that out block by block. What is below a 64th of it
-        does not wait behind what is larger.
-    turn_nbytes: of one room until it is the next one's turn. A turn costs the loop 0.2 to 0.5 ms: with 32 MiB that is
-        1 to 2 % of it, with 8 MiB it was 5 to 10.
-    early: metadata that came before the engine opened the room.
-    """
-
-    max_peers: int = 4096
-    max_rooms_per_peer: int = 4096
-    max_nbytes_per_peer: int = 128 << 20
-    turn_nbytes: int = 32 << 20
-    early: EarlyLimits = field(default_factory=EarlyLimits)
-
-    def __post_init__(self) -> None:
-        for name in ("max_peers", "max_rooms_per_peer", "max_nbytes_per_peer", "turn_nbytes"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"sender {name} is {getattr(self, name)}: give at least 1")
 
 
 class Sender:
