@@ -79,6 +79,7 @@ FLOORS = {
     "pdctl.lanes": 2,
     "pdctl.pace": 2,
     "pdctl.shortcut": 2,
+    "pdctl.tenancy": 2,
     "pdctl.waiting": 2,
     "pdctl.core": 1,
     "pdctl.errors": 0,
