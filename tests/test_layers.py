@@ -62,6 +62,7 @@ FLOORS = {
         2,
     ),
     "pdctl.arrays": 3,
+    "pdctl.courier": 3,
     "pdctl.beside": 2,
     "pdctl.lookout": 3,
     "pdctl.looking": 5,
