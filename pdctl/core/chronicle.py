@@ -11,10 +11,10 @@ from collections import OrderedDict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from enum import StrEnum
 from itertools import islice
 from typing import Any
 
+from pdctl.core.kinds import Kind as Kind
 from pdctl.core.report import in_a_line
 
 MAX_EVENTS = 4096
@@ -27,24 +27,6 @@ in vain would push out all else."""
 MAX_SENTENCE = 800
 _MAX_REMEMBERED = 1024
 _MAX_VALUE = 200
-
-
-class Kind(StrEnum):
-    """What is no change of a life; those have the names of core.lives.ChangeKind."""
-
-    REFUSED = "refused"  # a claim or a body that was not taken
-    DENIED = "denied"  # a request that the door did not let in: its address, its token
-    PUT_OFF = "put_off"  # a registration that has to come again, as too many come at once
-    EJECTED = "ejected"  # a transfer session is out
-    ON_TRIAL = "on_trial"  # it is back, with few transfers at once
-    READMITTED = "readmitted"  # it is trusted again
-    DROPPED = "dropped"  # its life is over: only a registration lifts
-    PANIC = "panic"  # so many of a group are out that all of it is served, or that is over
-    DOUBT = "doubt"  # somebody takes the fault for its own, or does not any more
-    ROOM_FAILED = "room_failed"
-    REPORT_LOST = "report_lost"  # a rank has not told how it is for too long
-    JOURNAL_TROUBLE = "journal_trouble"
-    JOURNAL_WELL = "journal_well"
 
 
 @dataclass(frozen=True, slots=True)
