@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from pdctl.retry import RetryPolicy
     from pdctl.sender import Sender
     from pdctl.store.patience import StorePatience
+    from pdctl.store.watch import StoreWatch
 
 __all__ = [
     "AgentClient",
@@ -92,6 +93,7 @@ __all__ = [
     "StorePatience",
     "StoreRank",
     "StoreUnusable",
+    "StoreWatch",
     "TraceContext",
     "TransferFailed",
     "decode_node",
@@ -144,6 +146,7 @@ _ROOMS = {
     "retry": ("RetryPolicy",),
     "sender": ("Sender",),
     "store.patience": ("StorePatience",),
+    "store.watch": ("StoreWatch",),
 }
 
 

@@ -29,7 +29,7 @@ from typing import NoReturn
 import structlog
 import uvloop
 
-from pdctl import config, handed, inquiry, logs, node, succession
+from pdctl import config, handed, inquiry, journals, logs, node, succession
 from pdctl.beside import beside
 from pdctl.commands.base import Commands, add_command, add_credentials, add_service, always, never
 from pdctl.config import Settings
@@ -384,7 +384,7 @@ async def _probe(settings: Settings, args: argparse.Namespace) -> int:
 
 
 async def _copy_journal(settings: Settings, args: argparse.Namespace) -> int:
-    copied = await node.copy_journal(settings, args.source, args.target)
+    copied = await journals.copy_journal(settings, args.source, args.target)
     print(
         f"{copied.lives} lives, {copied.rooms} rooms and {copied.notes} notes copied; "
         f"epochs go on after {copied.last_epoch}"

@@ -13,7 +13,7 @@ import contextlib
 import json
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from http import HTTPStatus
 from itertools import chain, islice
 from typing import NoReturn, Protocol
@@ -314,9 +314,7 @@ def to_body(report: Report) -> dict[str, object]:
         "quarantined": report.quarantined,
         "doubt": report.doubt,
         "panicking": report.panicking,
-        "store": None
-        if report.store is None
-        else {"attached": report.store.attached, "sentence": report.store.sentence},
+        "store": None if report.store is None else asdict(report.store),
     }
 
 

@@ -68,6 +68,7 @@ FLOORS = {
     "pdctl.looking": 5,
     "pdctl.reporting": 4,
     "pdctl.holding": 5,
+    "pdctl.journals": 5,
     "pdctl.answers": 2,
     "pdctl.persistence.lock": 2,
     "pdctl.counts": 2,
