@@ -37,6 +37,8 @@ FLOORS = {
                 "watching",
                 "telling",
                 "lastwords",
+                "partners",
+                "writing",
                 "tracing",
                 "device",
                 "memory",

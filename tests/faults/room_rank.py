@@ -392,7 +392,7 @@ class Prefill(Ranks):
         yield from super().tables()
         yield from (("rooms", it.rooms), ("early", it.early), ("unsettled", it._unsettled))
         yield "quarantine", [held.room for held in it.quarantine]
-        yield from (("rooms of a peer", it._rooms_of), ("lanes", it.lanes._lanes), ("turns", it.lanes._waiting))
+        yield from (("rooms of a peer", it.partners.rooms_of), ("lanes", it.lanes._lanes), ("turns", it.lanes._waiting))
         yield from (("errands", len(it.words._errands)), ("settling", len(it.settling)))
         running = {s: r.trial.running for s, r in table._records.items() if r.trial and r.trial.running}
         yield from (("trials", running), ("turns on trial", self.prober._turns))
