@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 FLOORS = {
-    **dict.fromkeys(["pdctl", "pdctl.__main__", "pdctl.cli", "pdctl.demo", "pdctl.commands"], 6),
+    **dict.fromkeys(["pdctl", "pdctl.__main__", "pdctl.cli", "pdctl.demo", "pdctl.commands", "pdctl.flags"], 6),
     **dict.fromkeys(["pdctl.handed", "pdctl.dismissal", "pdctl.onlooker"], 5),
     **dict.fromkeys([f"pdctl.{shell}" for shell in ("agent_client", "succession", "scout", "traced")], 4),
     **dict.fromkeys(["pdctl.node", "pdctl.wires", "pdctl.door", "pdctl.links", "pdctl.inquiry", "pdctl.config"], 5),
@@ -99,6 +99,7 @@ FOLDERS = (
     "pdctl.dialects",
     "pdctl.doctor",
     "pdctl.engine",
+    "pdctl.flags",
     "pdctl.persistence",
     "pdctl.store",
     "pdctl.core",

@@ -1,0 +1,24 @@
+"""The work of `pdctl sessions`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from pdctl import inquiry
+from pdctl.config import Settings
+
+
+async def run(settings: Settings, args: argparse.Namespace) -> int:
+    if args.lift is not None:
+        rows = [await inquiry.lift(settings, args.lift)]
+    else:
+        rows = list(await inquiry.standings(settings, args.state))
+    if args.json:
+        print(json.dumps({"sessions": rows}))
+        return 0
+    for row in rows:
+        print(f"{row['session']:<24} {row['state']:<8} {row['sentence']}")
+    if not rows:
+        print("no session is known there" if args.state is None else f"no session is {args.state} there")
+    return 0
