@@ -21,14 +21,24 @@ from pdctl.core.naming import SESSION_KEY
 from pdctl.core.native import read_seat
 from pdctl.core.overview import News, Place, ReportBook, ReportLimits, speaker
 from pdctl.core.report import Report, Wanted, in_a_line, short_seat
-from pdctl.core.sayings import Refusal, of_denial, of_life, of_link, of_room, of_session, of_turn, place_in, sides_of
+from pdctl.core.sayings import (
+    CROWD,
+    Refusal,
+    crowds,
+    of_denial,
+    of_life,
+    of_link,
+    of_room,
+    of_session,
+    of_turn,
+    place_in,
+    sides_of,
+)
 from pdctl.core.standing import State
 from pdctl.errors import BadField, PdctlError
 from pdctl.metrics import Metrics
 
 TICK_S = 0.5
-CROWD = 16
-"""More changes of one kind to one instance at a time are one event: 10,000 ranks that come would push out all else."""
 MOST_LINKS = 64
 """Events of one report at most, of links and of rooms alike; the rest is counted in one."""
 
@@ -93,21 +103,19 @@ class Lookout:
     def heard(self, changes: Sequence[lives.Change]) -> None:
         """What the registry says; to be told before the session table is."""
         self._bade = frozenset(filter(None, map(_bade, changes)))
-        crowds: dict[tuple[ChangeKind, str], list[lives.Change]] = {}
         for change in changes:
-            crowds.setdefault((change.kind, change.instance), []).append(change)
             over = [change.life] if change.kind in ENDINGS or change.kind is ChangeKind.LOST else []
             for life in (*over, change.before):
                 if life is not None and self.reports.drop((change.instance, life.seat), life.epoch):
                     self._changed("report", (change.instance, life.seat))
-        for (_, instance), crowd in crowds.items():
+        for crowd in crowds(changes):
             if len(crowd) > CROWD:
-                self._add(*of_life(crowd[0], len(crowd)), instance=instance, count=len(crowd))
+                self._add(*of_life(crowd[0], len(crowd)), instance=crowd[0].instance, count=len(crowd))
                 continue
             for change in crowd:
                 self._add(
                     *of_life(change),
-                    instance=instance,
+                    instance=change.instance,
                     rank=short_seat(change.seat),
                     session=_bade(change),
                     peer=str(change.life.address),

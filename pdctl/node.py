@@ -151,7 +151,7 @@ async def _witness(policy: WitnessPolicy, registrar: Registrar, metrics: Metrics
     async with asking(policy) as ask:
         table = WitnessTable(policy, SystemRandom().random)
         witness = Witness(table, watched, tell, ask, clock=time.monotonic, metrics=metrics)
-        registrar.subscribe(witness.lives_changed)
+        registrar.herald.subscribe(witness.lives_changed)
         await witness.run()
 
 
@@ -161,7 +161,7 @@ async def _drains(policy: DrainPolicy, registrar: Registrar) -> None:
         await asyncio.Event().wait()
     async with drainer.asking() as ask:
         drains = drainer.Drainer(policy, registrar.view, registrar.drained, ask, time.monotonic)
-        registrar.subscribe(drains.lives_changed)
+        registrar.herald.subscribe(drains.lives_changed)
         for view in registrar.views():
             drains.follow(view.name)  # who drained before this process began
         await drains.run()

@@ -82,6 +82,7 @@ FLOORS = {
     "pdctl.listeners": 2,
     "pdctl.lanes": 2,
     "pdctl.pace": 2,
+    "pdctl.herald": 2,
     "pdctl.shortcut": 2,
     "pdctl.tenancy": 2,
     "pdctl.waiting": 2,

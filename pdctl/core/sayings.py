@@ -8,6 +8,7 @@ wording. Nothing is decided here.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
 from enum import StrEnum
 
 from pdctl.core import lives, standing
@@ -28,6 +29,10 @@ from pdctl.errors import (
 
 Said = tuple[str, str]
 """A kind, and a sentence."""
+
+CROWD = 16
+"""More changes of one kind to one instance at a time are one line, and one event: a line costs more than all the rest
+of a change, and 10,000 ranks that come would push out all else."""
 
 
 class Refusal(StrEnum):
@@ -88,6 +93,14 @@ _STATES = {
 }
 
 _INSTANCE = re.compile(r"/v1/instances/([^/?]+)(?:/ranks/([^/?]+))?", re.ASCII)
+
+
+def crowds(changes: Sequence[lives.Change]) -> Iterable[Sequence[lives.Change]]:
+    """By what may be said together."""
+    by: dict[tuple[ChangeKind, str], list[lives.Change]] = {}
+    for change in changes:
+        by.setdefault((change.kind, change.instance), []).append(change)
+    return by.values()
 
 
 def of_life(change: lives.Change, seats: int = 1) -> Said:

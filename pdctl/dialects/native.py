@@ -83,7 +83,7 @@ def broadcast(
         return [*(view.name for view in registrar.views()), *(() if others is None else others.names())]
 
     news = Broadcast(names, detail, metrics, feed=Feed(registrar.revision), limits=limits)
-    registrar.subscribe(tell)
+    registrar.herald.subscribe(tell)
     return news
 
 
@@ -203,7 +203,7 @@ def refusing(registrar: Registrar) -> Refused:
 
     def refused(error: PdctlError, path: str, peer: str) -> PdctlError:
         told = in_our_words(error) if isinstance(error, BadField) else error
-        registrar.refused(told, path, peer)
+        registrar.herald.refused(told, path, peer)
         return told
 
     return refused
