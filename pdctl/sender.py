@@ -32,6 +32,7 @@ from pdctl.core.allowance import SenderLimits as SenderLimits
 from pdctl.core.course import Ended
 from pdctl.core.destination import Destination, Last, LayerGroups
 from pdctl.core.early import EarlyBook
+from pdctl.core.entries import layer_of
 from pdctl.core.gate import Gate
 from pdctl.core.layout import RankPools
 from pdctl.core.plan import CopyPlan, Ints
@@ -93,7 +94,7 @@ class Sender:
         self.engine, self.pools, self.gate, self.timeouts = engine, pools, gate, timeouts
         if timeouts.checksum.is_on:
             pools.check_summed_here()
-        self.layers = frozenset(pools.layout.layer_of(len(pools.kv)).tolist())
+        self.layers = frozenset(layer_of(pools.layout, len(pools.kv)).tolist())
         self.clock, self.metrics, self.telling = clock, metrics.rooms, telling or Telling()
         self.limits = limits or SenderLimits()
         self.lanes, self.pace = Lanes(self.limits.max_nbytes_per_peer), Pace()
