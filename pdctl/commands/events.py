@@ -74,7 +74,8 @@ def _show(events: Iterable[Row], *, as_json: bool) -> None:
 
 def _line(event: Row) -> str:
     times = f" ({event['count']} times)" if event.get("count", 1) > 1 else ""
-    return drawing.shown(f"{event['id']:>5} {event['at']} {event['kind']:<15} {event['sentence']}{times}")
+    where = f" (at {event['registry']})" if event.get("registry") else ""
+    return drawing.shown(f"{event['id']:>5} {event['at']} {event['kind']:<15} {event['sentence']}{times}{where}")
 
 
 def _styled(event: Row) -> Text:

@@ -137,6 +137,11 @@ def _head(service: Row, url: str) -> Section:
     troubles = [str(reason) for reason in service["unready"]]
     if service["age_s"] > 1:
         troubles.insert(0, f"its answers are {drawing.seconds(service['age_s'])} old")
+    troubles += [
+        f"registry {each['url']} does not tell what its ranks report: {each['why'] or 'not asked yet'}"
+        for each in service.get("replicas", ())
+        if not each["answers"]
+    ]
     return Section(said, (), [], "; ".join(troubles))
 
 

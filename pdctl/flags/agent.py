@@ -35,6 +35,10 @@ def add(commands: Commands) -> None:
 
 
 async def _agent(settings: Settings, args: argparse.Namespace) -> int:
+    if args.inherited is not None:  # who only keeps such processes has nothing of what moves
+        from pdctl.commands import mover
+
+        await mover.run(settings, args)
     from pdctl.commands import agent
 
     return await agent.run(settings, args)

@@ -49,6 +49,10 @@ async def _sessions(settings: Settings, args: argparse.Namespace) -> int:
 
 
 async def _probe(settings: Settings, args: argparse.Namespace) -> int:
+    if "node.registry" in vars(args):  # the service has the engine
+        from pdctl.commands import sessions
+
+        return await sessions.probe(settings, args)
     from pdctl.commands import probe
 
     return await probe.run(settings, args)
