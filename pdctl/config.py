@@ -29,6 +29,7 @@ from pdctl.client import Exhaustion
 from pdctl.core.address import Endpoint
 from pdctl.core.admission import AdmissionPolicy
 from pdctl.core.allowance import SenderLimits
+from pdctl.core.capacity import RegistryLimits
 from pdctl.core.device import DeviceSpec
 from pdctl.core.draining import DrainPolicy
 from pdctl.core.ejection import ProbePolicy
@@ -40,7 +41,6 @@ from pdctl.core.metadata import KeyLimits, KeyWitness
 from pdctl.core.naming import DEFAULT, Hosts, Listener
 from pdctl.core.native import NAME
 from pdctl.core.overview import ReportLimits
-from pdctl.core.registry import RegistryLimits
 from pdctl.core.route import Announcement, Seat, Shape
 from pdctl.core.seconds import check_seconds
 from pdctl.core.transfer import RoomTimeouts
