@@ -61,4 +61,9 @@ def _within_one(regions: tuple[Region, ...], pointers: Ints, nbytes: Ints) -> bo
     # Not pointers.min(): a room of one page looks five times, and the wrapper takes as long again as the look.
     first, longest = int(np.minimum.reduce(pointers)), int(np.maximum.reduce(nbytes))
     last = int(np.maximum.reduce(pointers)) + longest  # no int64: it cannot wrap
-    return first > 0 and any(region.pointer <= first and last <= region.end for region in regions)
+    for region in regions:
+        if region.pointer <= first and last > region.end > first and last < _INT64_END:
+            last = int(np.maximum.reduce(pointers + nbytes))  # a short row at the very end of it, beside long pages
+        if 0 < first >= region.pointer and last <= region.end:
+            return True
+    return False

@@ -106,8 +106,7 @@ class Gathering:
     @classmethod
     def nothing(cls, plan: CopyPlan) -> Gathering:
         """Each copy by itself."""
-        each = np.arange(len(plan))
-        return cls(plan, each, np.ones_like(each))
+        return cls(plan, np.arange(len(plan)), np.ones(len(plan), np.int64))
 
     @classmethod
     def of(cls, plan: CopyPlan) -> Gathering:
