@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 
 import structlog
 
-from pdctl.core.lives import Change, ChangeKind
+from pdctl.core.kinds import ChangeKind
+from pdctl.core.lives import Change
 from pdctl.core.sayings import CROWD, LIVES, Refusal, crowds, refusal_of
 from pdctl.errors import NotReady, PdctlError
 

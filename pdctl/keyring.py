@@ -16,8 +16,7 @@ from weakref import WeakValueDictionary
 import structlog
 
 from pdctl.core.address import Endpoint
-from pdctl.core.metadata import KeyBook, Row, Segment, name_of
-from pdctl.core.metadata import KeyWitness as KeyWitness
+from pdctl.core.metadata import KeyBook, KeyWitness, Row, Segment, name_of
 from pdctl.counts.wires import KeyChange
 from pdctl.errors import Behind
 from pdctl.metrics import Metrics

@@ -36,8 +36,7 @@ from pdctl.store.attachment import Attachment, AttachPolicy, attached
 from pdctl.store.base import Store, StoreAbility
 from pdctl.store.mooncake import ability_of, open_mooncake_store
 from pdctl.store.offloading import Claim, offloading
-from pdctl.store.patience import WARM_UP as WARM_UP
-from pdctl.store.patience import StorePatience as StorePatience
+from pdctl.store.patience import StorePatience
 from pdctl.store.watch import StoreWatch
 
 log = structlog.get_logger(__name__)

@@ -14,9 +14,10 @@ from typing import NoReturn, Protocol
 
 from pdctl.core import lives, standing
 from pdctl.core.access import Denied
-from pdctl.core.chronicle import Chronicle, Kind
+from pdctl.core.chronicle import Chronicle
 from pdctl.core.instances import InstanceView
-from pdctl.core.lives import ENDINGS, ChangeKind, Owner
+from pdctl.core.kinds import ChangeKind, Kind, State
+from pdctl.core.lives import ENDINGS, Owner
 from pdctl.core.naming import SESSION_KEY
 from pdctl.core.native import read_seat
 from pdctl.core.overview import News, Place, ReportBook, ReportLimits, speaker
@@ -34,7 +35,6 @@ from pdctl.core.sayings import (
     place_in,
     sides_of,
 )
-from pdctl.core.standing import State
 from pdctl.errors import BadField, PdctlError
 from pdctl.metrics import Metrics
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
 
+from pdctl.core.comparing import Checksum
 from pdctl.core.destination import Destination, Partner
 from pdctl.core.gate import Gate
 from pdctl.core.layout import RankPools
-from pdctl.core.sums import Checksum
 from pdctl.core.wire import NOT_REGISTERED, Metadata, RegisterBuffers
 from pdctl.errors import CallerError, ChecksumsMissing, LimitReached, SessionBlocked
 

@@ -22,6 +22,7 @@ import structlog
 
 from pdctl.core.course import Ended as EndedRoom
 from pdctl.core.exchange import Exchange
+from pdctl.core.kinds import State
 from pdctl.core.native import Grant
 from pdctl.core.report import (
     MAX_FAILED,
@@ -39,7 +40,7 @@ from pdctl.core.report import (
     Wanted,
     in_a_line,
 )
-from pdctl.core.standing import Standing, State
+from pdctl.core.standing import Standing
 from pdctl.core.transfer import Phase, Quarantined, Side
 from pdctl.counts.reports import ReportMetrics, Sent
 from pdctl.errors import PdctlError, PutOff, RegistryRefused

@@ -28,7 +28,7 @@ import numpy.typing as npt
 import structlog
 
 from pdctl.core.address import Endpoint
-from pdctl.core.allowance import SenderLimits as SenderLimits
+from pdctl.core.allowance import SenderLimits
 from pdctl.core.course import Ended
 from pdctl.core.destination import Destination, Last, LayerGroups
 from pdctl.core.early import EarlyBook

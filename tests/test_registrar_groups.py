@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from pdctl.core.address import Endpoint
-from pdctl.core.lives import Change, ChangeKind, Claim, Life, Owner, Standing
+from pdctl.core.kinds import ChangeKind
+from pdctl.core.lives import Change, Claim, Life, Owner, Standing
 from pdctl.core.registry import Registry
 from pdctl.core.rooms import RoomBook
 from pdctl.core.route import Announcement, Seat, Shape

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from itertools import islice
 from typing import Any
 
-from pdctl.core.kinds import Kind as Kind
+from pdctl.core.kinds import Kind
 from pdctl.core.report import in_a_line
 
 MAX_EVENTS = 4096

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from pdctl.core.address import Endpoint
-from pdctl.core.allowance import EarlyLimits as EarlyLimits
+from pdctl.core.allowance import EarlyLimits
 from pdctl.core.wire import Abort, Metadata
 
 

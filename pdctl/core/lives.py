@@ -20,7 +20,7 @@ from enum import StrEnum
 from typing import Any
 
 from pdctl.core.address import Endpoint
-from pdctl.core.kinds import ChangeKind as ChangeKind
+from pdctl.core.kinds import ChangeKind
 from pdctl.core.route import Announcement, Seat, Shape
 from pdctl.errors import BadField
 

@@ -26,8 +26,9 @@ from pdctl.core.calendar import Calendar
 from pdctl.core.capacity import RegistryLimits
 from pdctl.core.claims import check_may_change, check_may_end, not_held, place
 from pdctl.core.instances import Incarnation, InstanceView, Loss
+from pdctl.core.kinds import ChangeKind
 from pdctl.core.listening import SHARE
-from pdctl.core.lives import SUSPECT_AFTER, Change, ChangeKind, Claim, Ending, Life, Owner, Record
+from pdctl.core.lives import SUSPECT_AFTER, Change, Claim, Ending, Life, Owner, Record
 from pdctl.core.overlay import Overlay
 from pdctl.core.restored import differences, restored
 from pdctl.core.route import Seat

@@ -14,9 +14,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from pdctl.core.kinds import State
 from pdctl.core.native import check_name
 from pdctl.core.route import Seat, as_object, needed
-from pdctl.core.standing import State
 from pdctl.core.transfer import Phase, Side
 from pdctl.core.warmup import StoreState
 from pdctl.errors import BadField, Cause, StoreCause

@@ -12,10 +12,8 @@ from collections.abc import Iterable, Sequence
 from enum import StrEnum
 
 from pdctl.core import lives, standing
-from pdctl.core.chronicle import Kind
-from pdctl.core.lives import ChangeKind
+from pdctl.core.kinds import ChangeKind, Kind, State
 from pdctl.core.report import FailedRoom, LinkSeen, short_seat
-from pdctl.core.standing import State
 from pdctl.errors import (
     LimitReached,
     NotNow,

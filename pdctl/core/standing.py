@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Generic, Protocol, TypeVar
 
-from pdctl.core.kinds import Depth as Depth
-from pdctl.core.kinds import State as State
+from pdctl.core.kinds import Depth, State
 from pdctl.errors import Cause
 
 LaterT_contra = TypeVar("LaterT_contra", contravariant=True)

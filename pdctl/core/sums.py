@@ -14,8 +14,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from pdctl.core.comparing import Checked as Checked
-from pdctl.core.comparing import Checksum as Checksum
 from pdctl.core.dealing import by_token
 from pdctl.core.entries import Pairs, lengths
 from pdctl.core.layout import Heads, Pool, RankPools

@@ -16,7 +16,7 @@ import structlog
 from fastapi.responses import StreamingResponse
 from starlette.types import Message, Send
 
-from pdctl.core.feed import WatchLimits as WatchLimits
+from pdctl.core.feed import WatchLimits
 from pdctl.counts.service import WatchEnd
 from pdctl.errors import LimitReached
 from pdctl.metrics import Metrics

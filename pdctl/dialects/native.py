@@ -26,12 +26,12 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import TypeAdapter
 from pydantic_core import to_json
 
-from pdctl.core.feed import Feed
+from pdctl.core.feed import Feed, WatchLimits
 from pdctl.core.instances import Incarnation, InstanceView
-from pdctl.core.lives import Change, ChangeKind, Life
+from pdctl.core.kinds import ChangeKind
+from pdctl.core.lives import Change, Life
 from pdctl.core.native import NAME, SEAT, Drain, Grant, Registration, Renewal, check_name, in_our_words, read_seat
 from pdctl.core.route import Seat, as_integer
-from pdctl.dialects.audience import WatchLimits
 from pdctl.dialects.edge import owner_of, received
 from pdctl.dialects.strict import Refused, as_body, fails, route_class, takes
 from pdctl.dialects.watch import Broadcast

@@ -13,7 +13,6 @@ from pdctl.core.layout import Region
 from pdctl.engine.base import Capabilities
 from pdctl.engine.blocks import Lane, Transfer
 from pdctl.engine.handshake import Descriptor
-from pdctl.engine.settings import Patience as Patience
 
 
 class Carrier(Protocol):

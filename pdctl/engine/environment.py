@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, MutableMapping
 import structlog
 
 from pdctl.engine import handshake
-from pdctl.engine.settings import MooncakeSettings as MooncakeSettings
+from pdctl.engine.settings import MooncakeSettings
 from pdctl.errors import ConfigError
 
 log = structlog.get_logger(__name__)

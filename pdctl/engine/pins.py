@@ -24,15 +24,16 @@ from weakref import WeakValueDictionary
 
 import structlog
 
+from pdctl.core.kinds import Depth
 from pdctl.core.layout import Region
 from pdctl.core.plan import CopyPlan
-from pdctl.core.standing import Depth
 from pdctl.engine.base import PeerCard, Proof
 from pdctl.engine.blocks import Lane
 from pdctl.engine.canary import MAGIC, NONCE_NBYTES, TITLE_NBYTES, Questions, candidates, slot
-from pdctl.engine.carrier import Carrier, Patience
+from pdctl.engine.carrier import Carrier
 from pdctl.engine.checks import first_outside
 from pdctl.engine.handshake import Descriptor
+from pdctl.engine.settings import Patience
 from pdctl.errors import Cause, TransferFailed
 from pdctl.lag import watched
 

@@ -23,8 +23,7 @@ from pathlib import Path
 import structlog
 
 from pdctl.core.kvstore import SetUp, StoreRank
-from pdctl.core.offload import OffloadPatience as OffloadPatience
-from pdctl.core.offload import directory_of, offload
+from pdctl.core.offload import OffloadPatience, directory_of, offload
 from pdctl.errors import ConfigError, StoreCause, StoreFailed
 from pdctl.persistence.lock import FileLock, take
 from pdctl.retry import RetryPolicy, retrying

@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdctl.core.chronicle import CROWD, SAME_WITHIN_S, Chronicle, Kind, wall
+from pdctl.core.chronicle import CROWD, SAME_WITHIN_S, Chronicle, wall
+from pdctl.core.kinds import Kind, State
 from pdctl.core.latest import Latest
 from pdctl.core.overview import News, Place, ReportBook, ReportLimits
 from pdctl.core.report import LinkSeen, Report, Wanted, in_a_line, short_seat
 from pdctl.core.route import Seat
 from pdctl.core.sayings import place_in
-from pdctl.core.standing import State
 from pdctl.errors import BadField, ConfigError, LimitReached
 from tests.conftest import Clock
 

@@ -21,7 +21,7 @@ from pdctl.config import NodeSettings, ServeSettings, Settings
 from pdctl.doctor import host, names, network, software
 from pdctl.doctor.base import Checked, Result, Said, checked, ok
 from pdctl.doctor.rounds import CHECKS, rounds
-from pdctl.engine.environment import MooncakeSettings
+from pdctl.engine.settings import MooncakeSettings
 from pdctl.errors import BadField
 from tests.explain.planted import LISTENS, free_port, outer_address, program
 from tests.small_server import listening

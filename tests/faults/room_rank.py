@@ -41,8 +41,9 @@ from pdctl.device.cpu import Cpu
 from pdctl.engine.asking import Asking
 from pdctl.engine.base import PeerCard
 from pdctl.engine.canary import _CELLS
-from pdctl.engine.mooncake import MooncakeSettings, open_mooncake
+from pdctl.engine.mooncake import open_mooncake
 from pdctl.engine.promises import PromisedEngine
+from pdctl.engine.settings import MooncakeSettings
 from pdctl.errors import PdctlError
 from pdctl.memory import Arena
 from pdctl.metrics import Metrics

@@ -18,7 +18,7 @@ from zlib import crc32
 import pytest
 import structlog
 
-from pdctl.core.lives import ChangeKind
+from pdctl.core.kinds import ChangeKind
 from pdctl.errors import ConfigError, JournalUnavailable, JournalUnusable
 from pdctl.metrics import Metrics
 from pdctl.persistence.base import Kept

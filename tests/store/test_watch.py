@@ -19,9 +19,10 @@ from pdctl.core.warmup import StoreState
 from pdctl.device.open import open_device
 from pdctl.errors import ConfigError, StoreCause, StoreFailed, StoreNotReady, StoreUnusable
 from pdctl.explaining import why
-from pdctl.kvstore import KVStore, StorePatience, mooncake_means, open_store
+from pdctl.kvstore import KVStore, mooncake_means, open_store
 from pdctl.node import prefill_node, sidecar
 from pdctl.retry import RetryPolicy
+from pdctl.store.patience import StorePatience
 from pdctl.store.watch import StoreWatch
 from tests.conftest import Clock
 from tests.store.conftest import SEGMENT
