@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from pdctl.device.base import Device
     from pdctl.device.open import open_device
     from pdctl.engine.base import Engine
-    from pdctl.engine.mooncake import MooncakeSettings, open_mooncake
+    from pdctl.engine.mooncake import open_mooncake
+    from pdctl.engine.settings import MooncakeSettings
     from pdctl.errors import (
         Cause,
         NotReady,
@@ -39,13 +40,15 @@ if TYPE_CHECKING:
         StoreUnusable,
         TransferFailed,
     )
-    from pdctl.kvstore import StorePatience, open_store
+    from pdctl.kvstore import open_store
     from pdctl.memory import Arena
     from pdctl.node import DecodeNode, PrefillNode, Sidecar, decode_node, prefill_node, sidecar
     from pdctl.prober import Prober
     from pdctl.receiver import Receiver
     from pdctl.retry import RetryPolicy
     from pdctl.sender import Sender
+    from pdctl.store.patience import StorePatience
+    from pdctl.store.watch import StoreWatch
 
 __all__ = [
     "AgentClient",
@@ -90,6 +93,7 @@ __all__ = [
     "StorePatience",
     "StoreRank",
     "StoreUnusable",
+    "StoreWatch",
     "TraceContext",
     "TransferFailed",
     "decode_node",
@@ -122,7 +126,8 @@ _ROOMS = {
     "device.base": ("Device",),
     "device.open": ("open_device",),
     "engine.base": ("Engine",),
-    "engine.mooncake": ("MooncakeSettings", "open_mooncake"),
+    "engine.mooncake": ("open_mooncake",),
+    "engine.settings": ("MooncakeSettings",),
     "errors": (
         "Cause",
         "NotReady",
@@ -133,13 +138,15 @@ _ROOMS = {
         "StoreUnusable",
         "TransferFailed",
     ),
-    "kvstore": ("StorePatience", "open_store"),
+    "kvstore": ("open_store",),
     "memory": ("Arena",),
     "node": ("DecodeNode", "PrefillNode", "Sidecar", "decode_node", "prefill_node", "sidecar"),
     "prober": ("Prober",),
     "receiver": ("Receiver",),
     "retry": ("RetryPolicy",),
     "sender": ("Sender",),
+    "store.patience": ("StorePatience",),
+    "store.watch": ("StoreWatch",),
 }
 
 

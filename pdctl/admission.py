@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from pdctl.core.access import plain_host
 from pdctl.core.admission import Admission, Lane
 from pdctl.metrics import Metrics
 from pdctl.shortcut import Answer, Answered, at_once_of
@@ -22,13 +23,21 @@ _ADMITTED = "admitted"
 
 
 class Turnstile:
-    """An ASGI application around another."""
+    """An ASGI application around another. `hear` is told of each that has to come again: in how many seconds, who."""
 
-    def __init__(self, inner: ASGIApp, admission: Admission, clock: Callable[[], float], metrics: Metrics) -> None:
+    def __init__(
+        self,
+        inner: ASGIApp,
+        admission: Admission,
+        clock: Callable[[], float],
+        metrics: Metrics,
+        hear: Callable[[int, str], None] = lambda *_: None,
+    ) -> None:
         self._inner = inner
         self._admission = admission
         self._clock = clock
         self._counts = metrics.admission
+        self._hear = hear
         self._at_once = at_once_of(inner)
 
     def at_once(self, scope: Scope, body: bytes) -> Answered:
@@ -52,6 +61,8 @@ class Turnstile:
         if wait_s is None:
             scope["state"][_ADMITTED] = True
             return None
+        client = scope.get("client")
+        self._hear(wait_s, plain_host(client[0]) if client else "unknown")
         return _come_again(wait_s, self._admission.policy.per_s)
 
 

@@ -15,20 +15,16 @@ import json
 import os
 import socket
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import Any, NamedTuple
 
-import numpy.typing as npt
 import structlog
 from aiohttp import web
 
 from pdctl.core.handover import Mapped, Offer, Row
 from pdctl.core.layout import Pool, RankPools, Region
-from pdctl.core.plan import Ints
 from pdctl.core.trace import TraceContext
-from pdctl.core.transfer import Quarantined
 from pdctl.errors import (
     BadField,
     CallerError,
@@ -39,21 +35,15 @@ from pdctl.errors import (
     TooLarge,
     TooSlow,
 )
+from pdctl.tenancy import Arrival, NotOpen, Rank, Tenancy, watching
 
 log = structlog.get_logger(__name__)
 
 MAX_BODY_BYTES = 8 << 20  # a million page numbers; to read them holds the loop for 60 ms
 _BODY_S = 10.0
-_LAST_WORD_S = 0.2  # for the engine to take it: it may be stopped, and then its socket is full
-_MOST_REVOKED = 4096
 _CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
 
-Release = Callable[[Ints], None]
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
-
-class NotOpen(CallerError):
-    """What the request speaks of is not here, or not any more."""
 
 
 class Forbidden(CallerError):
@@ -73,150 +63,8 @@ class Peer(NamedTuple):
         return cls._make(_CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)))
 
 
-class Sending(Protocol):
-    """A room at a prefill rank."""
-
-    @property
-    def prefix_len(self) -> int: ...
-
-    @property
-    def n_pages(self) -> int: ...
-
-    async def peers_ready(self) -> None: ...
-
-    async def send(self, pages: npt.ArrayLike, layers: range | None = None) -> None: ...
-
-    async def finish(
-        self,
-        aux_row: int | None = None,
-        state_rows: Sequence[npt.ArrayLike] = (),
-        pages: npt.ArrayLike | None = None,
-    ) -> None: ...
-
-
-class Arriving(Protocol):
-    """A room at a decode rank."""
-
-    async def arrived(self) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Arrival:
-    """What an engine asks of `receive`."""
-
-    pages: list[int]
-    aux_row: int
-    prefix_len: int
-    state_rows: tuple[tuple[int, ...], ...]
-    trace: TraceContext | None = None
-
-
-class Rank(Protocol):
-    """A rank that is open; of `sending` and `receiving` it can do one."""
-
-    @property
-    def session(self) -> str: ...
-
-    @property
-    def metrics_url(self) -> str: ...
-
-    @property
-    def registered(self) -> bool: ...
-
-    @property
-    def rooms(self) -> Sequence[int]: ...
-
-    @property
-    def quarantine(self) -> Sequence[Quarantined]: ...
-
-    def sending(
-        self, room: int, release: Release, trace: TraceContext | None
-    ) -> AbstractAsyncContextManager[Sending]: ...
-
-    async def announce(self, room: int) -> None:
-        """Say at the registry that this rank's DP group has the room."""
-
-    async def receiving(self, room: int, asked: Arrival, release: Release) -> AbstractAsyncContextManager[Arriving]:
-        """Find who sends the room. Raises before anybody was told of the pages."""
-
-
 OpenRank = Callable[[Offer, RankPools, Sequence[Region]], AbstractAsyncContextManager[Rank]]
 Map = Callable[[Offer, int | None], Awaitable[list[Mapped]]]
-
-
-@dataclass(slots=True)
-class _Room:
-    """A room at the sending side between two requests; whoever takes it out of the table closes it."""
-
-    sending: Sending
-    stack: AsyncExitStack
-    ticket: int
-
-
-class _Arrival(NamedTuple):
-    """A room at the receiving side."""
-
-    task: asyncio.Task[None]
-    ticket: int
-
-
-@dataclass(slots=True)
-class _Life:
-    """From the handover to the end. `left`: nobody wants it any more; `events`: what the open answer says next."""
-
-    offer: Offer
-    pools: RankPools
-    mapped: list[Mapped]
-    peer: Peer
-    opened: asyncio.Future[Rank]
-    left: asyncio.Event = field(default_factory=asyncio.Event)
-    events: asyncio.Queue[dict[str, Any]] = field(default_factory=asyncio.Queue)
-    rank: Rank | None = None
-    sending: dict[int, _Room] = field(default_factory=dict)
-    receiving: dict[int, _Arrival] = field(default_factory=dict)
-    tickets: set[int] = field(default_factory=set)
-    revoked: dict[int, None] = field(default_factory=dict)
-
-    def release(self, room: int, ticket: int) -> Release:
-        return lambda _: self.free(room, ticket)
-
-    def free(self, room: int, ticket: int) -> None:
-        """Nothing touches the pages any more: say so, once."""
-        if ticket in self.tickets:
-            self.tickets.discard(ticket)
-            self.events.put_nowait({"event": "released", "room": room, "ticket": ticket})
-
-    def take(self, ticket: int) -> None:
-        """Raises CallerError for one that is in use, or that was given up before it came."""
-        if ticket in self.revoked:
-            raise CallerError(f"ticket {ticket} was given up before: this request came after its own end")
-        if ticket in self.tickets:
-            raise CallerError(f"ticket {ticket} is in use: give each room a ticket of its own")
-        self.tickets.add(ticket)
-
-    def revoke(self, ticket: int) -> bool:
-        """Give a ticket up; whether its pages are free already. One that has not come yet is refused if it does."""
-        if ticket in self.tickets:
-            return False
-        self.revoked[ticket] = None
-        while len(self.revoked) > _MOST_REVOKED:
-            self.revoked.pop(next(iter(self.revoked)))
-        return True
-
-    async def end_rooms(self) -> None:
-        """Give up what is under way; decode ranks, or prefill ranks, hear of it."""
-        arrivals = [arrival.task for arrival in self.receiving.values()]
-        for task in arrivals:
-            task.cancel()
-        rooms = [self.sending.pop(room) for room in list(self.sending)]
-        closing = [asyncio.ensure_future(room.stack.aclose()) for room in rooms]
-        if waiting := [*closing, *arrivals]:
-            await asyncio.wait(waiting)
-
-    async def say_last(self, word: dict[str, Any]) -> None:
-        self.events.put_nowait(word)
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self.events.join(), _LAST_WORD_S)
 
 
 class Agent:
@@ -228,8 +76,8 @@ class Agent:
 
     def __init__(self, open_rank: OpenRank, mapping: Map, users: frozenset[int], hurry: Callable[[], object]) -> None:
         self._open_rank, self._map, self._users, self._hurry = open_rank, mapping, users, hurry
-        self._taken: asyncio.Future[_Life] = asyncio.get_running_loop().create_future()
-        self._life: _Life | None = None
+        self._taken: asyncio.Future[Tenancy] = asyncio.get_running_loop().create_future()
+        self._life: Tenancy | None = None
 
     def app(self) -> web.Application:
         app = web.Application(middlewares=[self._answering], client_max_size=MAX_BODY_BYTES)
@@ -264,14 +112,14 @@ class Agent:
             await life.say_last({"event": "ended", "error": {"message": "the agent was told to stop: hand over again"}})
             raise
 
-    async def _serve(self, life: _Life) -> None:
+    async def _serve(self, life: Tenancy) -> None:
         regions = [mapped.region for mapped in life.mapped]
         async with self._open_rank(life.offer, life.pools, regions) as rank:
             life.rank = rank
             life.opened.set_result(rank)
-            log.info("pool taken over", role=life.offer.role.value, session=rank.session, engine_pid=life.peer.pid)
+            log.info("pool taken over", role=life.offer.role.value, session=rank.session, engine_pid=life.engine_pid)
             try:
-                with _watching(life.peer.pid, life.left.set):
+                with watching(life.engine_pid, life.left.set):
                     await life.left.wait()
             finally:
                 self._hurry()
@@ -287,7 +135,7 @@ class Agent:
         self._check_free(peer)  # another may have come while a device was opened
         pools = offer.pools([each.region for each in mapped])
         opened: asyncio.Future[Rank] = asyncio.get_running_loop().create_future()
-        life = self._life = _Life(offer, pools, mapped, peer, opened)
+        life = self._life = Tenancy(offer, pools, mapped, peer.pid, opened)
         self._taken.set_result(life)
         try:
             return await self._stream(request, life)
@@ -298,12 +146,12 @@ class Agent:
     def _check_free(self, claimant: Peer) -> None:
         if self._life is not None:
             raise Occupied(
-                f"process {self._life.peer.pid} has handed over its pool here: give each rank a socket of its own",
-                holder=str(self._life.peer.pid),
+                f"process {self._life.engine_pid} has handed over its pool here: give each rank a socket of its own",
+                holder=str(self._life.engine_pid),
                 claimant=str(claimant.pid),
             )
 
-    async def _stream(self, request: web.Request, life: _Life) -> web.StreamResponse:
+    async def _stream(self, request: web.Request, life: Tenancy) -> web.StreamResponse:
         """Returns only what has been refused: an open answer ends with the process."""
         try:
             await asyncio.shield(life.opened)
@@ -327,19 +175,19 @@ class Agent:
         self._held().left.set()
         return web.json_response({})
 
-    def _held(self) -> _Life:
+    def _held(self) -> Tenancy:
         if self._life is None:
             raise NotOpen("no pool has been handed over: POST /v1/rank first")
         return self._life
 
-    def _opened(self) -> tuple[_Life, Rank]:
+    def _opened(self) -> tuple[Tenancy, Rank]:
         life = self._held()
         if life.rank is None or life.left.is_set():
             raise NotOpen("the rank is being opened or let go: wait for the first line of the handover's answer")
         return life, life.rank
 
-    def _card(self, life: _Life) -> dict[str, Any]:
-        said: dict[str, Any] = {"role": life.offer.role.value, "agent_pid": os.getpid(), "engine_pid": life.peer.pid}
+    def _card(self, life: Tenancy) -> dict[str, Any]:
+        said: dict[str, Any] = {"role": life.offer.role.value, "agent_pid": os.getpid(), "engine_pid": life.engine_pid}
         if (rank := life.rank) is None:
             return said
         return said | {
@@ -364,7 +212,7 @@ class Agent:
         pages, (aux_row, states) = _pages(row, life.pools.kv), _rows(row, life.pools)
         row.end()
         trace = TraceContext.from_headers(request.headers)
-        async with self._entered(life, rank, room, ticket, trace) as sending:
+        async with life.entered(rank, room, ticket, trace) as sending:
             if announce:
                 await rank.announce(room)
             await sending.peers_ready()
@@ -372,14 +220,14 @@ class Agent:
             if whole:
                 await sending.finish(aux_row, states, pages)
         if whole:
-            await self._close(life, room)
+            await life.close(room)
         return web.json_response(said)
 
     async def _send(self, request: web.Request) -> web.Response:
         room, (life, _), row = _number(request), self._opened(), await _row(request)
         pages, layers = _pages(row, life.pools.kv), _layers(row)
         row.end()
-        async with self._at(life, room) as sending:
+        async with life.at(room) as sending:
             await sending.send(pages, layers)
         return web.json_response({})
 
@@ -388,54 +236,14 @@ class Agent:
         pages = _pages(row, life.pools.kv) if row.get("pages") is not None else None
         aux_row, states = _rows(row, life.pools)
         row.end()
-        async with self._at(life, room) as sending:
+        async with life.at(room) as sending:
             await sending.finish(aux_row, states, pages)
-        await self._close(life, room)
+        await life.close(room)
         return web.json_response({})
 
     async def _abort_sending(self, request: web.Request) -> web.Response:
         room, (life, _), ticket = _number(request), self._opened(), _ticket(request)
-        free = ticket is not None and life.revoke(ticket)
-        held = life.sending.get(room)
-        if held is not None and ticket in (None, held.ticket):
-            await self._close(life, room)
-        return web.json_response({"free": free})
-
-    @asynccontextmanager
-    async def _entered(
-        self, life: _Life, rank: Rank, room: int, ticket: int, trace: TraceContext | None
-    ) -> AsyncIterator[Sending]:
-        """A new room; closed, and so failed, if the block is left by an error."""
-        life.take(ticket)
-        stack, release = AsyncExitStack(), life.release(room, ticket)
-        try:
-            sending = await stack.enter_async_context(rank.sending(room, release, trace))
-        except BaseException:
-            life.tickets.discard(ticket)  # nothing was begun
-            raise
-        life.sending[room] = _Room(sending, stack, ticket)
-        try:
-            yield sending
-        except BaseException:
-            await self._close(life, room)
-            raise
-
-    @asynccontextmanager
-    async def _at(self, life: _Life, room: int) -> AsyncIterator[Sending]:
-        """Our own mistakes leave the room as it is; what ends it, or cuts the request short, closes it."""
-        if room not in life.sending:
-            raise NotOpen(f"room {room} is not open: open it first; it may have failed, and that was answered then")
-        try:
-            yield life.sending[room].sending
-        except CallerError:
-            raise
-        except BaseException:
-            await self._close(life, room)
-            raise
-
-    async def _close(self, life: _Life, room: int) -> None:
-        if (held := life.sending.pop(room, None)) is not None:
-            await held.stack.aclose()
+        return web.json_response({"free": await life.give_up_sending(room, ticket)})
 
     # --- a decode's rooms
 
@@ -446,30 +254,13 @@ class Agent:
         row.end()
         if aux_row is None:
             raise BadField("aux_row", "is missing: name the row for what comes beside the pages")
-        if room in life.receiving:
-            raise CallerError(f"room {room} is open already: give each request a room of its own")
         asked = Arrival(pages, aux_row, prefix_len, states, TraceContext.from_headers(request.headers))
-        task = asyncio.create_task(_arrive(life, rank, room, ticket, asked), name=f"arrival of room {room}")
-        life.receiving[room] = _Arrival(task, ticket)
-        try:
-            await asyncio.wait({task})
-        finally:
-            task.cancel()
-            await asyncio.wait({task})
-            del life.receiving[room]
-        if task.cancelled():
-            raise RoomFailed(room, "this engine has given it up")
-        task.result()
+        await life.arrive(rank, room, ticket, asked)
         return web.json_response({})
 
     async def _abort_receiving(self, request: web.Request) -> web.Response:
         room, (life, _), ticket = _number(request), self._opened(), _ticket(request)
-        free = ticket is not None and life.revoke(ticket)
-        held = life.receiving.get(room)
-        if held is not None and ticket in (None, held.ticket):
-            held.task.cancel()
-            await asyncio.wait({held.task})
-        return web.json_response({"free": free})
+        return web.json_response({"free": await life.give_up_arrival(room, ticket)})
 
     # --- answers
 
@@ -494,37 +285,6 @@ class Agent:
         if peer.uid not in self._users:
             log.warning("caller refused", uid=peer.uid, pid=peer.pid)
             raise Forbidden(f"user {peer.uid} may not speak to this agent: run it as the same user, or give --user")
-
-
-async def _arrive(life: _Life, rank: Rank, room: int, ticket: int, asked: Arrival) -> None:
-    """The ticket is taken here, and not before: a task that is cancelled at once never runs."""
-    life.take(ticket)
-    try:
-        entering = await rank.receiving(room, asked, life.release(room, ticket))
-    except BaseException:
-        life.free(room, ticket)
-        raise
-    async with entering as arriving:
-        await arriving.arrived()
-
-
-@contextmanager
-def _watching(pid: int, gone: Callable[[], None]) -> Iterator[None]:
-    """Call `gone` when that process ends: a child that it has forked may keep its connection open."""
-    try:
-        fd = os.pidfd_open(pid) if pid else None
-    except OSError:  # it is gone, and so will be its connection; or it lives where its number means nothing
-        fd = None
-    if fd is None:
-        yield
-        return
-    loop = asyncio.get_running_loop()
-    loop.add_reader(fd, gone)
-    try:
-        yield
-    finally:
-        loop.remove_reader(fd)
-        os.close(fd)
 
 
 # --- bodies

@@ -28,32 +28,31 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from pdctl.client import Exhaustion
 from pdctl.core.address import Endpoint
 from pdctl.core.admission import AdmissionPolicy
+from pdctl.core.allowance import SenderLimits
+from pdctl.core.capacity import RegistryLimits
 from pdctl.core.device import DeviceSpec
 from pdctl.core.draining import DrainPolicy
 from pdctl.core.ejection import ProbePolicy
+from pdctl.core.feed import WatchLimits
 from pdctl.core.fleet import FleetPolicy
 from pdctl.core.kvstore import CONFIG_PATH, Resolved, StoreFile, StoreRank, resolve
 from pdctl.core.lives import LONGEST_TTL_S, SHORTEST_TTL_S
-from pdctl.core.metadata import KeyLimits
+from pdctl.core.metadata import KeyLimits, KeyWitness
 from pdctl.core.naming import DEFAULT, Hosts, Listener
 from pdctl.core.native import NAME
 from pdctl.core.overview import ReportLimits
-from pdctl.core.registry import RegistryLimits
 from pdctl.core.route import Announcement, Seat, Shape
 from pdctl.core.seconds import check_seconds
 from pdctl.core.transfer import RoomTimeouts
 from pdctl.core.witness import WitnessPolicy
 from pdctl.credentials import AccessSettings, Credentials
-from pdctl.dialects.audience import WatchLimits
-from pdctl.engine.mooncake import MooncakeSettings
+from pdctl.engine.settings import MooncakeSettings
 from pdctl.errors import BadField, ConfigError
-from pdctl.keyring import KeyWitness
-from pdctl.kvstore import UNTIL_READY, WARM_UP, StorePatience
 from pdctl.logs import LogSettings
 from pdctl.persistence.etcd_place import EtcdSettings
-from pdctl.persistence.open import check
+from pdctl.persistence.place import check
 from pdctl.retry import RetryPolicy
-from pdctl.sender import SenderLimits
+from pdctl.store.patience import UNTIL_READY, WARM_UP, StorePatience
 from pdctl.tracing import TraceSettings
 
 PREFIX = "PDCTL_"

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 import structlog
 
 from pdctl.core.address import Endpoint
-from pdctl.core.sums import Checksum
+from pdctl.core.comparing import Checksum
 from pdctl.core.transfer import RoomTimeouts
 from pdctl.core.wire import FIRST_QUESTION, Abort, AbortAck, Matched, RegisterBuffers, Send, Status
 from pdctl.errands import Errands

@@ -18,7 +18,7 @@ from starlette.types import ASGIApp
 from pdctl import server
 from pdctl.core.access import Rules
 from pdctl.credentials import AccessSettings, Reloaded, follow, listening, rules, server_tls
-from pdctl.guard import Guard
+from pdctl.guard import Guard, Hear
 from pdctl.metrics import Metrics
 
 
@@ -40,21 +40,22 @@ class Door:
         return "http" if self.tls is None else "https"
 
     def services(
-        self, api: ASGIApp, socks: Sequence[socket.socket], grace_s: float
+        self, api: ASGIApp, socks: Sequence[socket.socket], grace_s: float, hear: Hear | None = None
     ) -> dict[str, Coroutine[Any, Any, None]]:
         """What serves `api`, and follows the files, by name. All sockets but the first are for stock engines, which
-        speak no TLS."""
+        speak no TLS. `hear` is told of each who is not let in."""
         services: dict[str, Coroutine[Any, Any, None]] = {"files": follow(*self.files)}
         if self.tls is None:
-            return services | {"http": server.serve(self._around(api), *socks, grace_s=grace_s)}
+            return services | {"http": server.serve(self._around(api, hear), *socks, grace_s=grace_s)}
         own, *listeners = socks
-        services["https"] = server.serve(self._around(api), own, grace_s=grace_s, tls=self.tls)
+        services["https"] = server.serve(self._around(api, hear), own, grace_s=grace_s, tls=self.tls)
         if listeners:
-            services["http"] = server.serve(self._around(api, stock_only=True), *listeners, grace_s=grace_s)
+            services["http"] = server.serve(self._around(api, hear, stock_only=True), *listeners, grace_s=grace_s)
         return services
 
-    def _around(self, api: ASGIApp, *, stock_only: bool = False) -> Guard:
-        return Guard(api, lambda: self.rules.value, self.metrics.access, time.monotonic, stock_only=stock_only)
+    def _around(self, api: ASGIApp, hear: Hear | None, *, stock_only: bool = False) -> Guard:
+        counts = self.metrics.access
+        return Guard(api, lambda: self.rules.value, counts, time.monotonic, stock_only=stock_only, hear=hear)
 
 
 def open_door(settings: AccessSettings, metrics: Metrics) -> Door:

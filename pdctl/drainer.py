@@ -17,7 +17,8 @@ import structlog
 
 from pdctl.core.draining import DrainPolicy, Load, Quiet, draining, load_of, read_loads
 from pdctl.core.instances import InstanceView
-from pdctl.core.lives import Change, ChangeKind
+from pdctl.core.kinds import ChangeKind
+from pdctl.core.lives import Change
 from pdctl.errors import BadField, NotNow, Unreachable
 from pdctl.retry import root_cause
 

@@ -26,11 +26,14 @@ SAY_EVERY_S = 1.0
 
 _LONGEST_PATH = 200
 
+Hear = Callable[[Denied, str, str], None]
+
 
 class Guard:
     """`rules` is asked for every request, so that a new token holds from the next one on.
 
     stock_only  /v1 is not served here: at a listener in the clear of a service that else speaks TLS
+    hear        is told of each who is not let in: why, of what, and the peer
     """
 
     def __init__(
@@ -41,12 +44,14 @@ class Guard:
         clock: Callable[[], float],
         *,
         stock_only: bool = False,
+        hear: Hear | None = None,
     ) -> None:
         self._app = app
         self._rules = rules
         self._counts = metrics
         self._clock = clock
         self._stock_only = stock_only
+        self._hear = hear
         self._known: dict[tuple[str, str], tuple[Owner, bool]] = {}
         self._quiet_until = float("-inf")
         self._unsaid = 0
@@ -91,12 +96,14 @@ class Guard:
 
     def _tell(self, denied: Denied, scope: Scope) -> None:
         self._counts.denied(denied.why)
+        peer, path = plain_host(_ends(scope)[0]), scope["path"][:_LONGEST_PATH]
+        if self._hear is not None:
+            self._hear(denied, f"{scope['method']} {path}", peer)
         now = self._clock()
         if now < self._quiet_until:
             self._unsaid += 1
             return
-        said = {"reason": denied.why.value, "peer": plain_host(_ends(scope)[0]), "path": scope["path"][:_LONGEST_PATH]}
-        log.warning("request denied", **said, unsaid=self._unsaid)
+        log.warning("request denied", reason=denied.why.value, peer=peer, path=path, unsaid=self._unsaid)
         self._quiet_until, self._unsaid = now + SAY_EVERY_S, 0
 
 

@@ -16,7 +16,7 @@ from functools import partial
 
 from aiohttp import web
 
-from pdctl.agent import Agent, Arrival, Arriving, Rank, Release, Sending
+from pdctl.agent import Agent
 from pdctl.config import Settings, environment
 from pdctl.core.device import DeviceKind
 from pdctl.core.handover import Mapped, Offer, Role
@@ -29,6 +29,7 @@ from pdctl.device.open import open_device
 from pdctl.errors import CallerError
 from pdctl.memory import map_shared
 from pdctl.node import DecodeNode, PrefillNode, decode_node, prefill_node
+from pdctl.tenancy import Arrival, Arriving, Rank, Release, Sending
 
 
 async def serve(

@@ -1,34 +1,22 @@
 """
-What `pdctl sessions` and `pdctl probe` ask, and whom: a service's session table, or the peer itself.
+What `pdctl sessions` and `pdctl probe` ask a service of its session table. Who asks the peer itself is firsthand.py.
 
-Prints nothing. Asking a peer directly opens an engine for it where the wheel is installed, since only bytes that arrive
-prove that bytes arrive; without one, the peer's handshake is all that can be had, and the answer says so.
+Prints nothing, and has no engine.
 """
 
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
-import structlog
-
 from pdctl.client import RegistryClient
-from pdctl.config import Settings, environment
-from pdctl.core.address import Endpoint
+from pdctl.config import Settings
 from pdctl.core.exchange import Exchange
 from pdctl.core.route import as_object, needed
-from pdctl.core.standing import Depth
-from pdctl.device.open import open_device
-from pdctl.engine.asking import Asking
-from pdctl.engine.base import Proof
-from pdctl.engine.mooncake import open_mooncake
-from pdctl.errors import BadField, EngineUnavailable, TransferFailed
-
-log = structlog.get_logger(__name__)
+from pdctl.errors import BadField
 
 Row = Mapping[str, Any]
 """One session as `GET /v1/sessions` has it."""
@@ -71,40 +59,6 @@ async def ask_service(settings: Settings, session: str) -> Verdict:
         row = await client.tell(Exchange("probe of a session", "POST", f"{_path(session)}/probe", _row))
     works, detail, seconds = (needed(row, name) for name in ("works", "detail", "seconds"))
     return Verdict(session, bool(works), row.get("depth"), str(detail), float(seconds))
-
-
-async def ask(settings: Settings, session: str, deadline_s: float, wanted: Depth) -> Verdict:
-    """Ask the peer itself, as deep as `wanted`. Raises BadField for what is no session."""
-    Endpoint.parse(session)
-    if wanted is Depth.HANDSHAKE:
-        return await _judged(Asking(), session, deadline_s, wanted)
-    try:
-        async with (
-            open_device(settings.node.accelerator, environ=environment()) as device,
-            open_mooncake(replace(settings.engine, host=settings.node.host), device) as engine,
-        ):
-            return await _judged(Asking(engine), session, deadline_s, wanted)
-    except EngineUnavailable as error:
-        log.warning("no engine to ask with, only the handshake is asked", why=str(error))
-        return await _judged(Asking(), session, deadline_s, wanted)
-
-
-async def _judged(asking: Asking, session: str, deadline_s: float, wanted: Depth) -> Verdict:
-    began = time.monotonic()
-    try:
-        proof = await asking.prove(session, deadline_s=deadline_s)
-    except TransferFailed as failure:
-        took_s = time.monotonic() - began
-        return Verdict(session, False, None, f"{failure.cause.replace('_', ' ')}: {failure.detail}", took_s)
-    return _verdict(session, proof, wanted, time.monotonic() - began)
-
-
-def _verdict(session: str, proof: Proof, wanted: Depth, seconds: float) -> Verdict:
-    depth = proof.depth.name.lower()
-    if proof.depth >= wanted:
-        return Verdict(session, True, depth, proof.how, seconds)
-    why = f"{proof.how}, and no deeper question could be put: whether data flows is not known"
-    return Verdict(session, False, depth, why, seconds)
 
 
 def _service(settings: Settings) -> RegistryClient:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import NoReturn
 from weakref import WeakValueDictionary
@@ -17,10 +16,9 @@ from weakref import WeakValueDictionary
 import structlog
 
 from pdctl.core.address import Endpoint
-from pdctl.core.metadata import KeyBook, Row, Segment, name_of
-from pdctl.core.seconds import check_seconds
+from pdctl.core.metadata import KeyBook, KeyWitness, Row, Segment, name_of
 from pdctl.counts.wires import KeyChange
-from pdctl.errors import Behind, ConfigError
+from pdctl.errors import Behind
 from pdctl.metrics import Metrics
 from pdctl.retry import deciding
 
@@ -30,24 +28,6 @@ Answers = Callable[[Endpoint], Awaitable[bool]]
 """Whether the engine that said it answers there is still there. Bounded in time by itself."""
 
 log = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class KeyWitness:
-    """When a holder that nobody contests is asked whether it lives, and what its silence means.
-
-    every_s  how often each is asked; 0 (the default) for never: a key that is dropped by mistake is not written
-             again by an engine that lives, so only who wants stale keys gone turns it on
-    misses   how many times in a row it must be gone until its keys are dropped
-    """
-
-    every_s: float = 0.0
-    misses: int = 3
-
-    def __post_init__(self) -> None:
-        check_seconds(self, "metadata witness", or_zero=("every_s",))
-        if self.misses < 1:
-            raise ConfigError(f"metadata witness misses is {self.misses}: give at least 1")
 
 
 class Keyring:

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, nullcontext
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeVar
@@ -22,53 +22,29 @@ import structlog
 
 from pdctl.core.device import DeviceKind
 from pdctl.core.kvstore import KVStoreConfig, SetUp, StoreRank, set_up
-from pdctl.core.seconds import check_seconds
 from pdctl.core.warmup import Report, Result, Step, is_never, key_of, likely, value_of
 from pdctl.counts.store import StoreMetrics, StoreTrafficMetrics
 from pdctl.device.base import Device
 from pdctl.engine import wheel
 from pdctl.engine.environment import pieces_at_once
 from pdctl.engine.store_wheel import environment, store_class
-from pdctl.errors import ConfigError, StoreCause, StoreFailed, StoreNotReady, StoreUnusable
-from pdctl.retry import Failure, RetryPolicy, retrying
+from pdctl.errors import ConfigError, PdctlError, StoreCause, StoreFailed, StoreNotReady, StoreUnusable
+from pdctl.retry import Failure, retrying
 from pdctl.spans import Open, Spans, spanned
 from pdctl.store import master, rehearsal
 from pdctl.store.attachment import Attachment, AttachPolicy, attached
 from pdctl.store.base import Store, StoreAbility
 from pdctl.store.mooncake import ability_of, open_mooncake_store
-from pdctl.store.offloading import Claim, OffloadPatience, offloading
+from pdctl.store.offloading import Claim, offloading
+from pdctl.store.patience import StorePatience
+from pdctl.store.watch import StoreWatch
 
 log = structlog.get_logger(__name__)
 
 _T = TypeVar("_T")
 
-UNTIL_READY = RetryPolicy(first_wait_s=0.5, multiplier=1.5, max_wait_s=2.0, give_up_after_s=60.0)
-WARM_UP = RetryPolicy(first_wait_s=1.0, multiplier=1.25, max_wait_s=4.0, even=True, max_attempts=10)
 ATTACHED = AttachPolicy()
-OFFLOAD = OffloadPatience()
 SCOUT = (sys.executable, "-m", "pdctl.scout")
-
-
-@dataclass(frozen=True, slots=True)
-class StorePatience:
-    """How long each link of the chain may take.
-
-    ask_s        for each of two questions to the master; a healthy one answers in a millisecond
-    rehearsal_s  for a set-up in a process of its own: 0.5 s where all is well, 5 s where a busy host starts eight;
-                 0: none is made
-    until_ready  how often master and set-up are tried; 60 s: a pod of a master that is scheduled anew needs that
-    warm_up      how often a key is put and read back: 10 times, 1 s apart at first and up to 4 s later, 23 s in all.
-                 Engines of the field stop after 9 s, which a segment that mounts late on a busy host has missed
-    """
-
-    ask_s: float = 1.0
-    rehearsal_s: float = 30.0
-    until_ready: RetryPolicy = UNTIL_READY
-    warm_up: RetryPolicy = WARM_UP
-    offload: OffloadPatience = OFFLOAD
-
-    def __post_init__(self) -> None:
-        check_seconds(self, "store", or_zero=("rehearsal_s",))
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,32 +125,50 @@ async def open_store(
     traffic: StoreTrafficMetrics | None = None,
     means: StoreMeans | None = None,
     spans: Spans | None = None,
+    watch: StoreWatch | None = None,
 ) -> AsyncIterator[KVStore]:
     """A store that works, closed at the end of the block.
 
     device  whose memory it will carry (`open_device`), set on each of its threads
     spans   who wants one of how it came up
+    watch   is told how it stands, until the block ends: for the node that reports it and shows its counts
     Raises StoreNotReady when time was up, StoreUnusable where waiting would not help, both with a `report`;
     ConfigError, EngineUnavailable. What the wheel itself raises, a TypeError above all, comes through as it is.
     """
-    patience = patience or StorePatience()
-    means = means or mooncake_means(config, device, patience)
+    patience, watch = patience or StorePatience(), watch or StoreWatch()
+    metrics, traffic = metrics or watch.counts.warmup, traffic or watch.counts.traffic
     async with AsyncExitStack() as stack:
-        chain = _Chain(config, rank, device, patience, means, metrics)
-        if metrics is not None:
-            metrics.begun(rank)
+        stack.callback(watch.closed)
+        with _told(watch, rank):
+            means = means or mooncake_means(config, device, patience)
+        chain = _Chain(config, rank, device, patience, means, metrics, watch)
+        metrics.begun(rank)
         try:
-            store, report = await spanned(spans, "pdctl.store", partial(chain.climb_seen, stack))
+            with _told(watch, rank):
+                store, report = await spanned(spans, "pdctl.store", partial(chain.climb_seen, stack))
         except StoreFailed as failure:
             report = chain.report(failure)
+            watch.ended(report, failure)
             raise (StoreUnusable if report.result is Result.NEVER else StoreNotReady)(report) from failure
         finally:
-            if metrics is not None and chain.last is not None:
+            if chain.last is not None:
                 metrics.opened(chain.last)
+        watch.ended(report, None)
         chain.log.info("store ready", attempts=report.attempts, waited_s=round(report.waited_s, 3), store=store.name)
         ask, policy = partial(means.ask, config), replace(ATTACHED, pieces_at_once=means.pieces_at_once)
-        async with attached(store, ask, policy=policy, metrics=traffic) as attachment:
+        async with attached(store, ask, policy=policy, metrics=traffic, turned=watch.turned) as attachment:
             yield KVStore(config, rank, store, report, attachment)
+
+
+@contextmanager
+def _told(watch: StoreWatch, rank: StoreRank) -> Iterator[None]:
+    """What keeps it from being tried is told as well."""
+    watch.began(rank)
+    try:
+        yield
+    except PdctlError as error:
+        watch.broke(error)
+        raise
 
 
 async def check_store(
@@ -209,6 +203,7 @@ class _Chain:
     patience: StorePatience
     means: StoreMeans
     metrics: StoreMetrics | None = None
+    watch: StoreWatch | None = None
     last: Report | None = None
     claim: Claim | None = None
     span: Open | None = None
@@ -305,6 +300,8 @@ class _Chain:
 
     async def _timed(self, step: str, work: Awaitable[_T]) -> _T:
         since = time.monotonic()
+        if self.watch is not None:
+            self.watch.at(str(step))
         try:
             return await work
         finally:
@@ -324,6 +321,8 @@ class _Chain:
             return
         if self.metrics is not None:
             self.metrics.failed(self.rank)
+        if self.watch is not None and failure.next_wait_s is not None:
+            self.watch.tried(error, failure.next_wait_s)
         if failure.next_wait_s is not None:
             wait_s = round(failure.next_wait_s, 3)
             of = {"attempt": failure.attempt, "step": str(error.step), "cause": error.cause, "code": error.code}

@@ -55,9 +55,9 @@ class Alarm:
     def __init__(self, wait_s: float, ring: Callable[[], None]) -> None:
         self._loop = asyncio.get_running_loop()
         self._ring = ring
-        self._attention = Attention()
-        self._attention.rests(self._loop.time(), wait_s)
-        self._handle = self._loop.call_later(wait_s, self._wake)
+        self._attention, now = Attention(), self._loop.time()
+        self._attention.rests(now, wait_s)
+        self._handle = self._loop.call_at(now + wait_s, self._wake)
 
     def cancel(self) -> None:
         self._handle.cancel()

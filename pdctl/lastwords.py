@@ -42,6 +42,7 @@ class LastWords:
         self._send, self._rank, self._timeouts = send, rank, timeouts
         self._over: OrderedDict[tuple[int, Endpoint], tuple[int | None, Frames]] = OrderedDict()
         self._nbytes = 0
+        self._policy = replace(_AGAIN, give_up_after_s=min(_AGAIN.give_up_after_s or 0.0, timeouts.waiting_s))
         self._untold: dict[tuple[int, Endpoint], asyncio.Task[None]] = {}
         self._errands = Errands()
         self.reports = Errands()  # apart: what cannot be delivered stays long, and may not crowd out an abort's answer
@@ -89,14 +90,13 @@ class LastWords:
 
     def _tell(self, room: int, to: Endpoint, frames: Frames) -> None:
         """Until a connection takes it, or nobody there wants to know any more."""
-        policy = replace(_AGAIN, give_up_after_s=min(_AGAIN.give_up_after_s or 0.0, self._timeouts.waiting_s))
 
         async def deliver() -> None:
             with contextlib.suppress(Unreachable):
                 await self._send(to, frames)  # most of the time it is this; what may be repeated costs 0.1 ms more
                 return
             try:
-                await retrying(policy, lambda: self._send(to, frames), is_permanent=_is_defect)
+                await retrying(self._policy, lambda: self._send(to, frames), is_permanent=_is_defect)
             except Unreachable as error:
                 log.warning("decode rank not told", what="status", to=str(to), why=str(error))
 

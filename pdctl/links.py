@@ -17,7 +17,8 @@ from typing import Any
 from fastapi import APIRouter
 
 from pdctl.config import Settings
-from pdctl.core.lives import ENDINGS, Change, ChangeKind, Life
+from pdctl.core.kinds import ChangeKind
+from pdctl.core.lives import ENDINGS, Change, Life
 from pdctl.core.naming import SESSION_KEY
 from pdctl.core.sessions import SessionTable
 from pdctl.dialects import sessions

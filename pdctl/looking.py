@@ -74,9 +74,9 @@ class Looking:
             session=lambda name: sessions.row(links.prober, name),
         )
         board = overview.board(lookout, shown, metrics, settings.watch)
-        registrar.subscribe(lookout.heard)
-        registrar.subscribe(links.heard)  # after it: of who says goodbye the session's end is not told again
-        registrar.subscribe_refusals(lookout.refused)
+        registrar.herald.subscribe(lookout.heard)
+        registrar.herald.subscribe(links.heard)  # after it: of who says goodbye the session's end is not told again
+        registrar.herald.subscribe_refusals(lookout.refused)
         links.prober.subscribe(lookout.turned)
         news.subscribe(partial(board.changed, "instance"))
         refused = native.refusing(registrar)

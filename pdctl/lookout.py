@@ -13,23 +13,36 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import NoReturn, Protocol
 
 from pdctl.core import lives, standing
-from pdctl.core.chronicle import Chronicle, Kind
+from pdctl.core.access import Denied
+from pdctl.core.chronicle import Chronicle
 from pdctl.core.instances import InstanceView
-from pdctl.core.lives import ENDINGS, ChangeKind, Owner
+from pdctl.core.kinds import ChangeKind, Kind, State
+from pdctl.core.lives import ENDINGS, Owner
 from pdctl.core.naming import SESSION_KEY
 from pdctl.core.native import read_seat
 from pdctl.core.overview import News, Place, ReportBook, ReportLimits, speaker
 from pdctl.core.report import Report, Wanted, in_a_line, short_seat
-from pdctl.core.sayings import Refusal, of_life, of_link, of_room, of_session, place_in, sides_of
-from pdctl.core.standing import State
+from pdctl.core.sayings import (
+    CROWD,
+    Refusal,
+    crowds,
+    of_denial,
+    of_life,
+    of_link,
+    of_room,
+    of_session,
+    of_turn,
+    place_in,
+    sides_of,
+)
 from pdctl.errors import BadField, PdctlError
 from pdctl.metrics import Metrics
 
 TICK_S = 0.5
-CROWD = 16
-"""More changes of one kind to one instance at a time are one event: 10,000 ranks that come would push out all else."""
 MOST_LINKS = 64
 """Events of one report at most, of links and of rooms alike; the rest is counted in one."""
+
+_MAX_NAME = 128
 
 GOODBYES = frozenset({ChangeKind.LEFT, ChangeKind.DRAINED})
 """That its transfer session goes with it is no event of its own."""
@@ -90,21 +103,19 @@ class Lookout:
     def heard(self, changes: Sequence[lives.Change]) -> None:
         """What the registry says; to be told before the session table is."""
         self._bade = frozenset(filter(None, map(_bade, changes)))
-        crowds: dict[tuple[ChangeKind, str], list[lives.Change]] = {}
         for change in changes:
-            crowds.setdefault((change.kind, change.instance), []).append(change)
             over = [change.life] if change.kind in ENDINGS or change.kind is ChangeKind.LOST else []
             for life in (*over, change.before):
                 if life is not None and self.reports.drop((change.instance, life.seat), life.epoch):
                     self._changed("report", (change.instance, life.seat))
-        for (_, instance), crowd in crowds.items():
+        for crowd in crowds(changes):
             if len(crowd) > CROWD:
-                self._add(*of_life(crowd[0], len(crowd)), instance=instance, count=len(crowd))
+                self._add(*of_life(crowd[0], len(crowd)), instance=crowd[0].instance, count=len(crowd))
                 continue
             for change in crowd:
                 self._add(
                     *of_life(change),
-                    instance=instance,
+                    instance=change.instance,
                     rank=short_seat(change.seat),
                     session=_bade(change),
                     peer=str(change.life.address),
@@ -134,6 +145,25 @@ class Lookout:
         }
         event = self.events.refused(f"{peer} was refused: {error}", self._wall_clock(), self.clock(), **about)
         self._changed("event", event.id)
+
+    def denied(self, denied: Denied, asked: str, peer: str) -> None:
+        """The door has not let somebody in; `asked`: a method and a path."""
+        instance, seat = place_in(asked.partition(" ")[2])
+        self._kept_out(
+            Kind.DENIED,
+            of_denial(peer, asked, denied.text),
+            "many more were denied: see the log of this registry, which names some, and who can reach its port",
+            peer=peer,
+            instance=None if instance is None else in_a_line(instance, _MAX_NAME),
+            rank=None if seat is None else _short(seat),
+            reason=denied.why.value,
+            offered=asked,
+        )
+
+    def put_off(self, wait_s: int, peer: str) -> None:
+        """A registration has to come again after that time."""
+        others = "many more registrations wait for their turn: nothing, they come again by themselves"
+        self._kept_out(Kind.PUT_OFF, of_turn(peer, wait_s), others, peer=peer)
 
     # What time brings about
 
@@ -183,6 +213,10 @@ class Lookout:
                 f"serves all of {groups}, too many are out: see their hosts" if groups else "refuses who is out again"
             )
             self._add(Kind.PANIC, f"{who} {words}", **about)
+
+    def _kept_out(self, kind: Kind, sentence: str, others: str, **about: object) -> None:
+        event = self.events.kept_out(kind, sentence, others, self._wall_clock(), self.clock(), **about)
+        self._changed("event", event.id)
 
     def _add(self, kind: str, sentence: str, **about: object) -> None:
         event = self.events.add(kind, sentence, self._wall_clock(), **about)

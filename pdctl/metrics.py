@@ -16,14 +16,17 @@ from pdctl.counts.reports import ReportMetrics
 from pdctl.counts.rooms import LinkMetrics, RoomMetrics
 from pdctl.counts.service import AccessMetrics, AdmissionMetrics, WatchMetrics
 from pdctl.counts.sessions import SessionMetrics
-from pdctl.counts.store import StoreMetrics, StoreTrafficMetrics
+from pdctl.counts.store import StoreCounts
 from pdctl.counts.wires import FleetMetrics, KeyMetrics
 
 
 class Metrics:
-    """Everything that one process counts. Rooms are attributes, in alphabetical order."""
+    """Everything that one process counts. Rooms are attributes, in alphabetical order.
 
-    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+    store   of one that is opened elsewhere in this process; without it those are 0 here
+    """
+
+    def __init__(self, registry: CollectorRegistry | None = None, store: StoreCounts | None = None) -> None:
         self._registry = CollectorRegistry() if registry is None else registry
         self.access = AccessMetrics(self._registry)
         self.admission = AdmissionMetrics(self._registry)
@@ -38,8 +41,9 @@ class Metrics:
         self.reports = ReportMetrics(self._registry)
         self.rooms = RoomMetrics(self._registry)
         self.sessions = SessionMetrics(self._registry)
-        self.store = StoreMetrics(self._registry)
-        self.store_traffic = StoreTrafficMetrics(self._registry)
+        kept = StoreCounts() if store is None else store
+        self.store, self.store_traffic = kept.warmup, kept.traffic
+        self._registry.register(kept)
         self.witness = WitnessMetrics(self._registry)
         self.watch = WatchMetrics(self._registry)
 

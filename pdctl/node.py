@@ -23,7 +23,7 @@ from pdctl import config, drainer, logs, server
 from pdctl.admission import Turnstile
 from pdctl.beside import beside
 from pdctl.client import Registries, RegistryClient
-from pdctl.config import ServeSettings, Settings
+from pdctl.config import Settings
 from pdctl.core.admission import Admission
 from pdctl.core.device import HOST
 from pdctl.core.draining import DrainPolicy
@@ -47,14 +47,14 @@ from pdctl.engine.base import Engine
 from pdctl.engine.mooncake import by_name, open_mooncake
 from pdctl.errors import BadField, ConfigError, NotReady, PdctlError
 from pdctl.holding import Listed, hold_prefill, lease_of
+from pdctl.journals import journal_url
 from pdctl.lease import Lease, LeaseTerms, NoLeases
 from pdctl.links import Links
 from pdctl.looking import Looking
 from pdctl.metrics import Metrics
 from pdctl.peer import PeerLink, open_link
 from pdctl.persistence.base import Shared
-from pdctl.persistence.copying import Copied, copy
-from pdctl.persistence.open import MEMORY, SQLITE, open_journal, path_in
+from pdctl.persistence.open import open_journal
 from pdctl.prober import Prober
 from pdctl.receiver import Receiver
 from pdctl.registrar import Registrar
@@ -62,6 +62,7 @@ from pdctl.reporting import Rank as Reported
 from pdctl.reporting import Reporter
 from pdctl.sender import Sender
 from pdctl.spans import Spans, within
+from pdctl.store.watch import StoreWatch
 from pdctl.telling import Telling
 from pdctl.traced import traced
 from pdctl.tracing import open_tracing
@@ -109,11 +110,12 @@ async def sidecar(settings: Settings) -> AsyncIterator[Sidecar]:
         shown = [looking.router, page.router()]
         routers = [plain.router(), *others.routers(registrar, instance), ours, links.router, *shown]
         inner = sglang.in_front(plain, server.app(routers, metrics, unready=registrar.unready))
-        admitted = Turnstile(looking.in_front(inner), Admission(settings.admission), time.monotonic, metrics)
+        admission, lookout = Admission(settings.admission), looking.lookout
+        admitted = Turnstile(looking.in_front(inner), admission, time.monotonic, metrics, lookout.put_off)
         service = Dated(admitted, lambda: registrar.copy_age_s) if isinstance(journal, Shared) else admitted
         spans = await stack.enter_async_context(open_tracing(settings.trace, role="registry"))
         witness = _witness(settings.witness, registrar, metrics)
-        http = door.services(traced(service, spans), socks, settings.serve.grace_s)
+        http = door.services(traced(service, spans), socks, settings.serve.grace_s, lookout.denied)
         loops = {
             "listening": registrar.listen(),
             "news": news.run(),
@@ -149,7 +151,7 @@ async def _witness(policy: WitnessPolicy, registrar: Registrar, metrics: Metrics
     async with asking(policy) as ask:
         table = WitnessTable(policy, SystemRandom().random)
         witness = Witness(table, watched, tell, ask, clock=time.monotonic, metrics=metrics)
-        registrar.subscribe(witness.lives_changed)
+        registrar.herald.subscribe(witness.lives_changed)
         await witness.run()
 
 
@@ -159,40 +161,10 @@ async def _drains(policy: DrainPolicy, registrar: Registrar) -> None:
         await asyncio.Event().wait()
     async with drainer.asking() as ask:
         drains = drainer.Drainer(policy, registrar.view, registrar.drained, ask, time.monotonic)
-        registrar.subscribe(drains.lives_changed)
+        registrar.herald.subscribe(drains.lives_changed)
         for view in registrar.views():
             drains.follow(view.name)  # who drained before this process began
         await drains.run()
-
-
-def journal_url(serve: ServeSettings) -> str:
-    """What was said; else what `ServeSettings` says of that, and the directory is made, as nobody else will."""
-    if serve.journal or not serve.port:
-        return serve.journal or MEMORY
-    directory = config.state_dir(config.environment())
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"no journal was given, and the directory for one cannot be made ({error}): give --journal sqlite:PATH, "
-            "or --journal memory:, which forgets with the process"
-        ) from error
-    return f"{SQLITE}{directory / f'registry-{serve.port}.journal'}"
-
-
-async def copy_journal(settings: Settings, source: str, target: str) -> Copied:
-    """All that the journal at `source` keeps, to `target`. Raises ConfigError, JournalUnusable, JournalUnavailable."""
-    if MEMORY in (source, target):
-        raise ConfigError("a journal in memory ends with its process: give sqlite:PATH or etcd://HOST:PORT")
-    longest_s = settings.serve.room_ttl_s * (1 + EXTENSIONS)
-    path = path_in(source) if source.startswith(SQLITE) else None
-    if path is not None and not path.exists():
-        raise ConfigError(f"there is no journal {path}: give the one that the registry served from")
-    async with (
-        open_journal(source, rooms_kept_s=longest_s, etcd=settings.etcd) as kept,
-        open_journal(target, rooms_kept_s=longest_s, etcd=settings.etcd) as empty,
-    ):
-        return await copy(kept, empty)
 
 
 async def register(settings: Settings) -> None:
@@ -237,17 +209,19 @@ async def prefill_node(
     seat: Seat,
     shape: Shape,
     device: Device | None = None,
+    store: StoreWatch | None = None,
 ) -> AsyncIterator[PrefillNode]:
     """A prefill rank in `seat`: `arena`, one or several, holds all its pools, and is all that peers may reach.
 
-    `device`: an open one that they are on; without it `node.accelerator` is opened.
+    `device`: an open one that they are on; without it `node.accelerator` is opened. `store`: the watch that
+    `open_store` tells; its state is in this rank's report, its counts in its /metrics.
 
     It takes a lease when its memory is registered and its link listens, renews it while it lives, gives it back before
     the link stops, and is `registered` only while the registry says so. Raises EngineUnavailable, AddressTaken,
     RegistrationGaveUp, Superseded, ...
     """
     check_rank(pools.layout, seat, shape, prefill=True)
-    async with _rank(settings, device, arena, str(seat), "prefill") as rank:
+    async with _rank(settings, device, arena, str(seat), "prefill", store) as rank:
         asking = Asking(rank.engine, by_name(replace(settings.engine, host=settings.node.host), rank.device))
         links = Links.open(settings, asking, rank.metrics, _refused, rank.engine.card)
         sender = Sender(
@@ -341,9 +315,10 @@ async def decode_node(
     pp_rank: int = 0,
     registry: str | None = None,
     device: Device | None = None,
+    store: StoreWatch | None = None,
 ) -> AsyncIterator[DecodeNode]:
     """A decode rank; `shape` is its own, with which a prefill's must agree. `arena` holds all its pools, `device` is an
-    open one that they are on; without it `node.accelerator` is opened.
+    open one that they are on; without it `node.accelerator` is opened. `store` as of a prefill.
 
     With the URL of a `registry` it holds a lease there, as role decode of `node.decode_instance`, so that it is seen,
     watched and drained as prefills are; its engine's session stands in the metadata. Without one it only asks. Raises
@@ -351,7 +326,7 @@ async def decode_node(
     """
     seat = Seat(0, 0, tp_rank, pp_rank)
     check_rank(pools.layout, seat, shape, prefill=False)
-    async with _rank(settings, device, arena, str(seat), "decode") as rank:
+    async with _rank(settings, device, arena, str(seat), "decode", store) as rank:
         pools = pools.placed(rank.device.where)
         receiver = Receiver(
             rank.engine.session,
@@ -420,6 +395,7 @@ class _Rank:
     report_every_s: float
     spans: Spans | None
     telling: Telling
+    store: StoreWatch | None
 
     def reporter(
         self,
@@ -431,10 +407,13 @@ class _Rank:
         links: Prober | None = None,
     ) -> Reporter:
         side = Side.SENDER if isinstance(rooms, Sender) else Side.RECEIVER
-        who = Reported(terms.role, terms.path, self.engine.session, side, rooms, rooms.telling, unready, links)
-        return Reporter(
-            client.tell, who, lambda: lease.granted, self.report_every_s, self.metrics.reports, time.monotonic
-        )
+        seen = (lambda: None) if self.store is None else self.store.seen
+        who = Reported(terms.role, terms.path, self.engine.session, side, rooms, rooms.telling, unready, links, seen)
+        told, counts = self.report_every_s, self.metrics.reports
+        reporter = Reporter(client.tell, who, lambda: lease.granted, told, counts, time.monotonic)
+        if self.store is not None:
+            self.store.subscribe(reporter.changed)
+        return reporter
 
     @property
     def metrics_url(self) -> str:
@@ -461,9 +440,14 @@ async def _device(settings: Settings, given: Device | None) -> AsyncIterator[Dev
 
 @asynccontextmanager
 async def _rank(
-    settings: Settings, given: Device | None, arena: Region | Sequence[Region], name: str, role: str
+    settings: Settings,
+    given: Device | None,
+    arena: Region | Sequence[Region],
+    name: str,
+    role: str,
+    store: StoreWatch | None,
 ) -> AsyncIterator[_Rank]:
-    host, metrics = settings.node.host, Metrics()
+    host, metrics = settings.node.host, Metrics(store=None if store is None else store.counts)
     if settings.engine.protocol == "nvlink_intra":
         raise ConfigError(
             "engine.protocol nvlink_intra registers device memory alone, and a rank's aux rows are on the host: set "
@@ -494,4 +478,5 @@ async def _rank(
                 settings.node.report_every_s,
                 spans,
                 telling,
+                store,
             )

@@ -10,14 +10,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any, Protocol
 
 import structlog
 
+from pdctl.core.kinds import Depth, State
 from pdctl.core.sessions import SessionTable
-from pdctl.core.standing import Change, ChangeKind, Depth, Entry, Question, Standing, State, Turn, Unwell, Well
+from pdctl.core.standing import Change, ChangeKind, Entry, Question, Standing, Turn, Unwell, Well
 from pdctl.engine.base import Announced, PeerCard, Proof
 from pdctl.errors import Cause, LimitReached, SessionBlocked, TransferFailed
 from pdctl.lag import LoopLag
@@ -142,19 +145,18 @@ class Prober:
         self._tell(self._table.registered(session, self._clock(), life))
         self._look_soon(session)
 
-    @contextlib.asynccontextmanager
-    async def passing(self, session: str) -> AsyncIterator[None]:
-        entry = await self._turn(session)
+    def passing(self, session: str) -> AbstractAsyncContextManager[None]:
+        return _Passing(self._turn, self._passed, session)
+
+    def _passed(self, entry: Entry, error: BaseException | None) -> None:
         try:
-            yield
-        except TransferFailed as failure:
-            self._failed(session, failure.cause, failure.detail, entry)
-            raise
-        else:
-            self._tell(self._table.succeed(session, self._clock(), entry))
+            if isinstance(error, TransferFailed):
+                self._failed(entry.session, error.cause, error.detail, entry)
+            elif error is None:
+                self._tell(self._table.succeed(entry.session, self._clock(), entry))
         finally:
             self._table.leave(entry)
-            self._next_turn(session)
+            self._next_turn(entry.session)
 
     # For the API, the command line and the registry's news
 
@@ -414,6 +416,28 @@ class Prober:
                 self._next_turn(session)
         for hear in list(self._hearers):
             hear(changes)
+
+
+class _Passing:
+    """A class, since a generator's context costs three times as much, and each room has one."""
+
+    __slots__ = ("_ended", "_entered", "_entry", "_session")
+
+    def __init__(
+        self,
+        entered: Callable[[str], Awaitable[Entry]],
+        ended: Callable[[Entry, BaseException | None], None],
+        session: str,
+    ) -> None:
+        self._entered, self._ended, self._session = entered, ended, session
+
+    async def __aenter__(self) -> None:
+        self._entry = await self._entered(self._session)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        self._ended(self._entry, error)
 
 
 def _log(change: Change) -> None:

@@ -41,11 +41,12 @@ import structlog
 
 from pdctl.contacts import Contacts
 from pdctl.core.address import Endpoint
+from pdctl.core.comparing import Checked, Checksum
 from pdctl.core.course import Course, Ended
 from pdctl.core.layout import RankPools
 from pdctl.core.pairing import Paired
 from pdctl.core.plan import Ints
-from pdctl.core.sums import AUX, KV, STATE, Checked, Checksum, Sums, spoken
+from pdctl.core.sums import AUX, KV, STATE, Sums, spoken
 from pdctl.core.trace import Trace, trace_of
 from pdctl.core.transfer import OVERDUE, RECEIVER, Event, Phase, Quarantined, RoomTimeouts, Side, Word, step
 from pdctl.core.wire import (

@@ -8,8 +8,8 @@ One group of commands at a time, in the order in which they came; who comes mean
 group share one write. Readers see what is journalled and nothing else. What is observed rather than asked for (a lease
 has ended, a witness has spoken) is true whether a disk takes it or not: it holds at once and is written when it can be.
 
-Nothing here needs a lock: between two groups everything happens without an await. Each Change is counted and logged
-here and nowhere else. No wire is spoken here: the dialects translate.
+Nothing here needs a lock: between two groups everything happens without an await. Each Change is told once, by the
+herald, when it holds. No wire is spoken here: the dialects translate.
 """
 
 from __future__ import annotations
@@ -26,18 +26,13 @@ from pdctl.core.access import check_advertised
 from pdctl.core.address import Endpoint
 from pdctl.core.instances import InstanceView
 from pdctl.core.listening import SHARE, Attention, rest_s
-from pdctl.core.lives import PREFILL, Change, ChangeKind, Claim, Life, Owner, Record
+from pdctl.core.lives import PREFILL, Change, Claim, Life, Owner, Record
 from pdctl.core.registry import Registry
 from pdctl.core.rooms import RoomBook
 from pdctl.core.route import Seat
-from pdctl.core.sayings import LIVES, Refusal, refusal_of
 from pdctl.counts.registry import Found, Lookup
-from pdctl.errors import (
-    Behind,
-    LimitReached,
-    NotReady,
-    PdctlError,
-)
+from pdctl.errors import Behind, LimitReached, NotReady
+from pdctl.herald import Herald
 from pdctl.metrics import Metrics
 from pdctl.persistence.base import Journal, Kept, Learned, Note, Room, Shared
 from pdctl.waiting import Command, Decide, Offered, Told, Waiting, decided, settle
@@ -48,8 +43,6 @@ SWEEP_REST_S = 0.002
 """Between two slices: a fifth of the loop for 100,000 rooms a second. Those that are over are over for readers already;
 without a rest every answer waited for a slice, and p99 of GET rose fivefold while a million rooms ended."""
 TICK_BUDGET = 200  # lives; about 2 ms
-CROWD = 16
-"""More changes of one kind to one instance at a time are one line: a line costs more than all the rest of a change."""
 STALLED_S = 1.0
 """A loop that was stopped for so long is worth a warning, whatever it endangers (core.listening)."""
 
@@ -57,8 +50,6 @@ MOST_BEHIND = 200
 """A group that has lost to other registries so often is refused."""
 
 T = TypeVar("T")
-Hear = Callable[[Sequence[Change]], None]
-HearRefusal = Callable[[PdctlError, Refusal, str, str, str | None], None]
 
 log = structlog.get_logger(__name__)
 
@@ -86,10 +77,9 @@ class Registrar:
         self._learned: list[Learned] = []
         self._n_behind = 0
         self._counts = metrics.registry
+        self.herald = Herald(self._counts.changed, self._counts.refused)
         self._clock = clock
-        self._hearers: list[Hear] = []
         self._note_hearers: list[Callable[[Sequence[Note]], None]] = []
-        self._refusal_hearers: list[HearRefusal] = []
         self._observations: list[Command] = []
         self._commands: list[Command] = []
         self._new_rooms: list[tuple[Room, Told]] = []
@@ -213,7 +203,7 @@ class Registrar:
             self._take_rooms((room, _tell_nobody) for room in news.rooms)
             for hear in self._note_hearers:
                 hear(news.notes)
-            self._tell(changes)
+            self.herald.tell(changes)
 
     def _as_observed(self, record: Record) -> Record:
         """What was seen here and is not written yet is as true as it was."""
@@ -224,9 +214,9 @@ class Registrar:
         """Whether any registry has heard the life."""
         claim, now = record.claim, self._clock()
         if over_in_s is None:
-            self._tell(self._registry.heard_elsewhere(claim.instance, claim.seat, record.epoch, now))
+            self.herald.tell(self._registry.heard_elsewhere(claim.instance, claim.seat, record.epoch, now))
         else:
-            self._tell(self._registry.silent(claim.instance, claim.seat, record.epoch, now + over_in_s))
+            self.herald.tell(self._registry.silent(claim.instance, claim.seat, record.epoch, now + over_in_s))
 
     def _heard(self, life: Life) -> None:
         if self._shared is not None and life.ttl_s is not None:
@@ -331,11 +321,6 @@ class Registrar:
         trouble = self._journal.trouble
         return ([f"the journal takes no rows: {trouble}"] if trouble else []) + self._registry.full
 
-    def subscribe(self, hear: Hear) -> Callable[[], None]:
-        """Call `hear` with the changes of each group, in the order of their revisions; returns how to stop it."""
-        self._hearers.append(hear)
-        return lambda: self._hearers.remove(hear)
-
     def subscribe_notes(self, hear: Callable[[Sequence[Note]], None]) -> None:
         """Call `hear` with what other registries have put into the other wires' books."""
         self._note_hearers.append(hear)
@@ -355,21 +340,6 @@ class Registrar:
         self._observations.append(Waiting(decide))
         if self._writing is None:
             self._take_note()
-
-    def subscribe_refusals(self, hear: HearRefusal) -> None:
-        """Call `hear` with each request that is refused: the error, why, the path, the peer, and the instance where the
-        path does not name it."""
-        self._refusal_hearers.append(hear)
-
-    def refused(self, error: PdctlError, path: str, peer: str, instance: str | None = None) -> None:
-        """A dialect is about to answer with this error. NotReady is an answer like another; the rest is news."""
-        if isinstance(error, NotReady):
-            return
-        reason = refusal_of(error)
-        self._counts.refused(reason)
-        log.warning("request refused", reason=reason.value, path=path, peer=peer, detail=str(error))
-        for hear in self._refusal_hearers:
-            hear(error, reason, path, peer, instance)
 
     # How it is done
 
@@ -417,7 +387,7 @@ class Registrar:
                 if change.is_kept:
                     self._unwritten.pop(change.life.epoch, None)
                     self._unwritten[change.life.epoch] = change
-            self._tell(changes)
+            self.herald.tell(changes)
 
     async def _write_group(self) -> None:
         """What was asked for holds, or nothing of it does."""
@@ -447,7 +417,7 @@ class Registrar:
         for change in observed:  # nothing is observed while a group is under way
             del self._unwritten[change.life.epoch]
         self._registry.adopt(draft)
-        self._tell(changes)
+        self.herald.tell(changes)
         for waiting in commands:
             waiting.tell()
         self._take_rooms(rooms)
@@ -488,37 +458,6 @@ class Registrar:
             self._counts.looked_up(what, Found.NOT_READY)
             raise NotReady(f"instance {instance} is draining and takes no new pairs: ask for another")
         return view
-
-    def _tell(self, changes: Sequence[Change]) -> None:
-        crowds: dict[tuple[ChangeKind, str], list[Change]] = {}
-        for change in changes:
-            crowds.setdefault((change.kind, change.instance), []).append(change)
-        for (kind, _), crowd in crowds.items():
-            self._counts.changed(kind, len(crowd))
-            if len(crowd) <= CROWD:
-                for change in crowd:
-                    _log(change)
-            else:
-                _log(crowd[0], seats=len(crowd))
-        if changes:
-            for hear in tuple(self._hearers):
-                hear(changes)
-
-
-def _log(change: Change, **more: object) -> None:
-    """One line; `more` has `seats` where it stands for several."""
-    if change.before is not None:
-        more["before"] = str(change.before.address)
-    if change.why is not None:
-        more["why"] = change.why
-    log.info(
-        LIVES[change.kind],
-        instance=change.instance,
-        seat=str(change.seat),
-        address=str(change.life.address),
-        epoch=change.life.epoch,
-        **more,
-    )
 
 
 def _tell_nobody(error: BaseException | None) -> None:

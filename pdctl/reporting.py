@@ -13,7 +13,7 @@ import contextlib
 import json
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from http import HTTPStatus
 from itertools import chain, islice
 from typing import NoReturn, Protocol
@@ -22,6 +22,7 @@ import structlog
 
 from pdctl.core.course import Ended as EndedRoom
 from pdctl.core.exchange import Exchange
+from pdctl.core.kinds import State
 from pdctl.core.native import Grant
 from pdctl.core.report import (
     MAX_FAILED,
@@ -39,7 +40,7 @@ from pdctl.core.report import (
     Wanted,
     in_a_line,
 )
-from pdctl.core.standing import Standing, State
+from pdctl.core.standing import Standing
 from pdctl.core.transfer import Phase, Quarantined, Side
 from pdctl.counts.reports import ReportMetrics, Sent
 from pdctl.errors import PdctlError, PutOff, RegistryRefused
@@ -314,9 +315,7 @@ def to_body(report: Report) -> dict[str, object]:
         "quarantined": report.quarantined,
         "doubt": report.doubt,
         "panicking": report.panicking,
-        "store": None
-        if report.store is None
-        else {"attached": report.store.attached, "sentence": report.store.sentence},
+        "store": None if report.store is None else asdict(report.store),
     }
 
 

@@ -19,9 +19,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
@@ -30,18 +29,18 @@ import numpy.typing as npt
 import structlog
 
 from pdctl.core.address import Endpoint
+from pdctl.core.allowance import SenderLimits
 from pdctl.core.course import Ended
 from pdctl.core.destination import Destination, Last, LayerGroups
-from pdctl.core.early import EarlyBook, EarlyLimits
+from pdctl.core.early import EarlyBook
+from pdctl.core.entries import layer_of
 from pdctl.core.gate import Gate
 from pdctl.core.layout import RankPools
 from pdctl.core.plan import CopyPlan, Ints
-from pdctl.core.sums import Checksum, Summand, Sums
+from pdctl.core.sums import Summand, Sums
 from pdctl.core.trace import Trace, TraceContext, trace_of
 from pdctl.core.transfer import OVERDUE, SENDER, Event, Phase, Quarantined, RoomTimeouts, Side, Word, step
-from pdctl.core.turns import cut, split
 from pdctl.core.wire import (
-    NOT_REGISTERED,
     Abort,
     Bootstrap,
     Matched,
@@ -57,8 +56,6 @@ from pdctl.errands import Errands
 from pdctl.errors import (
     CallerError,
     Cause,
-    ChecksumsMissing,
-    ConfigError,
     LayoutMismatch,
     LimitReached,
     PdctlError,
@@ -71,39 +68,13 @@ from pdctl.lanes import Lanes
 from pdctl.lastwords import LastWords
 from pdctl.metrics import Metrics
 from pdctl.pace import Pace
+from pdctl.partners import Partners
 from pdctl.telling import Telling
+from pdctl.writing import Writer
 
 log = structlog.get_logger(__name__)
 
 Release = Callable[[Ints], None]
-
-_AHEAD = 2  # turns of one room at one peer at once: the second fills the gap between the first and the one after
-
-
-@dataclass(frozen=True, slots=True)
-class SenderLimits:
-    """What strangers can make this side remember, and what one decode rank may take of it.
-
-    max_peers: decode ranks whose memory is known; the one unused for longest is forgotten, and told so when it asks.
-    max_rooms_per_peer: open rooms in which one decode rank has named pages; a further one fails, and the rank is told.
-    max_nbytes_per_peer: under way to one decode rank at once; what is more waits here for its turn, room after room.
-        What the engine truly has in flight is less, and it shares that out block by block. What is below a 64th of it
-        does not wait behind what is larger.
-    turn_nbytes: of one room until it is the next one's turn. A turn costs the loop 0.2 to 0.5 ms: with 32 MiB that is
-        1 to 2 % of it, with 8 MiB it was 5 to 10.
-    early: metadata that came before the engine opened the room.
-    """
-
-    max_peers: int = 4096
-    max_rooms_per_peer: int = 4096
-    max_nbytes_per_peer: int = 128 << 20
-    turn_nbytes: int = 32 << 20
-    early: EarlyLimits = field(default_factory=EarlyLimits)
-
-    def __post_init__(self) -> None:
-        for name in ("max_peers", "max_rooms_per_peer", "max_nbytes_per_peer", "turn_nbytes"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"sender {name} is {getattr(self, name)}: give at least 1")
 
 
 class Sender:
@@ -125,14 +96,24 @@ class Sender:
         self.engine, self.pools, self.gate, self.timeouts = engine, pools, gate, timeouts
         if timeouts.checksum.is_on:
             pools.check_summed_here()
-        self.layers = frozenset(pools.layout.layer_of(len(pools.kv)).tolist())
+        self.layers = frozenset(layer_of(pools.layout, len(pools.kv)).tolist())
         self.clock, self.metrics, self.telling = clock, metrics.rooms, telling or Telling()
         self.limits = limits or SenderLimits()
-        self.lanes = Lanes(self.limits.max_nbytes_per_peer)
-        self.pace = Pace()
+        self.lanes, self.pace = Lanes(self.limits.max_nbytes_per_peer), Pace()
+        self.writer = Writer(
+            engine,
+            gate,
+            self.lanes,
+            self.pace,
+            clock,
+            self.metrics.sent,
+            turn_nbytes=self.limits.turn_nbytes,
+            waiting_s=timeouts.waiting_s,
+            transfer_s=timeouts.transfer_s,
+        )
         self.checksums = Checksums()
-        self._rooms_of: Counter[str] = Counter()
-        self._peers: OrderedDict[str, RegisterBuffers] = OrderedDict()
+        bounds = (self.limits.max_peers, self.limits.max_rooms_per_peer)
+        self.partners = Partners(pools, gate, timeouts.checksum, engine.forget, *bounds)
         self._rooms: dict[int, SendingRoom] = {}
         self._unsettled: set[SendingRoom] = set()
         self._early = EarlyBook(self.limits.early, timeouts.bootstrap_s, _never_opened)
@@ -166,7 +147,7 @@ class Sender:
     @property
     def sessions(self) -> tuple[str, ...]:
         """Decode sessions whose memory is known."""
-        return tuple(self._peers)
+        return self.partners.sessions
 
     @property
     def quarantine(self) -> tuple[Quarantined, ...]:
@@ -195,18 +176,12 @@ class Sender:
                 log.debug("message not used", message=type(other).__name__)
 
     def _registered(self, said: RegisterBuffers) -> None:
-        before = self._peers.get(said.session)
-        if said.again and before == said:
-            return
-        if said.again and before is None:
-            self.metrics.lost(Word.REGISTRATION)
-        self._peers[said.session] = said
-        self._peers.move_to_end(said.session)
-        while len(self._peers) > self.limits.max_peers:
-            unused, _ = self._peers.popitem(last=False)
-            if not self._rooms_of[unused]:
-                self.engine.forget(unused)  # what it holds for a life: a port, a tether, connections
-        if before is not None and before != said:
+        if said.again:
+            if self.partners.has(said):
+                return
+            if not self.partners.knows(said.session):
+                self.metrics.lost(Word.REGISTRATION)
+        if self.partners.registered(said):
             for room in list(self._rooms.values()):
                 room.peer_replaced(said.session)
         self.engine.forget(said.session)
@@ -250,10 +225,7 @@ class Sender:
 
     def leave(self, room: SendingRoom) -> None:
         del self._rooms[room.room]
-        for session in room.sessions:
-            self._rooms_of[session] -= 1
-            if not self._rooms_of[session]:
-                del self._rooms_of[session]
+        self.partners.leave(room.sessions)
         self.metrics.ended(Side.SENDER, room.phase, self.clock() - room.opened_at)
 
     def unsettled(self, room: SendingRoom, n_pages: int) -> None:
@@ -263,35 +235,6 @@ class Sender:
     def settled(self, room: SendingRoom, n_pages: int) -> None:
         self._unsettled.remove(room)
         self.metrics.quarantined(Side.SENDER, -n_pages)
-
-    def knows(self, session: str) -> bool:
-        return session in self._peers
-
-    def pair(self, named: Metadata) -> Destination:
-        """Raises a PdctlError, with its reason, when this decode rank cannot be served."""
-        said = self._peers.get(named.session)
-        if said is None:
-            raise CallerError(f"{NOT_REGISTERED}: {named.session} must send its buffer registration before metadata")
-        self._peers.move_to_end(named.session)
-        blocked = self.gate.reason_blocked(named.session)
-        if blocked is not None:
-            raise SessionBlocked(named.session, blocked)
-        if self.timeouts.checksum is Checksum.REQUIRED and not said.wants_sums:
-            raise ChecksumsMissing(
-                f"decode session {named.session} asks for no checksums, and room.checksum is required here: start that "
-                "decode with room.checksum offered or required (a stock one cannot), or this prefill with offered"
-            )
-        return Destination.of(said, named, self.pools)
-
-    def take_in(self, session: str) -> None:
-        """One more room of this decode rank. Raises LimitReached, and then it is none."""
-        limit = self.limits.max_rooms_per_peer
-        if self._rooms_of[session] >= limit:
-            raise LimitReached(
-                f"decode session {session} has pages in {limit} open rooms here, as many as max_rooms_per_peer allows: "
-                "send that decode rank fewer requests at once, or raise it"
-            )
-        self._rooms_of[session] += 1
 
 
 class SendingRoom:
@@ -313,6 +256,7 @@ class SendingRoom:
         self._destinations: dict[str, Destination] = {}
         self._acks: dict[Endpoint, int] = {}
         self._writes: set[asyncio.Task[None]] = set()
+        self._busy = 0
         self._unsettled: set[str] = set()
         self._sums: dict[str, list[Sums]] = {}
         self._comparing: set[str] = set()
@@ -376,9 +320,11 @@ class SendingRoom:
         source = np.asarray(pages, dtype=np.int64).ravel()
         self._check()
         start = self._next_chunk(source, layers)
-        self._step(Event.CHUNK_QUEUED)
-        await self._write(lambda d: d.chunk(source, start, layers), lambda d: d.chunk_summands(source, start, layers))
-        self._step(Event.CHUNK_LANDED)
+        with self._sending():
+            await self._write(
+                lambda to: to.chunk(source, start, layers), lambda to: to.chunk_summands(source, start, layers)
+            )
+            self._step(Event.CHUNK_LANDED)
 
     def _next_chunk(self, source: Ints, layers: range | None) -> int:
         """The number of the chunk's first page among those that were named. Raises CallerError, and changes nothing."""
@@ -411,23 +357,34 @@ class SendingRoom:
             start = self._next_chunk(source, None)
         if self._open_chunk is not None:
             raise self._open_chunk.unfinished()
-        self._step(Event.CHUNK_QUEUED)
         last = Last(source, start, self._n_sent, aux_row, state_rows)
-        await self._write(last.plan, last.summands)
-        self._comparing = set(self._sums)
-        for destination in self._destinations.values():
-            sums = self._sums.get(destination.session)
-            self._of.words.report(destination.named, Phase.SUCCESS, sums=sums)
-        for named in self._named.values():
-            if named.is_dummy:
-                self._of.words.over(self.room, named.reply, named.use)
-        if self._comparing:
-            await self._comparison()
-        self._step(Event.LAST_CHUNK_LANDED)
+        with self._sending():
+            await self._write(last.plan, last.summands)
+            self._comparing = set(self._sums)
+            for destination in self._destinations.values():
+                sums = self._sums.get(destination.session)
+                self._of.words.report(destination.named, Phase.SUCCESS, sums=sums)
+            for named in self._named.values():
+                if named.is_dummy:
+                    self._of.words.over(self.room, named.reply, named.use)
+            if self._comparing:
+                await self._comparison()
+            self._step(Event.LAST_CHUNK_LANDED)
+
+    @contextmanager
+    def _sending(self) -> Iterator[None]:
+        """Within, each wait is bounded by what is waited for: writes by their deadlines, a comparison by its own."""
+        self._busy += 1
+        try:
+            self._step(Event.CHUNK_QUEUED)
+            self._watch()
+            yield
+        finally:
+            self._busy -= 1
+            self._watch()
 
     async def _comparison(self) -> None:
         """Return when every decode rank that sums has found what was sent. Raises RoomFailed."""
-        self._watch()
         limit_s = self._of.timeouts.transfer_s
         try:
             async with asyncio.timeout(limit_s):
@@ -457,7 +414,7 @@ class SendingRoom:
         if self.phase is not Phase.BOOTSTRAPPING:
             log.debug("late metadata", room=self.room, session=named.session)
             return True
-        if named.use is not None and not named.is_dummy and not self._of.knows(named.session):
+        if named.use is not None and not named.is_dummy and not self._of.partners.knows(named.session):
             self._of.words.ask_memory(named)
             return True
         self._named[named.session] = named
@@ -465,9 +422,9 @@ class SendingRoom:
             self._of.telling.learned(self.course, named.trace)
         if not named.is_dummy:
             try:
-                destination = self._of.pair(named)
+                destination = self._of.partners.pair(named)
                 if named.session not in self._destinations:
-                    self._of.take_in(named.session)
+                    self._of.partners.take_in(named.session)
                 self._destinations[named.session] = destination
                 if destination.wants_sums and self._of.timeouts.checksum.is_on:
                     self._sums[named.session] = []
@@ -523,89 +480,64 @@ class SendingRoom:
     ) -> None:
         """Perform one plan for each destination, at once, and sum meanwhile what is to be summed; return when all have
         landed, or raise RoomFailed."""
-        await self._of.pace.step()
         try:
-            plans = [(each, plan(each)) for each in self._destinations.values()]
-        except LayoutMismatch as error:
-            self._fail(Event.TRANSFER_FAILED, str(error))
-            plans = []
-        writes = {self._start(self._write_one(to, what)) for to, what in plans if len(what)}
-        writes |= {
-            self._start(self._sum(to.session, summand))
-            for to, _ in plans
-            if to.session in self._sums
-            for summand in summands(to)
-        }
-        self._watch()
-        try:
-            while running := writes & self._writes:
-                await asyncio.wait(running)
+            await self._of.pace.step()
+            self._check()  # it may have been given up, and acknowledged, while others had their step
+            await self._begun(plan, summands).over()
         except asyncio.CancelledError:
             self._fail(Event.ABORTED, "the prefill engine cancelled the send")
             await self._rest()
             raise
         self._check()
 
-    def _start(self, write: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def _begun(
+        self, plan: Callable[[Destination], CopyPlan], summands: Callable[[Destination], list[Summand]]
+    ) -> _Landing:
+        landing = _Landing()
+        try:
+            plans = [(each, plan(each)) for each in self._destinations.values()]
+        except LayoutMismatch as error:
+            self._fail(Event.TRANSFER_FAILED, str(error))
+            return landing
+        alone = len(plans) == 1  # else the first of them would have the step of all
+        for to, what in plans:
+            if len(what):
+                self._start(self._write_one(to, what, in_step=alone), landing)
+            if to.session in self._sums:
+                for summand in summands(to):
+                    self._start(self._sum(to.session, summand), landing)
+        return landing
+
+    def _start(self, write: Coroutine[Any, Any, None], landing: _Landing) -> None:
         task = asyncio.create_task(write, name=f"write of room {self.room}")
         self._writes.add(task)
-        task.add_done_callback(self._write_ended)
-        return task
+        landing.begun()
+        task.add_done_callback(lambda task: self._write_ended(task, landing))
 
-    async def _write_one(self, to: Destination, plan: CopyPlan) -> None:
-        """On trial, a session's writes wait for their turn: the trial's own end bounds that."""
+    async def _write_one(self, to: Destination, plan: CopyPlan, *, in_step: bool) -> None:
         try:
-            async with self._of.gate.passing(to.session):
-                await self._in_turns(to.session, plan)
+            await self._of.writer.write(self, to.session, plan, in_step=in_step)
         except (SessionBlocked, TransferFailed, LimitReached) as error:
             self.cause = self.cause or getattr(error, "cause", None)
             self._fail(Event.TRANSFER_FAILED, str(error))
 
-    async def _in_turns(self, session: str, plan: CopyPlan) -> None:
-        nbytes = self._of.limits.turn_nbytes
-        if plan.total <= nbytes:
-            await self._turn(session, plan)
-            return
-        turns = iter(cut(split(plan, nbytes), nbytes))
+    def landed(self, nbytes: int) -> None:
+        self.course.nbytes += nbytes
 
-        async def take() -> None:
-            for turn in turns:
-                await self._turn(session, turn)
-
-        try:
-            async with asyncio.TaskGroup() as group:
-                for _ in range(_AHEAD):
-                    group.create_task(take(), name=f"turns of room {self.room}")
-        except BaseExceptionGroup as errors:
-            raise errors.exceptions[0] from None
-
-    async def _turn(self, session: str, plan: CopyPlan) -> None:
-        of = self._of
-        async with of.lanes.turn(session, self.room, plan.total, of.timeouts.waiting_s):
-            await of.pace.step()
-            if (blocked := of.gate.reason_blocked(session)) is not None:  # since the chunk was begun
-                raise SessionBlocked(session, blocked)
-            began = of.clock()
-            try:
-                await of.engine.write(session, plan, deadline_s=of.timeouts.transfer_s)
-            except TransferFailed as error:
-                if not error.settled:
-                    self._unsettled.add(session)
-                raise
-            of.metrics.sent(plan.total, of.clock() - began)
-        self.course.nbytes += plan.total
+    def left_unsettled(self, session: str) -> None:
+        self._unsettled.add(session)
 
     async def _sum(self, session: str, what: Summand) -> None:
         crcs = await self._of.checksums.of(what.source, what.items, what.ours)
         self._sums[session].append(what.to(crcs))
 
-    def _write_ended(self, task: asyncio.Task[None]) -> None:
+    def _write_ended(self, task: asyncio.Task[None], landing: _Landing) -> None:
         self._writes.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("write failed by a defect", room=self.room, exc_info=error)
             self._fail(Event.TRANSFER_FAILED, f"defect in the transfer engine's adapter: {error!r}")
-        self._watch()
         self._acknowledge_at_rest()
+        landing.ended()
 
     async def _rest(self) -> None:
         while self._writes:
@@ -656,11 +588,11 @@ class SendingRoom:
             self._of.words.acknowledge(self.room, to, generation)
 
     def _watch(self) -> None:
-        """Bound the wait that the room is in. A write is bounded by its own deadline, and so is a comparison."""
+        """Bound the wait that the room is in, where nothing is being sent."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if not self.phase.is_final and not self._writes and not self._comparing:
+        if not self._busy and not self.phase.is_final:
             limit_s = OVERDUE[Side.SENDER, self.phase].limit_s(self._of.timeouts)
             self._timer = Alarm(limit_s, self._overdue)
 
@@ -693,6 +625,29 @@ class SendingRoom:
         self._acknowledge_at_rest()
         if self._release is not None:
             self._release(self._pages())
+
+
+class _Landing:
+    """Writes that were begun together. Not asyncio.wait(), which costs a room as much as planning its page."""
+
+    __slots__ = ("_left", "_over")
+
+    def __init__(self) -> None:
+        self._left = 0
+        self._over: asyncio.Future[None] | None = None
+
+    def begun(self) -> None:
+        self._left += 1
+
+    def ended(self) -> None:
+        self._left -= 1
+        if not self._left and self._over is not None and not self._over.done():
+            self._over.set_result(None)
+
+    async def over(self) -> None:
+        if self._left:
+            self._over = asyncio.get_running_loop().create_future()
+            await self._over
 
 
 def _never_opened(room: int) -> None:

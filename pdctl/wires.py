@@ -101,9 +101,9 @@ class OtherWires:
 
     def routers(self, registrar: Registrar, instance: InstanceOf) -> list[APIRouter]:
         return [
-            vllm.router(self.roster, registrar.refused, instance),
-            engines.operators_router(self.roster),
-            mooncake.router(self.keyring, registrar.refused, self.value_limit),
+            vllm.router(self.roster, registrar.herald.refused, instance),
+            engines.operators_router(self.roster, native.refusing(registrar)),
+            mooncake.router(self.keyring, registrar.herald.refused, self.value_limit),
         ]
 
     def tell(self, registrar: Registrar, news: Broadcast) -> None:

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from pdctl.core.address import Endpoint
+from pdctl.core.kinds import Depth
 from pdctl.core.layout import Pool, RankPools, Region
 from pdctl.core.plan import CopyPlan
-from pdctl.core.standing import Depth
 from pdctl.engine.base import Capabilities, PeerCard, Proof
 from pdctl.errors import Cause, SessionBlocked, TransferFailed, Unreachable
 

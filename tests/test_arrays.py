@@ -15,9 +15,10 @@ import pytest
 
 from pdctl.arrays import pool_of, region_of
 from pdctl.core.address import Endpoint
+from pdctl.core.comparing import Checksum
 from pdctl.core.device import HOST, DeviceSpec
 from pdctl.core.layout import Pool, RankPools, Region
-from pdctl.core.sums import Checksum, Spans
+from pdctl.core.sums import Spans
 from pdctl.core.transfer import RoomTimeouts
 from pdctl.device.cpu import Cpu
 from pdctl.device.cuda import Cuda

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from pdctl.core.address import Endpoint
+from pdctl.core.comparing import Checksum
 from pdctl.core.layout import Pool, RankPools
 from pdctl.core.pairing import Paired
 from pdctl.core.plan import CopyPlan
-from pdctl.core.sums import KV, Checksum, Spans, Sums
+from pdctl.core.sums import KV, Spans, Sums
 from pdctl.core.transfer import Phase, RoomTimeouts
 from pdctl.core.wire import SUMS, USE, Matched, RegisterBuffers, Status, parse_to_prefill
 from pdctl.errors import BadFrames, CallerError, RoomFailed, Unreachable

@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import structlog
 
-from pdctl.client import LOST_CONNECTION, MAX_ANSWER_BYTES, ROOMS_A_QUESTION, Exhaustion, Registries, RegistryClient
+from pdctl.client import LOST_CONNECTION, ROOMS_A_QUESTION, Exhaustion, Registries, RegistryClient
 from pdctl.core.address import Endpoint
 from pdctl.core.exchange import Exchange
 from pdctl.core.route import Announcement, Seat, Shape, topology_body
+from pdctl.courier import MAX_ANSWER_BYTES
 from pdctl.credentials import Credentials
 from pdctl.errors import ConfigError, NotReady, PutOff, RegistrationGaveUp, RegistryRefused, Unreachable
 from pdctl.retry import RetryPolicy

@@ -19,11 +19,12 @@ from pdctl.core.kvstore import KVStoreConfig, SetUp, StoreRank
 from pdctl.core.warmup import NBYTES, Report, Result, key_of, value_of
 from pdctl.device.open import open_device
 from pdctl.errors import ConfigError, EngineUnavailable, StoreCause, StoreFailed, StoreNotReady, StoreUnusable
-from pdctl.kvstore import WARM_UP, KVStore, StoreMeans, StorePatience, check_store, mooncake_means, open_store
+from pdctl.kvstore import KVStore, StoreMeans, check_store, mooncake_means, open_store
 from pdctl.metrics import Metrics
 from pdctl.retry import RetryPolicy
 from pdctl.store.base import Store, StoreAbility
 from pdctl.store.memory import MemoryStore, Shelf
+from pdctl.store.patience import WARM_UP, StorePatience
 from tests.store.stand_in import Recorded, new_wheel, old_wheel
 
 CONFIG = KVStoreConfig(master_server_address="127.0.0.1:1", protocol="tcp", local_hostname="127.0.0.1")

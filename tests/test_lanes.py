@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from pdctl.core.allowance import SenderLimits
 from pdctl.core.plan import CopyPlan
 from pdctl.core.transfer import RoomTimeouts
 from pdctl.errors import Cause, ConfigError, RoomFailed, TransferFailed
 from pdctl.lanes import Lanes
 from pdctl.metrics import Metrics
-from pdctl.sender import Sender, SenderLimits, SendingRoom
+from pdctl.sender import Sender, SendingRoom
 from tests.conftest import Clock
 from tests.room_rig import Memory, Post, RigEngine, RigGate, let_others_run, memory
 from tests.test_sender import PATIENT, RANK, Decode, Rig

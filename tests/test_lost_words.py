@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from pdctl.core.address import Endpoint
+from pdctl.core.comparing import Checksum
 from pdctl.core.frames import Frames
-from pdctl.core.sums import Checksum
 from pdctl.core.transfer import Phase, RoomTimeouts
 from pdctl.core.wire import (
     AGAIN,

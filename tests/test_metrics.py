@@ -11,7 +11,8 @@ import pytest
 from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from pdctl.core.standing import Change, ChangeKind, Depth, State
+from pdctl.core.kinds import Depth, State
+from pdctl.core.standing import Change, ChangeKind
 from pdctl.errors import Cause
 from pdctl.metrics import Metrics
 

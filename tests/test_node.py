@@ -21,12 +21,12 @@ from pdctl.core.lives import Claim, Owner
 from pdctl.core.naming import HTTP_KEY, SESSION_KEY
 from pdctl.core.route import Announcement, Seat, Shape
 from pdctl.errors import ConfigError, LayoutMismatch, NotReady, Superseded
+from pdctl.journals import journal_url
 from pdctl.memory import Arena
 from pdctl.node import (
     DecodeNode,
     PrefillNode,
     decode_node,
-    journal_url,
     prefill_node,
     sidecar,
 )

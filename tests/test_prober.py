@@ -20,9 +20,10 @@ from prometheus_client import CollectorRegistry
 from structlog.testing import capture_logs
 
 from pdctl.core.ejection import ProbePolicy
+from pdctl.core.kinds import Depth, State
 from pdctl.core.layout import Region
 from pdctl.core.sessions import SessionTable
-from pdctl.core.standing import ChangeKind, Depth, State
+from pdctl.core.standing import ChangeKind
 from pdctl.engine import handshake
 from pdctl.engine.asking import Asking
 from pdctl.engine.base import PeerCard, Proof

@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from pdctl.core.address import Endpoint
-from pdctl.core.lives import Change, ChangeKind, Claim, Life, Owner, Standing
+from pdctl.core.kinds import ChangeKind
+from pdctl.core.lives import Change, Claim, Life, Owner, Standing
 from pdctl.core.registry import Registry
 from pdctl.core.rooms import RoomBook
 from pdctl.core.route import Announcement, Seat, Shape
@@ -280,7 +281,7 @@ async def test_a_drained_rank_takes_nothing_new_and_goes_with_its_last_room(
 
 async def test_who_listens_hears_every_change_once_in_order(registrar: Registrar, disk: Disk, clock: Clock) -> None:
     heard: list[Change] = []
-    stop = registrar.subscribe(heard.extend)
+    stop = registrar.herald.subscribe(heard.extend)
     await asyncio.gather(*(registrar.register(claim(tp, ttl_s=10.0)) for tp in (0, 1)))
     disk.trouble = "the disk is full"
     with pytest.raises(JournalUnavailable):
@@ -345,7 +346,7 @@ async def test_ten_thousand_leases_end_in_slices(disk: Disk, clock: Clock) -> No
         nonlocal gone
         gone += len(changes)
 
-    registrar.subscribe(count)
+    registrar.herald.subscribe(count)
     clock.forward(10.0)
     sweeping = asyncio.create_task(registrar.sweep())
     async with asyncio.timeout(30.0):

@@ -20,9 +20,10 @@ from pdctl.beside import beside
 from pdctl.core.course import Course
 from pdctl.core.course import Ended as EndedRoom
 from pdctl.core.exchange import Exchange
+from pdctl.core.kinds import State
 from pdctl.core.native import Grant
 from pdctl.core.report import MAX_LINKS, FailedRoom, LinkSeen, OpenRoom, Report, StoreSeen, Wanted
-from pdctl.core.standing import Standing, State
+from pdctl.core.standing import Standing
 from pdctl.core.transfer import Event, Phase, Quarantined, Side
 from pdctl.dialects.overview import BODY_LIMIT
 from pdctl.dialects.strict import as_body

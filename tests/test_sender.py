@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from pdctl.core.address import Endpoint
-from pdctl.core.early import EarlyLimits
+from pdctl.core.allowance import EarlyLimits, SenderLimits
 from pdctl.core.ejection import ProbePolicy
+from pdctl.core.kinds import Depth, State
 from pdctl.core.layout import Pool, RankPools, Region
 from pdctl.core.sessions import SessionTable
-from pdctl.core.standing import Depth, State
 from pdctl.core.transfer import Phase, RoomTimeouts
 from pdctl.core.wire import (
     NOT_REGISTERED,
@@ -31,7 +31,7 @@ from pdctl.engine.base import PeerCard, Proof
 from pdctl.errors import BadFrames, CallerError, Cause, IllegalEvent, RoomFailed, TransferFailed
 from pdctl.metrics import Metrics
 from pdctl.prober import Prober
-from pdctl.sender import Sender, SenderLimits, SendingRoom
+from pdctl.sender import Sender, SendingRoom
 from tests.conftest import Clock
 from tests.room_rig import N_PAGES, Memory, Post, Released, RigEngine, RigGate, let_others_run, memory
 

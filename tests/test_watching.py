@@ -32,7 +32,7 @@ from tests.service import Service, service
 from tests.test_lease import Turns
 
 QUICK = RetryPolicy(first_wait_s=0.01, max_wait_s=0.05, full_jitter=True)
-SOON_S = 20.0
+SOON_S = 60.0
 
 
 def wire(*events: Any) -> bytes:
@@ -329,4 +329,4 @@ async def test_a_registry_that_stands_still_is_noticed_and_nothing_is_missed_or_
             news = await nobody
             assert isinstance(news, Changed)
             assert (news.instance, news.revision) == ("after", before + 1)
-    assert lines[0]["cause"] == "timed out: it has said nothing for 1 s"
+    assert "timed out: it has said nothing for 1 s" in [line["cause"] for line in lines]

@@ -74,7 +74,7 @@ async def witnessing(registrar: Registrar, metrics: Metrics, policy: WitnessPoli
         witness = Witness(
             table, lambda: under_witness(registrar), tell(registrar), ask, clock=time.monotonic, metrics=metrics
         )
-        stop = registrar.subscribe(witness.lives_changed)
+        stop = registrar.herald.subscribe(witness.lives_changed)
         running = asyncio.create_task(witness.run())
         yield table
         stop()

@@ -10,35 +10,13 @@ from typing import Any
 from rich.status import Status
 
 from pdctl.commands import drawing
-from pdctl.commands.base import Commands, add_command, add_credentials, never
 from pdctl.config import Settings
 from pdctl.conformance import course
 from pdctl.conformance.course import Course, Report
 from pdctl.conformance.promises import PROMISES, Promise, Verdict
 
 
-def add(commands: Commands) -> None:
-    command = add_command(
-        commands, "conformance", _run, never,
-        "put what a bootstrap registry promises to any server on SGLang's wire; exit 0 all kept, 1 not all",
-    )  # fmt: skip
-    command.add_argument(
-        "url", metavar="URL", help="http://HOST:PORT of a server without a fleet: ranks are registered"
-    )
-    add_credentials(command)
-    command.add_argument("--force", action="store_true", help="also where ranks are registered, whom it replaces")
-    command.add_argument(
-        "--from-address", metavar="ADDRESS", help="a second address of this host, to claim what is held"
-    )
-    command.add_argument(
-        "--rooms", type=int, metavar="N", help="so many rooms, to see that they are bounded (0: not tried)"
-    )
-    command.add_argument("--idle", type=float, metavar="SECONDS", help="of silence on a connection that must stay (6)")
-    command.add_argument("--json", action="store_true", help="one JSON document")
-    command.set_defaults(force=False, from_address=None, rooms=0, idle=6.0, json=False)
-
-
-async def _run(settings: Settings, args: argparse.Namespace) -> int:
+async def run(settings: Settings, args: argparse.Namespace) -> int:
     how = Course(args.force, args.from_address, args.rooms, args.idle)
     with drawing.console(sys.stderr).status("") as status:
         report = await course.run(args.url, settings.client, how, lambda promise: _tell(status, promise))

@@ -7,30 +7,12 @@ import sys
 
 from pdctl import dismissal
 from pdctl.commands import drawing
-from pdctl.commands.base import Commands, add_command, add_service, never
 from pdctl.config import Settings
 from pdctl.dismissal import Gone, Whom
 from pdctl.errors import NotReady
 
-GRACE_S = 300.0
 
-
-def add(commands: Commands) -> None:
-    about = (
-        "let an instance or a rank take nothing new, and go when it is done; exit 0 asked, with --wait gone, 1 it stays"
-    )
-    command = add_command(commands, "drain", _drain, never, about)
-    command.add_argument("instance", metavar="INSTANCE", help="its name, as `pdctl status` has it; or INSTANCE/RANK")
-    command.add_argument("rank", nargs="?", metavar="RANK", help="one rank of it: tp1, dp0-tp1 (all)")
-    command.add_argument("--grace", type=float, metavar="SECONDS", help=f"gone after so long in any case ({GRACE_S:g})")
-    command.add_argument(
-        "--wait", action="store_true", help="until they are gone; SIGINT ends the waiting, not the drain"
-    )
-    add_service(command, "the registry (http://127.0.0.1:8998)")
-    command.set_defaults(rank=None, grace=GRACE_S, wait=False)
-
-
-async def _drain(settings: Settings, args: argparse.Namespace) -> int:
+async def run(settings: Settings, args: argparse.Namespace) -> int:
     whom = Whom.parse(args.instance, args.rank)
     said = f"{whom} drains: it takes nothing new, and is gone when it is done, after {args.grace:g} s at the latest"
     if not args.wait:

@@ -8,7 +8,6 @@ import sys
 
 from pdctl import explaining
 from pdctl.commands import drawing
-from pdctl.commands.base import Commands, add_command, add_service, never
 from pdctl.config import Settings
 from pdctl.core.findings import Scope
 
@@ -16,20 +15,7 @@ UNAVAILABLE = 69
 SHOWN = 40
 
 
-def add(commands: Commands) -> None:
-    about = "say why an instance, a rank, a pair or a room cannot serve; exit 0 nothing found, 1 found, 69 no registry"
-    command = add_command(commands, "explain", _explain, never, about)
-    command.add_argument(
-        "what", nargs="*", metavar="WHAT",
-        help="INSTANCE; a RANK (prefill/tp1); two of them, a prefill and a decode; or: room N. All, unless said",
-    )  # fmt: skip
-    command.add_argument("--room", metavar="N", help="this room, as `room N`")
-    add_service(command, "the registry (http://127.0.0.1:8998)")
-    command.add_argument("--json", action="store_true", help="one JSON document")
-    command.set_defaults(what=[], room=None, json=False)
-
-
-async def _explain(settings: Settings, args: argparse.Namespace) -> int:
+async def run(settings: Settings, args: argparse.Namespace) -> int:
     scope = Scope.parse(args.what, args.room)
     with drawing.console(sys.stderr).status("") as status:
         told = await explaining.why(settings, scope, status.update)

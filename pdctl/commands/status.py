@@ -15,7 +15,6 @@ from rich.live import Live
 from rich.text import Text
 
 from pdctl.commands import drawing
-from pdctl.commands.base import Commands, add_command, add_service, never
 from pdctl.config import Settings
 from pdctl.errors import BadField, Unreachable
 from pdctl.onlooker import Onlooker, Row
@@ -24,7 +23,6 @@ RANKS_SHOWN = 64
 """So many ranks are shown without being asked for; of more, those in trouble."""
 LINKS_SHOWN = 40
 MISSING_SHOWN = 4
-EVERY_S = 2.0
 
 Rows = list[Sequence[object]]
 _CALM = ("trusted", "trial")
@@ -58,21 +56,7 @@ class Rates:
         self.now, self._at, self._before = rates, at, counts
 
 
-def add(commands: Commands) -> None:
-    about = "show the fleet: instances, ranks, links that are out, rooms, what flows; exit 0 shown, 69 no registry"
-    command = add_command(commands, "status", _status, never, about)
-    command.add_argument("instance", nargs="?", metavar="INSTANCE", help="this one alone, with all its ranks (all)")
-    add_service(command, "the registry (http://127.0.0.1:8998)")
-    command.add_argument("--ranks", action="store_true", help="every rank, however many there are")
-    command.add_argument("--watch", action="store_true", help="again and again, until SIGINT")
-    command.add_argument("--every", type=float, metavar="SECONDS", help=f"how often, with --watch ({EVERY_S:g})")
-    command.add_argument(
-        "--json", action="store_true", help="the registry's overview as one JSON document (a line each)"
-    )
-    command.set_defaults(instance=None, ranks=False, watch=False, every=EVERY_S, json=False)
-
-
-async def _status(settings: Settings, args: argparse.Namespace) -> int:
+async def run(settings: Settings, args: argparse.Namespace) -> int:
     if not 0.1 <= args.every <= 3600:
         raise BadField("every", f"is {args.every:g}: give 0.1 to 3600 seconds")
     async with Onlooker(settings) as onlooker:
@@ -153,6 +137,11 @@ def _head(service: Row, url: str) -> Section:
     troubles = [str(reason) for reason in service["unready"]]
     if service["age_s"] > 1:
         troubles.insert(0, f"its answers are {drawing.seconds(service['age_s'])} old")
+    troubles += [
+        f"registry {each['url']} does not tell what its ranks report: {each['why'] or 'not asked yet'}"
+        for each in service.get("replicas", ())
+        if not each["answers"]
+    ]
     return Section(said, (), [], "; ".join(troubles))
 
 

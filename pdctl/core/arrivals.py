@@ -61,7 +61,7 @@ def refusals(seen: Seen, scope: Scope) -> Iterator[Finding]:
 def _refused(seen: Seen, scope: Scope) -> list[Row]:
     last: dict[tuple[Any, ...], Row] = {}
     for event in seen.events:
-        if event.get("kind") == "refused" and _is_of_a_claim(event) and _is_asked_about(event, scope):
+        if event.get("kind") in ("refused", "denied") and _is_of_a_claim(event) and _is_asked_about(event, scope):
             last[event.get("instance"), event.get("rank"), host_of(event), _blamed(event)] = event
     return [event for event in last.values() if not _is_put_right(seen, event)]
 
@@ -86,8 +86,10 @@ def _is_put_right(seen: Seen, event: Row) -> bool:
 
 
 def _refusal(seen: Seen, event: Row) -> Finding:
-    told = said(event).partition(" was refused: ")[2] or said(event)
+    told = said(event).partition(f" was {event['kind']}")[2].partition(": ")[2] or said(event)
     what, (why, _, do) = _blamed(event), told.rpartition(": ")
+    if what is Culprit.ACCESS_REFUSED:
+        why = told.partition(": ")[0]
     rank = seat_of(event)
     who = "a rank" if event.get("instance") is None else str(Place(str(event["instance"]), rank))
     at = f" from {event['peer']}" if event.get("peer") else ""
@@ -105,6 +107,8 @@ def _refusal(seen: Seen, event: Row) -> Finding:
 
 def _is_of_a_claim(event: Row) -> bool:
     """Look-ups, rooms and reports are refused as well, and keep nobody from registering."""
+    if event.get("kind") == "denied":
+        return str(event.get("offered")).startswith(("PUT ", "POST "))
     field = str(event.get("field") or "").partition(".")[0]
     return event.get("reason") != "stale" and (not field or field in _CLAIMED)
 
@@ -115,6 +119,8 @@ _CLAIMED = frozenset({*_ANNOUNCED, *(each.name for each in fields(Registration))
 def _blamed(event: Row) -> Culprit:
     """By what the event names, and by the registry's own sentences: `core.route`, `core.access`."""
     told, reason = said(event), event.get("reason")
+    if event.get("kind") == "denied":
+        return Culprit.ACCESS_REFUSED
     if "is every interface" in told:
         return Culprit.WILDCARD_ADDRESS
     if "only the rank's own host reaches it" in told:
@@ -134,6 +140,11 @@ def remedy(what: Culprit, otherwise: str) -> str:
             return (
                 "start the rank with the address by which peers reach its host: SGLANG_HOST_IP=ADDRESS for SGLang, "
                 "PDCTL_NODE__HOST=ADDRESS for pdctl; pdctl doctor there lists the host's addresses"
+            )
+        case Culprit.ACCESS_REFUSED:
+            return (
+                "give the rank the token of a name that this registry knows (--token-file, PDCTL_CLIENT__TOKEN_FILE), "
+                "or let it come from a network that --trust names (docs/security.md)"
             )
         case _:
             return otherwise

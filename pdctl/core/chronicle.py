@@ -8,37 +8,25 @@ it is only shown; monotonic time as `now`. Nothing is decided by what stands her
 from __future__ import annotations
 
 from collections import OrderedDict, deque
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from enum import StrEnum
 from itertools import islice
 from typing import Any
 
+from pdctl.core.kinds import Kind
 from pdctl.core.report import in_a_line
 
 MAX_EVENTS = 4096
 SAME_WITHIN_S = 10.0
 """A refusal that is said again so soon is the same event, counted: a rank tries every few seconds, for ever."""
+CROWD = 16
+"""Peers that have an event of a kind to themselves within that time, where anybody can cause one: thousands that come
+in vain would push out all else."""
 
 MAX_SENTENCE = 800
 _MAX_REMEMBERED = 1024
 _MAX_VALUE = 200
-
-
-class Kind(StrEnum):
-    """What is no change of a life; those have the names of core.lives.ChangeKind."""
-
-    REFUSED = "refused"  # a claim or a body that was not taken
-    EJECTED = "ejected"  # a transfer session is out
-    ON_TRIAL = "on_trial"  # it is back, with few transfers at once
-    READMITTED = "readmitted"  # it is trusted again
-    DROPPED = "dropped"  # its life is over: only a registration lifts
-    PANIC = "panic"  # so many of a group are out that all of it is served, or that is over
-    DOUBT = "doubt"  # somebody takes the fault for its own, or does not any more
-    ROOM_FAILED = "room_failed"
-    REPORT_LOST = "report_lost"  # a rank has not told how it is for too long
-    JOURNAL_TROUBLE = "journal_trouble"
-    JOURNAL_WELL = "journal_well"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +60,8 @@ class Chronicle:
     def __init__(self, max_events: int = MAX_EVENTS) -> None:
         self._events: deque[Event] = deque(maxlen=max_events)
         self._next = 1
-        self._refused: OrderedDict[tuple[str | None, ...], tuple[int, float]] = OrderedDict()
+        self._said: OrderedDict[tuple[str | None, ...], tuple[int, float]] = OrderedDict()
+        self._crowds: dict[str, tuple[int, float]] = {}  # by kind: how many peers, until when
 
     @property
     def next(self) -> int:
@@ -91,20 +80,41 @@ class Chronicle:
 
     def refused(self, sentence: str, at_s: float, now: float, **about: Any) -> Event:
         """As `add`; the same to the same within SAME_WITHIN_S is one event, that is counted."""
-        same = tuple(about.get(name) for name in ("peer", "instance", "reason", "field"))
-        number, until = self._refused.get(same, (0, now))
-        if now < until and number >= self.oldest:
-            event = self._events[number - self.oldest]
+        return self._counted(Kind.REFUSED, sentence, at_s, now, about)
+
+    def kept_out(self, kind: Kind, sentence: str, others: str, at_s: float, now: float, **about: Any) -> Event:
+        """As `refused`, of one kind: of CROWD peers at a time; `others` is what is said of all beyond them together."""
+        same = self._same(kind, about)
+        n, until = self._crowds.get(kind, (0, now))
+        if self._again(same, now) is None:
+            n, until = (n, until) if now < until else (0, now + SAME_WITHIN_S)
+            if n >= CROWD:
+                return self._counted(kind, others, at_s, now, {"reason": about.get("reason")})
+            self._crowds[kind] = n + 1, until
+        return self._counted(kind, sentence, at_s, now, about)
+
+    def _counted(self, kind: Kind, sentence: str, at_s: float, now: float, about: dict[str, Any]) -> Event:
+        same = self._same(kind, about)
+        event = self._again(same, now)
+        if event is not None:
             return self._replaced(replace(event, count=event.count + 1))
         for name in ("held", "offered"):
             if about.get(name) is not None:
                 about[name] = in_a_line(str(about[name]), _MAX_VALUE)
-        event = self.add(Kind.REFUSED, sentence, at_s, **about)
-        self._refused[same] = event.id, now + SAME_WITHIN_S
-        self._refused.move_to_end(same)
-        while len(self._refused) > _MAX_REMEMBERED:
-            self._refused.popitem(last=False)
+        event = self.add(kind, sentence, at_s, **about)
+        self._said[same] = event.id, now + SAME_WITHIN_S
+        self._said.move_to_end(same)
+        while len(self._said) > _MAX_REMEMBERED:
+            self._said.popitem(last=False)
         return event
+
+    def _same(self, kind: Kind, about: Mapping[str, Any]) -> tuple[str | None, ...]:
+        return kind, *(about.get(name) for name in ("peer", "instance", "reason", "field"))
+
+    def _again(self, same: tuple[str | None, ...], now: float) -> Event | None:
+        """The event that says it already."""
+        number, until = self._said.get(same, (0, now))
+        return self.get(number) if now < until else None
 
     def since(
         self, number: int, limit: int, kind: str | None = None, instance: str | None = None

@@ -25,7 +25,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pdctl.core.instances import Incarnation, InstanceView
-from pdctl.core.lives import ERA, ChangeKind, Claim, Life, Owner
+from pdctl.core.kinds import ChangeKind
+from pdctl.core.lives import ERA, Claim, Life, Owner
 from pdctl.core.route import Seat
 from pdctl.errors import Occupied, Refused, Superseded, UnknownLease
 

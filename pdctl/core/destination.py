@@ -14,19 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pdctl.core.dealing import by_token, dealt_tokens, held_pages
-from pdctl.core.layout import (
-    Heads,
-    Kind,
-    Pairs,
-    Pool,
-    RankPools,
-    Share,
-    Slices,
-    check_items,
-    pair_by_id,
-    pair_entries,
-    same_entries,
-)
+from pdctl.core.entries import Pairs, check_items, layer_of, pair_by_id, pair_entries, same_entries
+from pdctl.core.layout import Heads, Kind, Pool, RankPools, Share, Slices
 from pdctl.core.parts import part_spans, span_plan
 from pdctl.core.plan import CopyPlan, Ints, Paired, head_plan, page_plan
 from pdctl.core.sums import AUX, KV, STATE, Spans, Summand, head_spans, item_spans
@@ -191,7 +180,7 @@ class Destination:
         pairs = self.partner.pairs
         if layers is None:
             return pairs
-        of = self.ours.layout.layer_of(len(self.ours.kv))[pairs[:, 0]]
+        of = layer_of(self.ours.layout, len(self.ours.kv))[pairs[:, 0]]
         return pairs[(layers.start <= of) & (of < layers.stop)]
 
     def last(self, n_sent: int, aux_row: int | None, state_rows: Sequence[npt.ArrayLike] = ()) -> CopyPlan:

@@ -11,16 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from pdctl.core.address import Endpoint
+from pdctl.core.allowance import EarlyLimits
 from pdctl.core.wire import Abort, Metadata
-
-
-@dataclass(frozen=True, slots=True)
-class EarlyLimits:
-    """Rooms, and pages named in them, that strangers can make this side remember; beyond it the oldest room goes of
-    whoever has named most, so that one decode rank cannot push out another's."""
-
-    max_rooms: int = 4096
-    max_pages: int = 16 << 20
 
 
 @dataclass(slots=True)

@@ -11,12 +11,33 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import deque
+from dataclasses import dataclass
 from itertools import islice
 from operator import itemgetter
 
+from pdctl.core.seconds import check_seconds
 from pdctl.errors import ConfigError
 
 _REVISION = itemgetter(0)
+
+
+@dataclass(frozen=True, slots=True)
+class WatchLimits:
+    """What watchers may cost.
+
+    max_watchers    streams at once; one more is answered 429
+    heartbeat_s     a stream that has had nothing to say for so long says that it lives
+    send_within_s   a reader that takes nothing for so long is cut off
+    """
+
+    max_watchers: int = 1000
+    heartbeat_s: float = 10.0
+    send_within_s: float = 10.0
+
+    def __post_init__(self) -> None:
+        check_seconds(self, "watch")
+        if self.max_watchers < 0:
+            raise ConfigError(f"watch max_watchers is {self.max_watchers}: give at least 0")
 
 
 class Feed:

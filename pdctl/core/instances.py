@@ -14,7 +14,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
 
-from pdctl.core.lives import ChangeKind, Claim, Life
+from pdctl.core.kinds import ChangeKind
+from pdctl.core.lives import Claim, Life
 from pdctl.core.route import Seat, Shape
 
 

@@ -20,6 +20,7 @@ from enum import StrEnum
 from typing import Any
 
 from pdctl.core.address import Endpoint
+from pdctl.core.kinds import ChangeKind
 from pdctl.core.route import Announcement, Seat, Shape
 from pdctl.errors import BadField
 
@@ -290,26 +291,6 @@ class Life:
 
     def draining(self, grace_s: float, now: float) -> Life:
         return replace(self, grace_s=grace_s, draining_until=now + grace_s)
-
-
-class ChangeKind(StrEnum):
-    """What happened to a life. Those in ENDINGS were its end."""
-
-    SEATED = "seated"  # a seat that nobody held has a holder
-    REPLACED = "replaced"  # a new life in the seat: another address
-    AMENDED = "amended"  # the same life says something else of itself: an HTTP port, labels, a lease
-    RESHAPED = "reshaped"  # with this life a new incarnation of the instance, with its own shape, is the one served
-    COMPLETED = "completed"  # with this life the instance became ready
-    SUSPECTED = "suspected"  # has missed a renewal
-    RECOVERED = "recovered"  # has spoken again
-    DRAINING = "draining"  # takes nothing new from now on
-    FOUND = "found"  # the witness had lost it, and has found it again
-    LOST = "lost"  # the witness says it is dead; it may be found again
-    DRAINED = "drained"  # its rooms were done, or its grace was over
-    EXPIRED = "expired"  # silent for the whole lease
-    FORGOTTEN = "forgotten"  # over for long, as its whole instance is: nothing more is known of it
-    LEFT = "left"  # said goodbye
-    SUPERSEDED = "superseded"  # its incarnation made place for a later one
 
 
 ENDINGS = frozenset(

@@ -28,7 +28,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from pdctl.core.address import Endpoint
-from pdctl.errors import BadField, LimitReached, Occupied, TooLarge
+from pdctl.core.seconds import check_seconds
+from pdctl.errors import BadField, ConfigError, LimitReached, Occupied, TooLarge
 
 _KEY = re.compile(r"(?P<root>mooncake(?:/[^/]+)??)/(?P<kind>ram|rpc_meta)/(?P<name>.+)", re.DOTALL)
 
@@ -51,6 +52,24 @@ class KeyLimits:
     def __post_init__(self) -> None:
         if min(self.max_keys, self.max_value_nbytes, self.max_nbytes, self.max_key_length) < 1:
             raise ValueError("each limit of the metadata keys needs at least 1")
+
+
+@dataclass(frozen=True, slots=True)
+class KeyWitness:
+    """When a holder that nobody contests is asked whether it lives, and what its silence means.
+
+    every_s  how often each is asked; 0 (the default) for never: a key that is dropped by mistake is not written
+             again by an engine that lives, so only who wants stale keys gone turns it on
+    misses   how many times in a row it must be gone until its keys are dropped
+    """
+
+    every_s: float = 0.0
+    misses: int = 3
+
+    def __post_init__(self) -> None:
+        check_seconds(self, "metadata witness", or_zero=("every_s",))
+        if self.misses < 1:
+            raise ConfigError(f"metadata witness misses is {self.misses}: give at least 1")
 
 
 @dataclass(frozen=True, slots=True)

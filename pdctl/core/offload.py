@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from pdctl.core.kvstore import StoreRank, parse_size
+from pdctl.core.seconds import check_seconds
 from pdctl.errors import ConfigError
 
 MIB: Final = 1 << 20
@@ -26,6 +27,21 @@ _BUCKET_KEYS: Final = f"{_PREFIX}BUCKET_KEYS_LIMIT"
 _SAFE_SHARE, _LAST_SHARE = 8, 2
 """A bucket is written when it is full: it must be full long before the segment is. A quarter and an eighth of a segment
 lost nothing, one of four segments stood still for ever."""
+
+
+@dataclass(frozen=True, slots=True)
+class OffloadPatience:
+    """How long to wait until the master has forgotten the last life of a directory.
+
+    client_ttl_s  where the master does not tell: its flag of that name (10 s), and a little more
+    forget_s      at most, where it tells
+    """
+
+    client_ttl_s: float = 12.0
+    forget_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        check_seconds(self, "store offload")
 
 
 @dataclass(frozen=True, slots=True)

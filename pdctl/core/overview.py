@@ -15,11 +15,11 @@ from itertools import islice
 
 from pdctl.core.claims import check_may_change, not_held
 from pdctl.core.instances import InstanceView
+from pdctl.core.kinds import State
 from pdctl.core.lives import Life, Owner
 from pdctl.core.report import FailedRoom, LinkSeen, Report
 from pdctl.core.route import Seat
 from pdctl.core.seconds import check_seconds
-from pdctl.core.standing import State
 from pdctl.errors import ConfigError, LimitReached, UnknownLease
 
 Place = tuple[str, Seat]

@@ -9,7 +9,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from pdctl.core.layout import Heads, Pairs, Pool, Slices, lengths
+from pdctl.core.entries import Pairs, lengths
+from pdctl.core.layout import Heads, Pool, Slices
 from pdctl.core.plan import CopyPlan, Ints, item_addresses
 from pdctl.core.sums import Spans
 from pdctl.errors import LayoutMismatch

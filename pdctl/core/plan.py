@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from pdctl.core.layout import Heads, Pairs, Pool, check_items, check_pair, lengths, same_entries
+from pdctl.core.entries import Pairs, check_items, check_pair, lengths, same_entries
+from pdctl.core.layout import Heads, Pool
 from pdctl.errors import LayoutMismatch
 
 Ints = npt.NDArray[np.int64]

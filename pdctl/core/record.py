@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Generic
 
 from pdctl.core.ejection import Health
-from pdctl.core.standing import Change, ChangeKind, Depth, Entry, Life, Question, ShownT, State
+from pdctl.core.kinds import Depth, State
+from pdctl.core.standing import Change, ChangeKind, Entry, Life, Question, ShownT
 from pdctl.errors import Cause
 
 

@@ -15,62 +15,27 @@ command that raises has changed nothing. Commands that must not show before they
 
 from __future__ import annotations
 
-import json
 import math
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 
 from pdctl.core.address import Endpoint
 from pdctl.core.calendar import Calendar
+from pdctl.core.capacity import RegistryLimits
 from pdctl.core.claims import check_may_change, check_may_end, not_held, place
 from pdctl.core.instances import Incarnation, InstanceView, Loss
+from pdctl.core.kinds import ChangeKind
 from pdctl.core.listening import SHARE
-from pdctl.core.lives import SUSPECT_AFTER, Change, ChangeKind, Claim, Ending, Life, Owner, Record
+from pdctl.core.lives import SUSPECT_AFTER, Change, Claim, Ending, Life, Owner, Record
+from pdctl.core.overlay import Overlay
 from pdctl.core.restored import differences, restored
 from pdctl.core.route import Seat
-from pdctl.errors import ConfigError, LimitReached, TooLarge, UnknownLease
+from pdctl.errors import LimitReached, UnknownLease
 
 REMEMBER_S = 600.0
 """For how long an instance is remembered that nobody is left of, so that it can be said why."""
-
-
-@dataclass(frozen=True, slots=True)
-class RegistryLimits:
-    """What one registry holds at most.
-
-    max_instances        names; those that nobody is left of go first
-    max_ranks            lives over all instances, lost ones that are remembered included
-    max_labels           labels of one rank
-    max_metadata_nbytes  labels and metadata of one rank, as JSON
-    """
-
-    max_instances: int = 10_000
-    max_ranks: int = 200_000
-    max_labels: int = 32
-    max_metadata_nbytes: int = 16_384
-
-    def __post_init__(self) -> None:
-        if self.max_instances < 1 or self.max_ranks < 1 or self.max_labels < 0 or self.max_metadata_nbytes < 0:
-            raise ConfigError(
-                "max_instances and max_ranks need at least 1, max_labels and max_metadata_nbytes 0 or more"
-            )
-
-    def check(self, claim: Claim) -> None:
-        """Raises TooLarge."""
-        if len(claim.labels) > self.max_labels:
-            raise TooLarge(
-                f"labels: {len(claim.labels)} are over {self.max_labels}, the limit (max_labels): send fewer"
-            )
-        if not claim.labels and not claim.metadata:
-            return
-        nbytes = len(json.dumps([claim.labels, claim.metadata]))
-        if nbytes > self.max_metadata_nbytes:
-            raise TooLarge(
-                f"metadata: {nbytes} bytes with the labels are over {self.max_metadata_nbytes}, the limit "
-                "(max_metadata_nbytes): send less"
-            )
 
 
 class Outcome(NamedTuple):
@@ -78,37 +43,6 @@ class Outcome(NamedTuple):
 
     life: Life
     changes: list[Change]
-
-
-class _Overlay(MutableMapping[str, InstanceView]):
-    """Views that are written here, over those below. Nothing is ever deleted in a draft."""
-
-    __slots__ = ("_below", "own")
-
-    def __init__(self, below: Mapping[str, InstanceView]) -> None:
-        self._below = below
-        self.own: dict[str, InstanceView] = {}
-
-    def get(self, name: str, default: Any = None) -> Any:
-        found = self.own.get(name)
-        return self._below.get(name, default) if found is None else found
-
-    def __getitem__(self, name: str) -> InstanceView:
-        found = self.own.get(name)
-        return self._below[name] if found is None else found
-
-    def __setitem__(self, name: str, view: InstanceView) -> None:
-        self.own[name] = view
-
-    def __delitem__(self, name: str) -> None:
-        raise TypeError(f"{name} is not this draft's to forget")
-
-    def __iter__(self) -> Iterator[str]:
-        yield from self._below
-        yield from (name for name in self.own if name not in self._below)
-
-    def __len__(self) -> int:
-        return len(self._below) + sum(name not in self._below for name in self.own)
 
 
 Entry = tuple[str, Seat, int]
@@ -380,13 +314,13 @@ class Registry:
         draft = Registry(self.limits)
         draft.is_held = self.is_held
         draft.revision, draft.last_epoch = self.revision, self.last_epoch
-        draft._views = _Overlay(self._views)
+        draft._views = Overlay(self._views)
         draft._n_remembered = self._n_remembered
         draft._made = []
         return draft
 
     def adopt(self, draft: Registry) -> None:
-        assert isinstance(draft._views, _Overlay) and draft._made is not None  # noqa: S101, PT018
+        assert isinstance(draft._views, Overlay) and draft._made is not None  # noqa: S101, PT018
         self.revision, self.last_epoch = draft.revision, draft.last_epoch
         self._views.update(draft._views.own)
         self._n_remembered = draft._n_remembered

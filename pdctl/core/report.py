@@ -14,11 +14,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from pdctl.core.kinds import State
 from pdctl.core.native import check_name
 from pdctl.core.route import Seat, as_object, needed
-from pdctl.core.standing import State
 from pdctl.core.transfer import Phase, Side
-from pdctl.errors import BadField, Cause
+from pdctl.core.warmup import StoreState
+from pdctl.errors import BadField, Cause, StoreCause
 
 MAX_LINKS = 4096
 MAX_OPEN = 256
@@ -125,15 +126,34 @@ class Ended:
 
 @dataclass(frozen=True, slots=True)
 class StoreSeen:
-    """How the shared store stands with this rank."""
+    """How the shared store stands with this rank.
+
+    attached  whether it is used now
+    step      at which it was tried last, or failed
+    cause, code  of the last failure; null where there was none, or none with a code
+    tries     in vain, since its opening began
+    since_s   for how long it stands so
+    """
 
     __pydantic_config__ = _STRICT
 
     attached: bool
     sentence: str
+    state: StoreState | None = None
+    step: str | None = None
+    cause: StoreCause | None = None
+    code: int | None = None
+    tries: int = 0
+    since_s: float = 0.0
 
     def __post_init__(self) -> None:
         _check_text("store.sentence", self.sentence)
+        if self.step is not None:
+            _check_text("store.step", self.step, 64)
+        if self.code is not None and abs(self.code) > _MAX_COUNT:
+            raise BadField("store.code", "has more than 63 bits: give what the store gave")
+        _check_count("store.tries", self.tries)
+        _check_seconds("store.since_s", self.since_s)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,8 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from pdctl.core.instances import Incarnation, InstanceView, Loss
-from pdctl.core.lives import ChangeKind, Ending, Life, Record
+from pdctl.core.kinds import ChangeKind
+from pdctl.core.lives import Ending, Life, Record
 
 
 class Difference(NamedTuple):

@@ -8,13 +8,12 @@ wording. Nothing is decided here.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
 from enum import StrEnum
 
 from pdctl.core import lives, standing
-from pdctl.core.chronicle import Kind
-from pdctl.core.lives import ChangeKind
+from pdctl.core.kinds import ChangeKind, Kind, State
 from pdctl.core.report import FailedRoom, LinkSeen, short_seat
-from pdctl.core.standing import State
 from pdctl.errors import (
     LimitReached,
     NotNow,
@@ -28,6 +27,10 @@ from pdctl.errors import (
 
 Said = tuple[str, str]
 """A kind, and a sentence."""
+
+CROWD = 16
+"""More changes of one kind to one instance at a time are one line, and one event: a line costs more than all the rest
+of a change, and 10,000 ranks that come would push out all else."""
 
 
 class Refusal(StrEnum):
@@ -90,6 +93,14 @@ _STATES = {
 _INSTANCE = re.compile(r"/v1/instances/([^/?]+)(?:/ranks/([^/?]+))?", re.ASCII)
 
 
+def crowds(changes: Sequence[lives.Change]) -> Iterable[Sequence[lives.Change]]:
+    """By what may be said together."""
+    by: dict[tuple[ChangeKind, str], list[lives.Change]] = {}
+    for change in changes:
+        by.setdefault((change.kind, change.instance), []).append(change)
+    return by.values()
+
+
 def of_life(change: lives.Change, seats: int = 1) -> Said:
     """`seats`: for how many of the instance it stands."""
     who = f"{change.instance} {short_seat(change.seat)}" if seats == 1 else f"{seats} seats of {change.instance}"
@@ -118,6 +129,15 @@ def of_link(rank: str, was: State, link: LinkSeen) -> Said:
 def of_room(rank: str, room: FailedRoom) -> Said:
     with_whom = f" with {room.peer}" if room.peer else ""
     return Kind.ROOM_FAILED, f"room {room.room} failed at {rank}{with_whom}: {room.sentence}"
+
+
+def of_denial(peer: str, asked: str, text: str) -> str:
+    """`asked`: a method and a path; `text`: what whoever asked is told."""
+    return f"{peer} was denied {asked}: {text}"
+
+
+def of_turn(peer: str, wait_s: int) -> str:
+    return f"{peer} registers in {wait_s} s, many come at once: nothing, it comes again by itself (docs/outages.md)"
 
 
 def refusal_of(error: PdctlError) -> Refusal:

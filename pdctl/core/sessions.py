@@ -39,22 +39,9 @@ from typing import Generic
 
 from pdctl.core.calendar import Calendar
 from pdctl.core.ejection import Doubt, Groups, Health, ProbePolicy
+from pdctl.core.kinds import Depth, State
 from pdctl.core.record import NOTHING, Block, Record, Trial, ending, endings, older, weight
-from pdctl.core.standing import (
-    Change,
-    ChangeKind,
-    Depth,
-    Entry,
-    Life,
-    Question,
-    ShownT,
-    Standing,
-    State,
-    Turn,
-    Unwell,
-    Well,
-    words,
-)
+from pdctl.core.standing import Change, ChangeKind, Entry, Life, Question, ShownT, Standing, Turn, Unwell, Well, words
 from pdctl.errors import Cause
 
 AT_ONCE = 256  # forgetting 10,000 idle sessions in one go held the loop for 165 ms

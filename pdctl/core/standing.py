@@ -7,32 +7,11 @@ Values only; `core.sessions` decides them.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import IntEnum, StrEnum
+from enum import StrEnum
 from typing import Any, Generic, Protocol, TypeVar
 
+from pdctl.core.kinds import Depth, State
 from pdctl.errors import Cause
-
-
-class State(StrEnum):
-    """How a session stands."""
-
-    TRUSTED = "trusted"  # transfers may go there
-    TRIAL = "trial"  # back, with few transfers at once until one has succeeded
-    BLOCKED = "blocked"  # a transfer has failed, and nothing has proved it well since
-    DROPPED = "dropped"  # its life is over: only a registration, or a hand, lifts
-
-
-class Depth(IntEnum):
-    """What an answer proves, from least to most.
-
-    HANDSHAKE: somebody answers; an echo server would. It never lifts anything. IDENTITY: what answers shows the life
-    that is known. DATA: bytes reached that life's memory.
-    """
-
-    HANDSHAKE = 1
-    IDENTITY = 2
-    DATA = 3
-
 
 LaterT_contra = TypeVar("LaterT_contra", contravariant=True)
 

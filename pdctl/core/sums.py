@@ -14,10 +14,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from pdctl.core.comparing import Checked as Checked
-from pdctl.core.comparing import Checksum as Checksum
 from pdctl.core.dealing import by_token
-from pdctl.core.layout import Heads, Pairs, Pool, RankPools, lengths
+from pdctl.core.entries import Pairs, lengths
+from pdctl.core.layout import Heads, Pool, RankPools
 from pdctl.core.plan import Ints, head_nbytes
 
 Crcs = npt.NDArray[np.uint32]

@@ -30,6 +30,7 @@ from pdctl.core.seen import (
     shape_of,
     sizes,
 )
+from pdctl.core.warmup import StoreState
 from pdctl.errors import BadField, LayoutMismatch
 
 STUCK_S = 30.0
@@ -251,8 +252,19 @@ def stores(seen: Seen, scope: Scope) -> Iterator[Finding]:
         if store and not store.get("attached") and scope.covers(name, seat):
             who = rank_name(name, seat)
             why = f"{who} goes without its shared store: {store.get('sentence', '')}"
-            do = "look at the store's master (pdctl store check on that host, pdctl doctor): it comes back by itself"
-            yield Finding(Culprit.STORE_NOT_READY, who, why, do, (f"report of {who}: the store is not attached",))
+            state = str(store.get("state") or "not attached")
+            since = "" if store.get("since_s") is None else f" since {store['since_s']:.0f} s"
+            fact = f"report of {who}: the store is {state}{since}"
+            yield Finding(Culprit.STORE_NOT_READY, who, why, _warm(state), (fact,))
+
+
+def _warm(state: str) -> str:
+    match state:
+        case StoreState.FAILED:
+            return "mend what it names (pdctl store check on that host says whether it is): then start the rank again"
+        case StoreState.CLOSED:
+            return "its engine has closed it: see that engine's log"
+    return "look at the store's master (pdctl store check on that host, pdctl doctor): it comes back by itself"
 
 
 def reports(seen: Seen, scope: Scope) -> Iterator[Finding]:

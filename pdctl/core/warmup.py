@@ -38,6 +38,16 @@ class Step(StrEnum):
     REMOVE = "remove"
 
 
+class StoreState(StrEnum):
+    """How a store stands with the process that opens it."""
+
+    WARMING = "warming"  # it has not shown yet that it works
+    READY = "ready"
+    AWAY = "away"  # it worked, and is left alone until it does again
+    FAILED = "failed"  # nobody tries any more
+    CLOSED = "closed"
+
+
 class Result(StrEnum):
     """How the chain ended, for metrics."""
 

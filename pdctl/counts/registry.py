@@ -11,7 +11,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from pdctl.core.instances import InstanceView
-from pdctl.core.lives import ChangeKind
+from pdctl.core.kinds import ChangeKind
 from pdctl.core.sayings import Refusal
 from pdctl.core.witness import Means, Sign
 

@@ -92,21 +92,25 @@ class RoomMetrics:
             self._lost.labels(word)
         for result in Checked:
             self._checked.labels(result)
+        # A look-up of labels takes as long as all else that is counted of a room: each is made once.
+        self._open_of = {side: self._open.labels(side) for side in Side}
+        self._seconds_of = {side: self._seconds.labels(side) for side in Side}
+        self._ended_in = {
+            (side, phase): self._ended.labels(side, phase.name.lower())
+            for side in Side
+            for phase in (Phase.SUCCESS, Phase.FAILED)
+        }
         for side in Side:
-            self._open.labels(side)
-            self._seconds.labels(side)
             self._quarantined.labels(side)
-            for phase in (Phase.SUCCESS, Phase.FAILED):
-                self._ended.labels(side, phase.name.lower())
 
     def opened(self, side: Side) -> None:
-        self._open.labels(side).inc()
+        self._open_of[side].inc()
 
     def ended(self, side: Side, phase: Phase, seconds: float) -> None:
-        self._open.labels(side).dec()
-        self._ended.labels(side, phase.name.lower()).inc()
+        self._open_of[side].dec()
+        self._ended_in[side, phase].inc()
         if phase is Phase.SUCCESS:
-            self._seconds.labels(side).observe(seconds)
+            self._seconds_of[side].observe(seconds)
 
     def quarantined(self, side: Side, n_pages: int) -> None:
         """`n_pages` more than before; fewer when below 0."""

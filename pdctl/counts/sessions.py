@@ -7,7 +7,8 @@ from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from pdctl.core.standing import Change, ChangeKind, Depth, State
+from pdctl.core.kinds import Depth, State
+from pdctl.core.standing import Change, ChangeKind
 from pdctl.errors import Cause
 
 # A handshake takes 0.3 ms on a local network and at most its deadline (1 s by default, tens of seconds by setting).

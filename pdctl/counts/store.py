@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from enum import StrEnum
 
-from prometheus_client import CollectorRegistry, Counter, Gauge
+from prometheus_client import CollectorRegistry, Counter, Gauge, Metric
 
 from pdctl.core.kvstore import StoreRank
 from pdctl.core.warmup import Report, Result
 from pdctl.errors import StoreCause
+
+
+class StoreCounts:
+    """Of one store, before it is known which service shows them."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self.warmup = StoreMetrics(self._registry)
+        self.traffic = StoreTrafficMetrics(self._registry)
+
+    def collect(self) -> Iterable[Metric]:
+        """As a collector of a registry has it."""
+        return self._registry.collect()
 
 
 class StoreMetrics:

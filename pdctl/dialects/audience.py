@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass
 from random import Random, SystemRandom
 from typing import NoReturn
 
@@ -17,33 +16,14 @@ import structlog
 from fastapi.responses import StreamingResponse
 from starlette.types import Message, Send
 
-from pdctl.core.seconds import check_seconds
+from pdctl.core.feed import WatchLimits
 from pdctl.counts.service import WatchEnd
-from pdctl.errors import ConfigError, LimitReached
+from pdctl.errors import LimitReached
 from pdctl.metrics import Metrics
 
 _HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
 log = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class WatchLimits:
-    """What watchers may cost.
-
-    max_watchers    streams at once; one more is answered 429
-    heartbeat_s     a stream that has had nothing to say for so long says that it lives
-    send_within_s   a reader that takes nothing for so long is cut off
-    """
-
-    max_watchers: int = 1000
-    heartbeat_s: float = 10.0
-    send_within_s: float = 10.0
-
-    def __post_init__(self) -> None:
-        check_seconds(self, "watch")
-        if self.max_watchers < 0:
-            raise ConfigError(f"watch max_watchers is {self.max_watchers}: give at least 0")
 
 
 class Audience:

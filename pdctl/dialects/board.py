@@ -22,9 +22,10 @@ from functools import partial
 from random import Random
 from typing import Any, NoReturn
 
+from pdctl.core.feed import WatchLimits
 from pdctl.core.latest import Latest
 from pdctl.counts.service import WatchEnd
-from pdctl.dialects.audience import Audience, Stream, WatchLimits, bye, event
+from pdctl.dialects.audience import Audience, Stream, bye, event
 from pdctl.metrics import Metrics
 
 EVERY_S = 0.25

@@ -21,6 +21,7 @@ from fastapi.responses import JSONResponse, Response
 from pdctl.core.fleet import Move, Place, Prefill, Worker
 from pdctl.core.lives import PREFILL
 from pdctl.dialects.edge import owner_of
+from pdctl.dialects.strict import Refused, route_class
 from pdctl.dialects.vllm import MISSING_SHOWN, said
 from pdctl.roster import Roster
 
@@ -88,9 +89,9 @@ class Engines:
         }
 
 
-def operators_router(roster: Roster) -> APIRouter:
-    """vLLM's prefills by their own names, and the goodbye that vLLM itself never says."""
-    api = APIRouter(prefix="/v1/engines", tags=["pdctl"])
+def operators_router(roster: Roster, refused: Refused) -> APIRouter:
+    """vLLM's prefills by their own names, and the goodbye that vLLM itself never says. `refused`: as elsewhere."""
+    api = APIRouter(prefix="/v1/engines", tags=["pdctl"], route_class=route_class(refused))
 
     @api.get("", summary="Every prefill of vLLM, with who is missing")
     async def engines() -> dict[str, Any]:

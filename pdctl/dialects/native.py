@@ -26,12 +26,12 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import TypeAdapter
 from pydantic_core import to_json
 
-from pdctl.core.feed import Feed
+from pdctl.core.feed import Feed, WatchLimits
 from pdctl.core.instances import Incarnation, InstanceView
-from pdctl.core.lives import Change, ChangeKind, Life
+from pdctl.core.kinds import ChangeKind
+from pdctl.core.lives import Change, Life
 from pdctl.core.native import NAME, SEAT, Drain, Grant, Registration, Renewal, check_name, in_our_words, read_seat
 from pdctl.core.route import Seat, as_integer
-from pdctl.dialects.audience import WatchLimits
 from pdctl.dialects.edge import owner_of, received
 from pdctl.dialects.strict import Refused, as_body, fails, route_class, takes
 from pdctl.dialects.watch import Broadcast
@@ -83,7 +83,7 @@ def broadcast(
         return [*(view.name for view in registrar.views()), *(() if others is None else others.names())]
 
     news = Broadcast(names, detail, metrics, feed=Feed(registrar.revision), limits=limits)
-    registrar.subscribe(tell)
+    registrar.herald.subscribe(tell)
     return news
 
 
@@ -203,7 +203,7 @@ def refusing(registrar: Registrar) -> Refused:
 
     def refused(error: PdctlError, path: str, peer: str) -> PdctlError:
         told = in_our_words(error) if isinstance(error, BadField) else error
-        registrar.refused(told, path, peer)
+        registrar.herald.refused(told, path, peer)
         return told
 
     return refused

@@ -24,12 +24,12 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import TypeAdapter
 from starlette.types import ASGIApp, Scope
 
+from pdctl.core.feed import WatchLimits
 from pdctl.core.latest import Latest
 from pdctl.core.lives import Owner
 from pdctl.core.native import check_name, read_seat
 from pdctl.core.overview import Held, Place
 from pdctl.core.report import Report, Wanted, short_seat
-from pdctl.dialects.audience import WatchLimits
 from pdctl.dialects.board import AT_ONCE, Board, Tell
 from pdctl.dialects.edge import json_answer, owner_of, peer_host, peer_of, received
 from pdctl.dialects.native import Instance, SeatName

@@ -29,8 +29,9 @@ from fastapi import APIRouter, Path, Query, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import TypeAdapter
 
-from pdctl.core.standing import Change, Depth, Standing, State
-from pdctl.dialects.audience import WatchLimits
+from pdctl.core.feed import WatchLimits
+from pdctl.core.kinds import Depth, State
+from pdctl.core.standing import Change, Standing
 from pdctl.dialects.edge import owner_of, received
 from pdctl.dialects.strict import Refused, as_body, fails, route_class, takes
 from pdctl.dialects.watch import Broadcast

@@ -117,7 +117,7 @@ class Plain:
         return told
 
     def _refusal(self, error: PdctlError, scope: Scope) -> Answer:
-        self._registrar.refused(error, scope["path"], peer_host(scope), self._instance_of(scope))
+        self._registrar.herald.refused(error, scope["path"], peer_host(scope), self._instance_of(scope))
         told = text_answer(error)
         return Answer(told.status_code, told.raw_headers, bytes(told.body))
 

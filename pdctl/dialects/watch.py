@@ -30,9 +30,9 @@ from typing import Annotated, NoReturn
 from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import Response
 
-from pdctl.core.feed import Feed
+from pdctl.core.feed import Feed, WatchLimits
 from pdctl.counts.service import WatchEnd
-from pdctl.dialects.audience import Audience, WatchLimits, bye, event
+from pdctl.dialects.audience import Audience, bye, event
 from pdctl.dialects.edge import peer_of
 from pdctl.dialects.strict import fails
 from pdctl.errors import BadField

@@ -18,7 +18,7 @@ from pdctl.doctor.base import Said, fail, ok, warn
 from pdctl.errors import ConfigError
 from pdctl.identity import Service, Who
 from pdctl.persistence.etcd_place import ETCD, EtcdPlace
-from pdctl.persistence.open import MEMORY, path_in
+from pdctl.persistence.place import MEMORY, path_in
 from pdctl.retry import root_cause
 
 SKEW_S, FAR_S = 2.0, 300.0

@@ -18,8 +18,9 @@ from pdctl.engine import wheel
 from pdctl.errors import AddressTaken, ConfigError, EngineUnavailable, StoreNotReady, StoreUnusable
 from pdctl.explaining import nobody_there
 from pdctl.identity import Service, Who, identify
-from pdctl.kvstore import StorePatience, check_store
+from pdctl.kvstore import check_store
 from pdctl.retry import RetryPolicy, root_cause
+from pdctl.store.patience import StorePatience
 
 _RPC_PORTS = ("MC_MIN_RPC_PORT", 15000), ("MC_MAX_RPC_PORT", 17000)
 _FEW = 2

@@ -24,7 +24,8 @@ from pdctl.config import Settings
 from pdctl.core.plan import CopyPlan
 from pdctl.device.cpu import Cpu
 from pdctl.device.open import open_device
-from pdctl.engine.mooncake import MooncakeSettings, open_mooncake
+from pdctl.engine.mooncake import open_mooncake
+from pdctl.engine.settings import MooncakeSettings
 from pdctl.errors import EngineUnavailable, PdctlError
 from pdctl.logs import LogSettings, configure
 from pdctl.memory import Arena

@@ -23,7 +23,7 @@ from typing import Protocol
 import structlog
 
 from pdctl.core.address import Endpoint
-from pdctl.core.standing import Depth
+from pdctl.core.kinds import Depth
 from pdctl.engine import handshake
 from pdctl.engine.base import PeerCard, Proof
 from pdctl.errors import BadField, Cause, TransferFailed

@@ -15,11 +15,13 @@ An engine's promises, held by one contract suite over all adapters:
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
+from pdctl.core.kinds import Depth
 from pdctl.core.layout import Region
-from pdctl.core.plan import CopyPlan
-from pdctl.core.standing import Depth
+
+if TYPE_CHECKING:  # who asks a peer whether it lives moves nothing
+    from pdctl.core.plan import CopyPlan
 
 
 @dataclass(frozen=True, slots=True)

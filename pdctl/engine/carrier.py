@@ -1,5 +1,5 @@
 """
-The inner port of an engine: what an adapter adds to the promises, and how patient it is asked to be.
+The inner port of an engine: what an adapter adds to the promises.
 
 Everything that must not differ between adapters is in promises.py and pins.py, which see nothing else of an adapter.
 """
@@ -7,7 +7,6 @@ Everything that must not differ between adapters is in promises.py and pins.py, 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Protocol
 
 from pdctl.core.layout import Region
@@ -62,14 +61,3 @@ class Carrier(Protocol):
     def own_fault(self, spans: Iterable[Region]) -> str | None:
         """Why a transfer from or to this memory of ours fails whoever the peer is, in words; None where nothing of
         that kind is to be found."""
-
-
-@dataclass(frozen=True, slots=True)
-class Patience:
-    """`ask_s` bounds one question to a peer; after `recheck_s` without one, it is asked again before a transfer;
-    `rest_s` bounds what closing waits for blocks in flight; `block_limit` bytes is the longest block."""
-
-    ask_s: float
-    recheck_s: float
-    rest_s: float
-    block_limit: int

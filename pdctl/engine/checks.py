@@ -31,7 +31,7 @@ def check_region(region: Region, held: Iterable[Region]) -> None:
 
 def check_plan(plan: CopyPlan) -> None:
     """Raise BadField if a copy is empty or negative: the engine calls an empty one done without looking at it."""
-    if len(plan) and int(plan.nbytes.min()) <= 0:
+    if len(plan) and int(np.minimum.reduce(plan.nbytes)) <= 0:
         raise BadField(
             "nbytes", f"copy {int(plan.nbytes.argmin())} has {int(plan.nbytes.min())} bytes: give at least one"
         )
@@ -58,5 +58,12 @@ def _within_one(regions: tuple[Region, ...], pointers: Ints, nbytes: Ints) -> bo
     two of these looks were a third of what a turn costs the loop."""
     if not len(pointers):
         return True
-    first, last = int(pointers.min()), int(pointers.max()) + int(nbytes.max())  # no int64: it cannot wrap
-    return first > 0 and any(region.pointer <= first and last <= region.end for region in regions)
+    # Not pointers.min(): a room of one page looks five times, and the wrapper takes as long again as the look.
+    first, longest = int(np.minimum.reduce(pointers)), int(np.maximum.reduce(nbytes))
+    last = int(np.maximum.reduce(pointers)) + longest  # no int64: it cannot wrap
+    for region in regions:
+        if region.pointer <= first and last > region.end > first and last < _INT64_END:
+            last = int(np.maximum.reduce(pointers + nbytes))  # a short row at the very end of it, beside long pages
+        if 0 < first >= region.pointer and last <= region.end:
+            return True
+    return False

@@ -104,12 +104,20 @@ class Gathering:
         return len(self.starts)
 
     @classmethod
+    def nothing(cls, plan: CopyPlan) -> Gathering:
+        """Each copy by itself."""
+        return cls(plan, np.arange(len(plan)), np.ones(len(plan), np.int64))
+
+    @classmethod
     def of(cls, plan: CopyPlan) -> Gathering:
         """Neighbours of one length that go on at the peer, at most STAGE_NBYTES of them together."""
         nbytes, dst = plan.nbytes, plan.dst
-        goes_on = (dst[1:] == dst[:-1] + nbytes[:-1]) & (nbytes[1:] == nbytes[:-1]) & (nbytes[1:] <= LONGEST_PIECE)
+        goes_on = dst[1:] == dst[:-1] + nbytes[:-1]
+        if not goes_on.any():  # of most plans nothing does, and then this look is all that it costs
+            return cls.nothing(plan)
+        goes_on &= (nbytes[1:] == nbytes[:-1]) & (nbytes[1:] <= LONGEST_PIECE)
         if not goes_on.any():
-            return cls(plan, np.arange(len(plan)), np.ones(len(plan), np.int64))
+            return cls.nothing(plan)
         begins = np.flatnonzero(np.r_[True, ~goes_on])
         place = np.arange(len(plan)) - np.repeat(begins, np.diff(np.r_[begins, len(plan)]))
         starts = np.flatnonzero(place % np.clip(STAGE_NBYTES // nbytes, 1, _MOST_PIECES) == 0)

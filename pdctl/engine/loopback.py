@@ -21,9 +21,9 @@ from pdctl.core.address import Endpoint
 from pdctl.core.layout import Region
 from pdctl.engine.base import Capabilities, Engine, PeerCard
 from pdctl.engine.blocks import Direction, Lane, Transfer
-from pdctl.engine.carrier import Patience
 from pdctl.engine.handshake import Descriptor
 from pdctl.engine.promises import PromisedEngine
+from pdctl.engine.settings import Patience
 from pdctl.errors import AddressTaken, Cause, TransferFailed
 
 NOT_MAPPED = -1

@@ -35,17 +35,16 @@ from pdctl.engine.asking import SendProbe
 from pdctl.engine.base import Capabilities, Engine
 from pdctl.engine.blame import own_fault
 from pdctl.engine.blocks import Direction, Lane, Transfer
-from pdctl.engine.environment import MooncakeSettings, environment, prepare
+from pdctl.engine.environment import prepare
 from pdctl.engine.handshake import Descriptor
 from pdctl.engine.idle import Idle
 from pdctl.engine.mover import Calls as MoverCalls
 from pdctl.engine.mover import Mover
 from pdctl.engine.promises import PromisedEngine, outlast
+from pdctl.engine.settings import MooncakeSettings
 from pdctl.engine.tether import Tether
 from pdctl.engine.ways import Introduction, Serial
 from pdctl.errors import BadField, Cause, DeviceUnavailable, EngineUnavailable, TransferFailed
-
-__all__ = ["MooncakeSettings", "by_name", "environment", "open_mooncake"]
 
 log = structlog.get_logger(__name__)
 

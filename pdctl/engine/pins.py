@@ -24,15 +24,16 @@ from weakref import WeakValueDictionary
 
 import structlog
 
+from pdctl.core.kinds import Depth
 from pdctl.core.layout import Region
 from pdctl.core.plan import CopyPlan
-from pdctl.core.standing import Depth
 from pdctl.engine.base import PeerCard, Proof
 from pdctl.engine.blocks import Lane
 from pdctl.engine.canary import MAGIC, NONCE_NBYTES, TITLE_NBYTES, Questions, candidates, slot
-from pdctl.engine.carrier import Carrier, Patience
+from pdctl.engine.carrier import Carrier
 from pdctl.engine.checks import first_outside
 from pdctl.engine.handshake import Descriptor
+from pdctl.engine.settings import Patience
 from pdctl.errors import Cause, TransferFailed
 from pdctl.lag import watched
 
@@ -162,9 +163,13 @@ class Pins:
 
     async def meet(self, session: str, plan: CopyPlan, until: float) -> Pin:
         """The pinned life, proven well where that is due, whose regions hold all of `plan.dst`."""
+        pin = self._pins.get(session)
+        if pin is not None and session not in self._asking and not self._is_due(pin):  # nearly always
+            if first_outside(pin.card.regions, plan.dst, plan.nbytes) is None:
+                return pin
         async with self._asking.setdefault(session, asyncio.Lock()):
             pin, fresh = self._pins.get(session), False
-            if pin is None or pin.doubted or self._clock() - pin.asked_at >= self._patience.recheck_s:
+            if pin is None or self._is_due(pin):
                 pin, fresh = await self._ask(session, pin, until), True
             bad = first_outside(pin.card.regions, plan.dst, plan.nbytes)
             if bad is not None and not fresh:  # it may have registered more since
@@ -173,6 +178,10 @@ class Pins:
         if bad is not None:
             raise _rejected(session, plan, bad, pin.card)
         return pin
+
+    def _is_due(self, pin: Pin) -> bool:
+        """To be asked before it is used."""
+        return pin.doubted or self._clock() - pin.asked_at >= self._patience.recheck_s
 
     async def prove(self, session: str, deadline_s: float) -> Proof:
         """As deep as can be, by another way of ours if the usual one fails. Pins nothing."""

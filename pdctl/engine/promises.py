@@ -21,10 +21,11 @@ from pdctl.core.turns import split
 from pdctl.engine.base import Capabilities, PeerCard, Proof
 from pdctl.engine.blocks import Direction, Transfer, blocks
 from pdctl.engine.canary import Canary, Questions
-from pdctl.engine.carrier import Carrier, Patience
+from pdctl.engine.carrier import Carrier
 from pdctl.engine.checks import check_plan, check_region, first_outside
 from pdctl.engine.gather import Gathering
 from pdctl.engine.pins import ATTEMPTS, Pins
+from pdctl.engine.settings import Patience
 from pdctl.errors import BadField, Cause, TransferFailed
 
 log = structlog.get_logger(__name__)
@@ -197,27 +198,34 @@ class PromisedEngine:
             gathering = Gathering.of(pieces)
             moves, total = gathering.blocks(), len(gathering)
         transfer = Transfer(pin.lane, pin.faith, direction, moves, total, rest)
-        self._begin(session, transfer)
-        await self._see_through(session, transfer, until, deadline_s)
+        over = self._loop.create_future()  # and not `rest` itself, which a cancelled wait would cancel
+        self._begin(session, transfer, over)
+        await self._see_through(session, transfer, over, until, deadline_s)
 
-    def _begin(self, session: str, transfer: Transfer) -> None:
+    def _begin(self, session: str, transfer: Transfer, over: asyncio.Future[None]) -> None:
         self._moving.setdefault(session, set()).add(transfer)
-        transfer.rest.add_done_callback(lambda _: self._at_rest(session, transfer))
+        transfer.rest.add_done_callback(lambda _: self._at_rest(session, transfer, over))
         self._carrier.add(transfer)
 
-    def _at_rest(self, session: str, transfer: Transfer) -> None:
+    def _at_rest(self, session: str, transfer: Transfer, over: asyncio.Future[None]) -> None:
         moving = self._moving[session]
         moving.discard(transfer)
         if not moving:
             del self._moving[session]
+        _end(over)
 
-    async def _see_through(self, session: str, transfer: Transfer, until: float, deadline_s: float) -> None:
+    async def _see_through(
+        self, session: str, transfer: Transfer, over: asyncio.Future[None], until: float, deadline_s: float
+    ) -> None:
+        late = self._loop.call_at(until, _end, over)
         try:
-            await asyncio.wait([transfer.rest], timeout=max(0.0, until - self._loop.time()))
+            await over
         except asyncio.CancelledError:
             self._stop(transfer, Cause.LOCAL, "cancelled")
             await outlast(transfer.rest)
             raise
+        finally:
+            late.cancel()
         if not transfer.rest.done():
             detail = f"not over within {deadline_s:g} s, {transfer.submitted} of {transfer.total} blocks submitted"
             self._stop(transfer, Cause.TIMED_OUT, detail)
@@ -241,6 +249,11 @@ class PromisedEngine:
         if bad is not None:
             where = f"{int(plan.src[bad]):#x} + {int(plan.nbytes[bad])}"
             raise TransferFailed(Cause.LOCAL, session, f"{where} lies in no region registered here: register it first")
+
+
+def _end(wait: asyncio.Future[None]) -> None:
+    if not wait.done():
+        wait.set_result(None)
 
 
 async def outlast(rest: asyncio.Future[Any]) -> None:

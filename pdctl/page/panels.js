@@ -393,7 +393,7 @@ function fillPhases(row, { name, counts }) {
 
 const EVENT_GRADES = {
   seated: "ok", completed: "ok", recovered: "ok", found: "ok", readmitted: "ok", journal_well: "ok", on_trial: "warn",
-  suspected: "warn", refused: "warn", room_failed: "warn", report_lost: "warn", doubt: "warn", draining: "rest",
+  suspected: "warn", refused: "warn", denied: "warn", put_off: "rest", room_failed: "warn", report_lost: "warn", doubt: "warn", draining: "rest",
   expired: "bad", lost: "bad", ejected: "bad", panic: "bad", journal_trouble: "bad", dropped: "gone",
 };
 const SAID_ALOUD = new Set(["ejected", "readmitted", "dropped", "expired", "lost", "completed", "journal_trouble", "journal_well"]);

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Final, Protocol, TypeVar
 
 from pdctl.core.address import Endpoint
-from pdctl.core.lives import Change, ChangeKind, Claim, Life, Owner, Record
+from pdctl.core.kinds import ChangeKind
+from pdctl.core.lives import Change, Claim, Life, Owner, Record
 from pdctl.core.route import Announcement, Seat, Shape
 from pdctl.errors import ConfigError
 from pdctl.persistence.base import Journal, Kept, Notebook

@@ -1,27 +1,24 @@
 """
 Which journal an operator means: `memory:`, `sqlite:PATH` or `etcd://HOST:PORT`.
 
-The only place that knows them all. Opens; what a journal promises stands in `base`.
+The only place that knows them all by their work. Opens; what a journal promises stands in `base`.
 """
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from pdctl.counts.registry import JournalMetrics
 from pdctl.errors import ConfigError
-from pdctl.persistence.etcd_place import ETCD, EtcdPlace, EtcdSettings
+from pdctl.persistence.etcd_place import ETCD, EtcdSettings
 from pdctl.persistence.memory import MemoryJournal
+from pdctl.persistence.place import path_in
 from pdctl.persistence.sqlite import ROOMS_KEPT_S, SqliteJournal, open_sqlite
 
 if TYPE_CHECKING:
     from pdctl.persistence.etcd import EtcdJournal
-
-MEMORY: Final = "memory:"
-SQLITE: Final = "sqlite:"
 
 
 @asynccontextmanager
@@ -51,23 +48,3 @@ async def open_journal(
         return
     async with open_sqlite(path, rooms_kept_s=rooms_kept_s, metrics=metrics) as journal:
         yield journal
-
-
-def check(url: str) -> None:
-    """Raises ConfigError."""
-    if url.startswith(ETCD):
-        EtcdPlace.parse(url)
-    else:
-        path_in(url)
-
-
-def path_in(url: str) -> Path | None:
-    """The file that `url` names, None for `memory:`. Raises ConfigError."""
-    if url == MEMORY:
-        return None
-    scheme, path = url[: len(SQLITE)], url[len(SQLITE) :]
-    if scheme != SQLITE or not path.strip() or "\0" in path:
-        raise ConfigError(
-            f"journal is {url!r}: give sqlite:PATH, etcd://HOST:PORT, or memory:, which forgets with the process"
-        )
-    return Path(path)

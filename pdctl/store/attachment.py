@@ -38,6 +38,8 @@ log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
 
+Turned = Callable[[StoreFailed | None], None]
+
 UNTIL_BACK = RetryPolicy(first_wait_s=0.5, multiplier=1.5, max_wait_s=2.0)
 _OF_THE_MASTER = frozenset({StoreCause.MASTER_UNREACHABLE, StoreCause.TIMED_OUT})
 _QUIET = frozenset({StoreCause.MISSING, StoreCause.CLOSED})  # no trouble
@@ -90,9 +92,11 @@ async def attached(
     policy: AttachPolicy | None = None,
     metrics: StoreTrafficMetrics | None = None,
     clock: Callable[[], float] = time.monotonic,
+    turned: Turned = lambda _: None,
 ) -> AsyncIterator[Attachment]:
-    """`ask`: our own question to the master, bounded; raises StoreFailed where it does not answer."""
-    attachment = Attachment(store, ask, policy or AttachPolicy(), metrics, clock)
+    """`ask`: our own question to the master, bounded; raises StoreFailed where it does not answer. `turned` is told why
+    the store is left alone, and None when it is back."""
+    attachment = Attachment(store, ask, policy or AttachPolicy(), metrics, clock, turned)
     try:
         yield attachment
     finally:
@@ -109,8 +113,10 @@ class Attachment:
         policy: AttachPolicy,
         metrics: StoreTrafficMetrics | None,
         clock: Callable[[], float],
+        turned: Turned = lambda _: None,
     ) -> None:
         self._store = store
+        self._turned = turned
         self._ask = ask
         self._policy = policy
         self._metrics = metrics
@@ -273,6 +279,7 @@ class Attachment:
         self._left_out = 0
         if self._metrics is not None:
             self._metrics.left()
+        self._turned(failure)
         log.warning("store left alone: reads are misses, writes are dropped", cause=failure.cause, why=str(failure))
         self._errands.spawn("come back to the store", self._come_back(failure, self._clock()))
 
@@ -283,6 +290,7 @@ class Attachment:
         await retrying(self._policy.until_back, proof.attempt, keep_trying=True)
         self._away = None
         self._heard = self._clock()
+        self._turned(None)
         log.info("store is back", after_s=round(self._heard - since, 3), keys_left_out=self._left_out)
 
 

@@ -26,8 +26,6 @@ from pdctl.store.base import Each, Ints, StoreAbility
 from pdctl.store.regions import Regions
 from pdctl.store.signature import parameters
 
-__all__ = ["MooncakeStore", "ability_of", "cause_of", "open_mooncake_store"]
-
 log = structlog.get_logger(__name__)
 
 T = TypeVar("T")

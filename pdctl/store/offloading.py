@@ -23,8 +23,7 @@ from pathlib import Path
 import structlog
 
 from pdctl.core.kvstore import SetUp, StoreRank
-from pdctl.core.offload import directory_of, offload
-from pdctl.core.seconds import check_seconds
+from pdctl.core.offload import OffloadPatience, directory_of, offload
 from pdctl.errors import ConfigError, StoreCause, StoreFailed
 from pdctl.persistence.lock import FileLock, take
 from pdctl.retry import RetryPolicy, retrying
@@ -33,21 +32,6 @@ log = structlog.get_logger(__name__)
 
 Names = Callable[[], Awaitable[frozenset[str] | None]]
 """Under which names the master knows segments now; None where it does not tell."""
-
-
-@dataclass(frozen=True, slots=True)
-class OffloadPatience:
-    """How long to wait until the master has forgotten the last life of a directory.
-
-    client_ttl_s  where the master does not tell: its flag of that name (10 s), and a little more
-    forget_s      at most, where it tells
-    """
-
-    client_ttl_s: float = 12.0
-    forget_s: float = 60.0
-
-    def __post_init__(self) -> None:
-        check_seconds(self, "store offload")
 
 
 @dataclass(frozen=True, slots=True)

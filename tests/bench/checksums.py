@@ -10,7 +10,7 @@ from contextlib import ExitStack
 
 import numpy as np
 
-from pdctl.core.sums import Checksum
+from pdctl.core.comparing import Checksum
 from tests.bench.rivals import Row, race
 from tests.e2e.kv import Kv
 from tests.e2e.test_rooms import rank

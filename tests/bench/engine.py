@@ -15,7 +15,8 @@ from pdctl.core.plan import CopyPlan
 from pdctl.device.cpu import Cpu
 from pdctl.engine import wheel
 from pdctl.engine.base import Engine
-from pdctl.engine.mooncake import MooncakeSettings, open_mooncake
+from pdctl.engine.mooncake import open_mooncake
+from pdctl.engine.settings import MooncakeSettings
 from pdctl.memory import Arena
 from tests.bench.rivals import Row, race
 from tests.engine.processes import peer

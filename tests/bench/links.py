@@ -24,13 +24,15 @@ from rich.console import Console
 
 from pdctl import logs
 from pdctl.core.ejection import ProbePolicy
+from pdctl.core.kinds import Depth
 from pdctl.core.plan import CopyPlan
 from pdctl.core.sessions import SessionTable
-from pdctl.core.standing import Depth, Well
+from pdctl.core.standing import Well
 from pdctl.device.cpu import Cpu
 from pdctl.engine.asking import Asking
 from pdctl.engine.base import Engine, PeerCard
-from pdctl.engine.mooncake import MooncakeSettings, open_mooncake
+from pdctl.engine.mooncake import open_mooncake
+from pdctl.engine.settings import MooncakeSettings
 from pdctl.errors import Cause, TransferFailed
 from pdctl.logs import LogSettings
 from pdctl.memory import Arena

@@ -25,8 +25,9 @@ import psutil
 
 from pdctl import logs
 from pdctl.core.address import Endpoint
+from pdctl.core.capacity import RegistryLimits
 from pdctl.core.lives import Claim, Owner
-from pdctl.core.registry import Registry, RegistryLimits
+from pdctl.core.registry import Registry
 from pdctl.core.rooms import RoomBook
 from pdctl.core.route import Announcement, Seat, Shape
 from pdctl.logs import LogSettings

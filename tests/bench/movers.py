@@ -258,7 +258,8 @@ class Bare(Rank):
 
     def _blocks(self) -> Iterator[tuple[int, int, int]]:
         """What `pdctl` and `stock` give the engine for the same rooms, made before the clock runs."""
-        from pdctl.core.layout import Heads, same_entries
+        from pdctl.core.entries import same_entries
+        from pdctl.core.layout import Heads
         from pdctl.core.plan import head_plan, page_plan
 
         form, theirs = self.memory.form, self.theirs

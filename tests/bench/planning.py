@@ -17,11 +17,11 @@ from itertools import chain, pairwise
 
 import numpy as np
 
+from pdctl.core.allowance import SenderLimits
+from pdctl.core.comparing import Checksum
 from pdctl.core.layout import Pool
 from pdctl.core.plan import CopyPlan, Ints, item_plan
-from pdctl.core.sums import Checksum
 from pdctl.core.turns import cut, split
-from pdctl.sender import SenderLimits
 from tests.bench.checksums import Pair
 from tests.bench.rivals import Row, race
 from tests.e2e.kv import Kv

@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 
 from pdctl.cli import parser
-from pdctl.commands.completion import SHELLS
-from pdctl.config import Settings
+from pdctl.flags.completion import SHELLS
 from tests.test_cli import SOON_S
 
 COMPLETE = """
@@ -35,7 +34,7 @@ def run(*command: str) -> str:
 def scripted(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[[str], Path]:
     def write(shell: str) -> Path:
         args = parser().parse_args(["completion", shell])
-        assert asyncio.run(args.run(Settings(), args)) == 0
+        assert args.perform(args) == 0
         script = tmp_path / f"pdctl.{shell}"
         script.write_text(capsys.readouterr().out)
         return script

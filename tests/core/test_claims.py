@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 
 from pdctl.core.address import Endpoint
+from pdctl.core.capacity import RegistryLimits
 from pdctl.core.claims import STALLED_AFTER_S
 from pdctl.core.instances import InstanceView
-from pdctl.core.lives import ERA, ChangeKind, Claim, Life, Owner, Record
-from pdctl.core.registry import REMEMBER_S, Registry, RegistryLimits
+from pdctl.core.kinds import ChangeKind
+from pdctl.core.lives import ERA, Claim, Life, Owner, Record
+from pdctl.core.registry import REMEMBER_S, Registry
 from pdctl.core.route import Announcement, Seat, Shape
 from pdctl.errors import BadField, LimitReached, Occupied, Refused, Superseded, TooLarge, UnknownLease
 

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pdctl.core.ejection import Doubt, Groups, Health, ProbePolicy
+from pdctl.core.kinds import Depth
 from pdctl.core.sessions import SessionTable
-from pdctl.core.standing import ChangeKind, Depth, Question, Turn, Unwell, Well
+from pdctl.core.standing import ChangeKind, Question, Turn, Unwell, Well
 from pdctl.errors import Cause, ConfigError
 
 DEFAULT = ProbePolicy()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pdctl.core.layout import Pool, Region, check_pair
+from pdctl.core.entries import check_pair
+from pdctl.core.layout import Pool, Region
 from pdctl.errors import LayoutMismatch
 
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 import pytest
 
 from pdctl.core.address import Endpoint
-from pdctl.core.lives import Change, ChangeKind, Claim, Owner, Record, Standing
+from pdctl.core.kinds import ChangeKind
+from pdctl.core.lives import Change, Claim, Owner, Record, Standing
 from pdctl.core.registry import REMEMBER_S, Registry
 from pdctl.core.route import Announcement, Seat, Shape
 from pdctl.errors import Occupied, PdctlError, Refused, Superseded, UnknownLease

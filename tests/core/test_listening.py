@@ -7,8 +7,9 @@ import math
 import pytest
 
 from pdctl.core.address import Endpoint
+from pdctl.core.kinds import ChangeKind
 from pdctl.core.listening import LOOK_UP_EVERY_S, SHARE, Attention, rest_s
-from pdctl.core.lives import ChangeKind, Claim, Owner
+from pdctl.core.lives import Claim, Owner
 from pdctl.core.registry import Registry
 from pdctl.core.route import Announcement, Seat, Shape
 

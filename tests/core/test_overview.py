@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdctl.core.chronicle import SAME_WITHIN_S, Chronicle, wall
+from pdctl.core.chronicle import CROWD, SAME_WITHIN_S, Chronicle, wall
+from pdctl.core.kinds import Kind, State
 from pdctl.core.latest import Latest
 from pdctl.core.overview import News, Place, ReportBook, ReportLimits
 from pdctl.core.report import LinkSeen, Report, Wanted, in_a_line, short_seat
 from pdctl.core.route import Seat
 from pdctl.core.sayings import place_in
-from pdctl.core.standing import State
 from pdctl.errors import BadField, ConfigError, LimitReached
 from tests.conftest import Clock
 
@@ -205,11 +205,35 @@ def test_strangers_cannot_make_it_remember_more_and_more(clock: Clock) -> None:
     book = Chronicle()
     for number in range(3000):
         book.refused("no\n" * 1000, AT, clock(), peer=str(number), held="x" * 10_000)
-    assert len(book._refused) <= 1024
+    assert len(book._said) <= 1024
     (last,) = book.since(3000, 1)[0]
     assert len(last.sentence) <= 800
     assert last.held is not None
     assert len(last.held) <= 200
+
+
+def test_who_is_kept_out_is_counted_by_peer_and_a_crowd_of_them_together(clock: Clock) -> None:
+    book = Chronicle()
+
+    def deny(peer: str, reason: str = "bad_token") -> None:
+        book.kept_out(Kind.DENIED, f"{peer} was denied", "many more", AT, clock(), peer=peer, reason=reason)
+
+    for _ in range(1000):
+        deny("10.0.0.9")
+    deny("10.0.0.9", "untrusted")
+    first, other = book.since(0, 9)[0]
+    assert (first.peer, first.count, first.reason) == ("10.0.0.9", 1000, "bad_token")
+    assert (other.peer, other.count, other.reason) == ("10.0.0.9", 1, "untrusted")
+    for number in range(5000):
+        deny(f"10.1.{number}")
+    told = book.since(0, 9999)[0]
+    assert len(told) == CROWD + 1
+    assert (told[-1].sentence, told[-1].peer, told[-1].count) == ("many more", None, 5000 - (CROWD - 2))
+    deny("10.0.0.9")
+    assert book.since(0, 1)[0][0].count == 1001, "who has an event keeps it"
+    clock.forward(SAME_WITHIN_S)
+    deny("10.2.0.1")
+    assert book.since(0, 9999)[0][-1].peer == "10.2.0.1"
 
 
 def test_a_moment_is_written_so_that_people_and_machines_can_read_it() -> None:

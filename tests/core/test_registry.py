@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from pdctl.core.address import Endpoint
-from pdctl.core.lives import Change, ChangeKind, Claim, Owner
+from pdctl.core.kinds import ChangeKind
+from pdctl.core.lives import Change, Claim, Owner
 from pdctl.core.registry import Registry
 from pdctl.core.route import Announcement, Seat, Shape
 from pdctl.errors import Refused

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from pdctl.core.address import Endpoint
 from pdctl.core.instances import InstanceView
-from pdctl.core.lives import Change, ChangeKind, Claim, Owner, Record
+from pdctl.core.kinds import ChangeKind
+from pdctl.core.lives import Change, Claim, Owner, Record
 from pdctl.core.registry import Registry
 from pdctl.core.route import Announcement, Seat, Shape
 from pdctl.errors import PdctlError

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import pytest
 
 from pdctl.config import NodeSettings, ServeSettings
+from pdctl.core.feed import WatchLimits
 from pdctl.core.fleet import FleetPolicy
+from pdctl.core.metadata import KeyWitness
 from pdctl.core.seconds import check_seconds
 from pdctl.core.transfer import RoomTimeouts
 from pdctl.core.witness import WitnessPolicy
-from pdctl.dialects.audience import WatchLimits
-from pdctl.engine.environment import MooncakeSettings
+from pdctl.engine.settings import MooncakeSettings
 from pdctl.errors import ConfigError
-from pdctl.keyring import KeyWitness
 from pdctl.peer import LinkSettings
 from pdctl.retry import RetryPolicy
 

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from pdctl.core.ejection import ProbePolicy
+from pdctl.core.kinds import Depth, State
 from pdctl.core.sessions import AT_ONCE, SessionTable
-from pdctl.core.standing import Change, ChangeKind, Depth, Entry, Question, State, Turn, Unwell, Well
+from pdctl.core.standing import Change, ChangeKind, Entry, Question, Turn, Unwell, Well
 from pdctl.errors import Cause
 
 STEADY = ProbePolicy(

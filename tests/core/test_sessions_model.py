@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from pdctl.core.ejection import ProbePolicy
+from pdctl.core.kinds import Depth, State
 from pdctl.core.sessions import SessionTable
-from pdctl.core.standing import Change, ChangeKind, Depth, Entry, Question, State, Turn, Unwell, Well
+from pdctl.core.standing import Change, ChangeKind, Entry, Question, Turn, Unwell, Well
 from pdctl.errors import Cause
 
 POLICY = ProbePolicy(

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdctl.core.layout import Heads, Kind, KvLayout, Pool, Share, pair_entries, same_entries
+from pdctl.core.entries import pair_entries, same_entries
+from pdctl.core.layout import Heads, Kind, KvLayout, Pool, Share
 from pdctl.core.pairing import Pairing, check_rank, check_shapes, dp_rank_of, pages_of, pair, rank_id
 from pdctl.core.plan import CopyPlan, head_plan, page_plan
 from pdctl.core.route import Seat, Shape

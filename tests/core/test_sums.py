@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pdctl.core.layout import Heads, Pool, same_entries
+from pdctl.core.entries import same_entries
+from pdctl.core.layout import Heads, Pool
 from pdctl.core.plan import CopyPlan, head_plan, page_plan
 from pdctl.core.sums import AUX, KV, Spans, Sums, head_spans, item_spans, pack, spoken, unpack
 from pdctl.engine.checksums import sums

@@ -16,8 +16,8 @@ import pytest
 from pdctl.core.layout import Region
 from pdctl.device.ascend import INITIALISED_BEFORE
 from pdctl.device.open import open_device
-from pdctl.engine.environment import MooncakeSettings
 from pdctl.engine.mooncake import open_mooncake
+from pdctl.engine.settings import MooncakeSettings
 from pdctl.errors import BadField, ConfigError, DeviceUnavailable
 from pdctl.memory import Arena
 from tests.engine.test_hazards import Refusing

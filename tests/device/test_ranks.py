@@ -15,7 +15,7 @@ from pdctl import config
 from pdctl.core.device import DeviceSpec
 from pdctl.core.layout import Pool, RankPools, Region
 from pdctl.core.route import Shape
-from pdctl.engine.mooncake import MooncakeSettings
+from pdctl.engine.settings import MooncakeSettings
 from pdctl.errors import BadField, ConfigError, DeviceUnavailable
 from pdctl.memory import Arena
 from pdctl.node import decode_node

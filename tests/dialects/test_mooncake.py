@@ -15,11 +15,11 @@ import aiohttp
 import pytest
 
 from pdctl.core.address import Endpoint
-from pdctl.core.metadata import KeyBook, KeyLimits, Row
+from pdctl.core.metadata import KeyBook, KeyLimits, KeyWitness, Row
 from pdctl.counts.wires import KeyChange
 from pdctl.dialects import mooncake
 from pdctl.errors import LimitReached, PdctlError
-from pdctl.keyring import Keyring, KeyWitness
+from pdctl.keyring import Keyring
 from pdctl.metrics import Metrics
 from pdctl.server import app, bind, bound, serve
 from tests.engine.named import ENVIRON

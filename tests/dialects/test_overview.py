@@ -16,11 +16,11 @@ import pytest
 
 from pdctl.beside import beside
 from pdctl.config import ServeSettings, Settings
+from pdctl.core.feed import WatchLimits
 from pdctl.core.latest import Latest
 from pdctl.core.naming import SESSION_KEY
 from pdctl.core.overview import ReportLimits
 from pdctl.credentials import AccessSettings
-from pdctl.dialects.audience import WatchLimits
 from pdctl.dialects.board import SHARE, Board
 from pdctl.dialects.overview import BODY_LIMIT
 from pdctl.errors import LimitReached

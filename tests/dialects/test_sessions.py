@@ -234,7 +234,7 @@ def claim(port: int, session: str) -> Claim:
 
 
 async def test_a_rank_that_another_has_replaced_takes_its_session_with_it(wire: Wire, registrar: Registrar) -> None:
-    registrar.subscribe(wire.links.heard)
+    registrar.herald.subscribe(wire.links.heard)
     await registrar.register(claim(40000, "127.0.0.1:16000"))
     await registrar.register(claim(40001, "127.0.0.1:16001"))
     old, new = [await wire.told("GET", f"/127.0.0.1:{port}") for port in (16000, 16001)]
@@ -243,7 +243,7 @@ async def test_a_rank_that_another_has_replaced_takes_its_session_with_it(wire: 
 
 
 async def test_a_new_life_under_the_same_session_is_trusted_as_a_new_life(wire: Wire, registrar: Registrar) -> None:
-    registrar.subscribe(wire.links.heard)
+    registrar.herald.subscribe(wire.links.heard)
     await registrar.register(claim(40000, "127.0.0.1:16000"))
     await wire.told("POST", "/127.0.0.1:16000/failures")
     await registrar.register(claim(40001, "127.0.0.1:16000"))
@@ -251,13 +251,13 @@ async def test_a_new_life_under_the_same_session_is_trusted_as_a_new_life(wire: 
 
 
 async def test_a_rank_that_says_goodbye_takes_its_session_with_it(wire: Wire, registrar: Registrar) -> None:
-    registrar.subscribe(wire.links.heard)
+    registrar.herald.subscribe(wire.links.heard)
     life = await registrar.register(claim(40000, "127.0.0.1:16000"))
     await registrar.leave("d", life.seat, life.epoch, Owner("127.0.0.1"))
     assert (await wire.told("GET", "/127.0.0.1:16000"))["state"] == "dropped"
 
 
 async def test_what_is_no_session_in_a_lease_is_nobodys(wire: Wire, registrar: Registrar) -> None:
-    registrar.subscribe(wire.links.heard)
+    registrar.herald.subscribe(wire.links.heard)
     await registrar.register(claim(40000, "not a session"))
     assert (await wire.told("GET"))["sessions"] == []

@@ -67,7 +67,8 @@ async def staged(metrics: Metrics, clock: Clock, **policy: Any) -> AsyncIterator
         await made.keep(rows)
 
     roster = Roster(Fleet(FleetPolicy(**policy)), keep, look, metrics, clock)
-    routers = [vllm.router(roster, lambda error, *_: made.refused.append(error)), engines.operators_router(roster)]
+    operators = engines.operators_router(roster, lambda error, *_: error)
+    routers = [vllm.router(roster, lambda error, *_: made.refused.append(error)), operators]
     with bind("127.0.0.1", 0) as sock:
         async with aiohttp.ClientSession() as session:
             made = Stage(f"http://{bound(sock)}", session, roster, presence)

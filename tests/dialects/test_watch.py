@@ -14,8 +14,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from pdctl.core.address import Endpoint
-from pdctl.core.feed import Feed
-from pdctl.dialects.audience import WatchLimits
+from pdctl.core.feed import Feed, WatchLimits
 from pdctl.dialects.watch import Broadcast
 from pdctl.errors import BadField
 from pdctl.metrics import Metrics

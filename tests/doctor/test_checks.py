@@ -18,10 +18,10 @@ import pytest
 from aiohttp import web
 
 from pdctl.config import NodeSettings, ServeSettings, Settings
-from pdctl.doctor import host, network, software
+from pdctl.doctor import host, names, network, software
 from pdctl.doctor.base import Checked, Result, Said, checked, ok
 from pdctl.doctor.rounds import CHECKS, rounds
-from pdctl.engine.environment import MooncakeSettings
+from pdctl.engine.settings import MooncakeSettings
 from pdctl.errors import BadField
 from tests.explain.planted import LISTENS, free_port, outer_address, program
 from tests.small_server import listening
@@ -36,6 +36,10 @@ def settings(registry: str = NOBODY, *, host: str = "127.0.0.1", **more: Any) ->
 async def said(name: str, given: Settings | None = None) -> Checked:
     [found] = await rounds(given or settings(), [name])
     return found
+
+
+def test_the_command_line_names_every_check_that_there_is() -> None:
+    assert tuple(CHECKS) == names.CHECKS
 
 
 async def test_a_host_that_is_well_fails_no_check_but_those_that_need_a_registry(tmp_path: Path) -> None:

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 
 from pdctl.config import NodeSettings, ServeSettings, Settings
+from pdctl.core.comparing import Checksum
 from pdctl.core.pairing import Paired
-from pdctl.core.sums import Checksum
 from pdctl.core.transfer import RoomTimeouts
-from pdctl.engine.environment import MooncakeSettings
+from pdctl.engine.settings import MooncakeSettings
 from pdctl.errors import NotReady
 from pdctl.node import DecodeNode, PrefillNode, decode_node, prefill_node
 from tests.e2e.model import Model, Rank, Split

@@ -19,12 +19,13 @@ from typing import Any
 import numpy as np
 
 from pdctl.core.address import Endpoint
+from pdctl.core.comparing import Checksum
 from pdctl.core.layout import Pool, RankPools
-from pdctl.core.sums import Checksum
 from pdctl.core.transfer import RoomTimeouts
 from pdctl.device.cpu import Cpu
 from pdctl.engine.base import Engine
-from pdctl.engine.mooncake import MooncakeSettings, open_mooncake
+from pdctl.engine.mooncake import open_mooncake
+from pdctl.engine.settings import MooncakeSettings
 from pdctl.errors import PdctlError
 from pdctl.memory import Arena
 from pdctl.metrics import Metrics

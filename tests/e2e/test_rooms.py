@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from pdctl.core.sums import Checksum
+from pdctl.core.comparing import Checksum
 from tests.e2e.kv import BIG, MHA, MLA, Kv, content
 from tests.engine.cable import Cable
 from tests.engine.processes import Child

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pdctl.core.sums import Checksum
+from pdctl.core.comparing import Checksum
 from tests.e2e.instance import arguments
 from tests.e2e.model import Model, Split
 from tests.engine.processes import Child

@@ -16,7 +16,8 @@ from pdctl.device.cpu import Cpu
 from pdctl.engine.base import Engine, PeerCard
 from pdctl.engine.canary import candidates
 from pdctl.engine.loopback import Directory, open_loopback
-from pdctl.engine.mooncake import MooncakeSettings, open_mooncake
+from pdctl.engine.mooncake import open_mooncake
+from pdctl.engine.settings import MooncakeSettings
 from pdctl.memory import Arena
 from tests.engine.cable import Cable
 from tests.engine.peer import be_reborn, be_stock

@@ -19,8 +19,9 @@ from pdctl.core.plan import CopyPlan
 from pdctl.device.cpu import Cpu
 from pdctl.engine.base import Engine
 from pdctl.engine.canary import MAGIC, Canary
-from pdctl.engine.mooncake import MooncakeSettings, open_mooncake
+from pdctl.engine.mooncake import open_mooncake
 from pdctl.engine.promises import PromisedEngine
+from pdctl.engine.settings import MooncakeSettings
 from pdctl.errors import PdctlError
 from pdctl.memory import Arena
 from tests.engine.processes import die_with_parent

@@ -13,12 +13,13 @@ from types import ModuleType
 import pytest
 from structlog.testing import capture_logs
 
+from pdctl.core.kinds import Depth
 from pdctl.core.layout import Region
-from pdctl.core.standing import Depth
 from pdctl.device.cpu import Cpu
 from pdctl.engine.asking import Asking, ProbeThreads
 from pdctl.engine.base import PeerCard, Proof
-from pdctl.engine.mooncake import MooncakeSettings, by_name
+from pdctl.engine.mooncake import by_name
+from pdctl.engine.settings import MooncakeSettings
 from pdctl.errors import Cause, TransferFailed
 from tests.engine.processes import Peers
 from tests.engine.test_contract import failure

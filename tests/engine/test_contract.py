@@ -13,7 +13,8 @@ from pdctl.core.layout import Region
 from pdctl.core.plan import CopyPlan
 from pdctl.device.cpu import Cpu
 from pdctl.engine.loopback import Directory, open_loopback
-from pdctl.engine.mooncake import MooncakeSettings, open_mooncake
+from pdctl.engine.mooncake import open_mooncake
+from pdctl.engine.settings import MooncakeSettings
 from pdctl.errors import BadField, Cause, TransferFailed
 from pdctl.memory import Arena
 from tests.engine.conftest import STALL_S, Stage, registered, until

@@ -21,9 +21,9 @@ import psutil
 import pytest
 from structlog.testing import capture_logs
 
+from pdctl.core.kinds import Depth
 from pdctl.core.layout import Region
 from pdctl.core.plan import CopyPlan
-from pdctl.core.standing import Depth
 from pdctl.engine.base import Engine, Proof
 from pdctl.engine.blocks import Direction, Lane, Transfer
 from pdctl.engine.canary import Canary, Questions

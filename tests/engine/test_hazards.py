@@ -22,8 +22,9 @@ import pytest
 from pdctl.core.layout import Region
 from pdctl.core.plan import CopyPlan
 from pdctl.device.cpu import Cpu
-from pdctl.engine.environment import MooncakeSettings, environment
+from pdctl.engine.environment import environment
 from pdctl.engine.mooncake import open_mooncake
+from pdctl.engine.settings import MooncakeSettings
 from pdctl.errors import BadField, Cause, TransferFailed
 from pdctl.memory import Arena
 from tests.engine.conftest import STALL_S, Far, Stage, mooncake_stage, registered

@@ -22,8 +22,9 @@ from pdctl.core.layout import Region
 from pdctl.core.plan import CopyPlan
 from pdctl.device.cpu import Cpu
 from pdctl.engine import wheel
-from pdctl.engine.environment import MooncakeSettings, environment, prepare
+from pdctl.engine.environment import environment, prepare
 from pdctl.engine.mooncake import _Calls, open_mooncake
+from pdctl.engine.settings import MooncakeSettings
 from pdctl.errors import Cause, ConfigError, DeviceUnavailable, EngineUnavailable
 from pdctl.memory import Arena
 from tests.device.paper import build
@@ -420,7 +421,8 @@ def test_a_process_that_used_an_engine_exits_at_once_and_silently() -> None:
 QUICK = """
 import asyncio, time
 from pdctl.device.cpu import Cpu
-from pdctl.engine.mooncake import MooncakeSettings, open_mooncake
+from pdctl.engine.settings import MooncakeSettings
+from pdctl.engine.mooncake import open_mooncake
 async def main():
     async with open_mooncake(MooncakeSettings(), Cpu()) as a, open_mooncake(MooncakeSettings(), Cpu()) as b:
         await a.probe(b.session, deadline_s=5)
@@ -460,7 +462,8 @@ import numpy as np
 from pdctl.core.layout import Region
 from pdctl.core.plan import CopyPlan
 from pdctl.device.cpu import Cpu
-from pdctl.engine.mooncake import MooncakeSettings, open_mooncake
+from pdctl.engine.settings import MooncakeSettings
+from pdctl.engine.mooncake import open_mooncake
 from pdctl.memory import Arena
 async def main():
     settings = MooncakeSettings(host="::1")

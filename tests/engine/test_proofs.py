@@ -8,9 +8,9 @@ import time
 import numpy as np
 import pytest
 
+from pdctl.core.kinds import Depth
 from pdctl.core.layout import Region
 from pdctl.core.plan import CopyPlan
-from pdctl.core.standing import Depth
 from pdctl.engine.canary import NBYTES
 from pdctl.engine.loopback import Directory, open_loopback
 from pdctl.engine.pins import Pins

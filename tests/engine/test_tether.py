@@ -18,9 +18,10 @@ from pdctl.core.plan import CopyPlan
 from pdctl.device.cpu import Cpu
 from pdctl.engine import handshake
 from pdctl.engine.blocks import Lane
-from pdctl.engine.mooncake import MooncakeSettings, open_mooncake
+from pdctl.engine.mooncake import open_mooncake
 from pdctl.engine.pins import Pin
 from pdctl.engine.promises import PromisedEngine
+from pdctl.engine.settings import MooncakeSettings
 from pdctl.engine.tether import Tether
 from pdctl.errors import Cause
 from tests.engine.conftest import Stage, mooncake_stage

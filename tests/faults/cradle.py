@@ -26,7 +26,8 @@ from mooncake.engine import TransferEngine
 
 from pdctl.core.layout import Region
 from pdctl.device.cpu import Cpu
-from pdctl.engine.mooncake import MooncakeSettings, open_mooncake
+from pdctl.engine.mooncake import open_mooncake
+from pdctl.engine.settings import MooncakeSettings
 from tests.engine.processes import die_with_parent
 from tests.faults.reuse import reuse_addresses
 

@@ -27,7 +27,8 @@ import numpy as np
 from pdctl.core.plan import CopyPlan
 from pdctl.device.cpu import Cpu
 from pdctl.engine.base import Engine
-from pdctl.engine.mooncake import MooncakeSettings, open_mooncake
+from pdctl.engine.mooncake import open_mooncake
+from pdctl.engine.settings import MooncakeSettings
 from pdctl.errors import TransferFailed
 from pdctl.memory import Arena
 from tests.engine.processes import Child

@@ -15,7 +15,8 @@ import sys
 from contextlib import AsyncExitStack
 
 from pdctl.device.cpu import Cpu
-from pdctl.engine.mooncake import MooncakeSettings, open_mooncake
+from pdctl.engine.mooncake import open_mooncake
+from pdctl.engine.settings import MooncakeSettings
 from pdctl.memory import Arena
 from tests.engine.processes import die_with_parent
 

@@ -42,8 +42,9 @@ from pdctl.device.cpu import Cpu
 from pdctl.engine.asking import Asking
 from pdctl.engine.base import PeerCard
 from pdctl.engine.canary import _CELLS
-from pdctl.engine.mooncake import MooncakeSettings, open_mooncake
+from pdctl.engine.mooncake import open_mooncake
 from pdctl.engine.promises import PromisedEngine
+from pdctl.engine.settings import MooncakeSettings
 from pdctl.errors import PdctlError
 from pdctl.memory import Arena
 from pdctl.metrics import Metrics
@@ -403,7 +404,7 @@ class Prefill(Ranks):
         yield from super().tables()
         yield from (("rooms", it.rooms), ("early", it.early), ("unsettled", it._unsettled))
         yield "quarantine", [held.room for held in it.quarantine]
-        yield from (("rooms of a peer", it._rooms_of), ("lanes", it.lanes._lanes), ("turns", it.lanes._waiting))
+        yield from (("rooms of a peer", it.partners.rooms_of), ("lanes", it.lanes._lanes), ("turns", it.lanes._waiting))
         yield from (("errands", len(it.words._errands)), ("settling", len(it.settling)))
         running = {s: r.trial.running for s, r in table._records.items() if r.trial and r.trial.running}
         yield from (("trials", running), ("turns on trial", self.prober._turns))

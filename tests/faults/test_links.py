@@ -14,15 +14,16 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from pdctl.core.ejection import ProbePolicy
+from pdctl.core.kinds import Depth
 from pdctl.core.layout import Region
 from pdctl.core.plan import CopyPlan
 from pdctl.core.sessions import SessionTable
-from pdctl.core.standing import Depth
 from pdctl.device.cpu import Cpu
 from pdctl.engine.asking import Asking
 from pdctl.engine.base import Engine, PeerCard
 from pdctl.engine.canary import NBYTES as CANARY_NBYTES
-from pdctl.engine.mooncake import MooncakeSettings, open_mooncake
+from pdctl.engine.mooncake import open_mooncake
+from pdctl.engine.settings import MooncakeSettings
 from pdctl.errors import Cause, TransferFailed
 from pdctl.memory import Arena
 from pdctl.metrics import Metrics

@@ -28,7 +28,8 @@ from pdctl.core.plan import CopyPlan
 from pdctl.core.route import Seat, Shape
 from pdctl.device.cuda import Cuda
 from pdctl.device.open import open_device
-from pdctl.engine.mooncake import MooncakeSettings, open_mooncake
+from pdctl.engine.mooncake import open_mooncake
+from pdctl.engine.settings import MooncakeSettings
 from pdctl.logs import LogSettings
 from pdctl.memory import Arena
 from pdctl.node import DecodeNode, PrefillNode, decode_node, prefill_node

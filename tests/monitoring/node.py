@@ -14,10 +14,10 @@ from collections.abc import Coroutine
 from typing import Any
 
 from pdctl.config import NodeSettings, ServeSettings, Settings
+from pdctl.core.comparing import Checksum
 from pdctl.core.ejection import ProbePolicy
-from pdctl.core.sums import Checksum
 from pdctl.core.transfer import RoomTimeouts
-from pdctl.engine.environment import MooncakeSettings
+from pdctl.engine.settings import MooncakeSettings
 from pdctl.errors import PdctlError
 from pdctl.node import DecodeNode, PrefillNode, decode_node, prefill_node
 from pdctl.retry import RetryPolicy

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from pdctl.core.address import Endpoint
-from pdctl.core.lives import Change, ChangeKind, Claim, Life, Owner, Record
+from pdctl.core.kinds import ChangeKind
+from pdctl.core.lives import Change, Claim, Life, Owner, Record
 from pdctl.core.route import Announcement, Seat, Shape
 from pdctl.persistence.base import Journal
 

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pdctl.core.lives import Change, ChangeKind, Life, Record
+from pdctl.core.kinds import ChangeKind
+from pdctl.core.lives import Change, Life, Record
 from pdctl.persistence.base import Journal, Kept, Notebook
 from pdctl.persistence.memory import MemoryJournal
 from pdctl.persistence.open import open_journal

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from pdctl.cli import run
-from pdctl.core.lives import ChangeKind, Ending, Life
+from pdctl.core.kinds import ChangeKind
+from pdctl.core.lives import Ending, Life
 from pdctl.persistence.copying import copy
 from pdctl.persistence.open import open_journal
 from tests.faults.replicas import call, claim, renew, seen

@@ -18,7 +18,8 @@ from aetcd import rpc
 from structlog.testing import capture_logs
 
 from pdctl.core.address import Endpoint
-from pdctl.core.lives import ChangeKind, Record
+from pdctl.core.kinds import ChangeKind
+from pdctl.core.lives import Record
 from pdctl.errors import Behind, ConfigError, JournalUnavailable, JournalUnusable, Unreachable
 from pdctl.persistence import etcd as module
 from pdctl.persistence.base import Learned, Shared

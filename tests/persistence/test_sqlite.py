@@ -18,11 +18,12 @@ from zlib import crc32
 import pytest
 import structlog
 
-from pdctl.core.lives import ChangeKind
+from pdctl.core.kinds import ChangeKind
 from pdctl.errors import ConfigError, JournalUnavailable, JournalUnusable
 from pdctl.metrics import Metrics
 from pdctl.persistence.base import Kept
-from pdctl.persistence.open import open_journal, path_in
+from pdctl.persistence.open import open_journal
+from pdctl.persistence.place import path_in
 from pdctl.persistence.sqlite import SqliteJournal
 from tests.conftest import Clock
 from tests.persistence.rows import change, claim, life, records

@@ -18,8 +18,9 @@ from functools import partial
 from typing import Any
 
 from pdctl.core.ejection import ProbePolicy
+from pdctl.core.kinds import Depth, State
 from pdctl.core.sessions import SessionTable
-from pdctl.core.standing import Change, ChangeKind, Depth, Entry, Question, State, Turn, Unwell, Well
+from pdctl.core.standing import Change, ChangeKind, Entry, Question, Turn, Unwell, Well
 from pdctl.errors import Cause
 from tests.sim.network import Answer, Life, Link, Network, Port, Prefill, Process, Truth
 from tests.sim.oracle import Oracle

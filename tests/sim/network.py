@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import NamedTuple
 
-from pdctl.core.standing import Depth
+from pdctl.core.kinds import Depth
 from pdctl.errors import Cause
 
 LIVELY_S, MODEST_S = 0.5, 5.0

@@ -22,7 +22,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from pdctl.core.ejection import ProbePolicy
-from pdctl.core.standing import Change, ChangeKind, Depth, Entry, Question, Standing, State, Turn, Unwell, Well
+from pdctl.core.kinds import Depth, State
+from pdctl.core.standing import Change, ChangeKind, Entry, Question, Standing, Turn, Unwell, Well
 from pdctl.errors import Cause
 from tests.sim.bounds import SLACK_S, bound_s, hold_s, lifts_within, unwanted_wait_s
 from tests.sim.network import Answer, Life, Link, Port, Process, Truth

@@ -15,8 +15,9 @@ from dataclasses import replace
 import pytest
 
 from pdctl.core.ejection import ProbePolicy
+from pdctl.core.kinds import Depth
 from pdctl.core.sessions import SessionTable
-from pdctl.core.standing import Change, Depth, Entry, Question, Turn, Unwell, Well
+from pdctl.core.standing import Change, Entry, Question, Turn, Unwell, Well
 from pdctl.core.standing import Life as AnyLife
 from pdctl.errors import Cause
 from tests.sim.bounds import hold_s, lifts_within, unwanted_wait_s

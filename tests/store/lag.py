@@ -20,10 +20,11 @@ from pdctl.core.kvstore import KVStoreConfig, SetUp, StoreRank, set_up
 from pdctl.device.open import open_device
 from pdctl.engine.store_wheel import store_class
 from pdctl.errors import StoreNotReady, StoreUnusable
-from pdctl.kvstore import StorePatience, mooncake_means, open_store
+from pdctl.kvstore import mooncake_means, open_store
 from pdctl.lag import watched
 from pdctl.logs import LogSettings
 from pdctl.retry import RetryPolicy
+from pdctl.store.patience import StorePatience
 from tests.engine.processes import die_with_parent
 
 T = TypeVar("T")

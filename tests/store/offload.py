@@ -25,10 +25,11 @@ import numpy as np
 from pdctl.core.device import DeviceSpec
 from pdctl.core.kvstore import KVStoreConfig, StoreRank
 from pdctl.device.open import open_device
-from pdctl.kvstore import StorePatience, open_store
+from pdctl.kvstore import open_store
 from pdctl.memory import Arena
 from pdctl.store.attachment import Attachment
 from pdctl.store.base import Ints
+from pdctl.store.patience import StorePatience
 from tests.engine.processes import die_with_parent
 from tests.store.master import Master, master
 

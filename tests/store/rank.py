@@ -21,9 +21,10 @@ from pdctl.core.kvstore import KVStoreConfig, StoreRank
 from pdctl.core.warmup import Report
 from pdctl.device.open import open_device
 from pdctl.errors import StoreNotReady, StoreUnusable
-from pdctl.kvstore import StorePatience, open_store
+from pdctl.kvstore import open_store
 from pdctl.lag import watched
 from pdctl.logs import LogSettings
+from pdctl.store.patience import StorePatience
 from tests.engine.processes import die_with_parent
 
 

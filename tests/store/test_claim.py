@@ -12,12 +12,13 @@ import pytest
 from pdctl.core.kvstore import KVStoreConfig, SetUp, StoreRank
 from pdctl.device.open import open_device
 from pdctl.errors import ConfigError
-from pdctl.kvstore import KVStore, StoreMeans, StorePatience, open_store
+from pdctl.kvstore import KVStore, StoreMeans, open_store
 from pdctl.metrics import Metrics
 from pdctl.store import master as asking
 from pdctl.store.base import Store, StoreAbility
 from pdctl.store.memory import MemoryStore, Shelf
 from pdctl.store.offloading import offloading
+from pdctl.store.patience import StorePatience
 from tests.store.conftest import Kept
 from tests.store.master import Master
 

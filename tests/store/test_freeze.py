@@ -20,9 +20,10 @@ from pdctl.core.kvstore import KVStoreConfig, SetUp, StoreRank
 from pdctl.core.warmup import Report
 from pdctl.device.open import open_device
 from pdctl.errors import StoreCause, StoreFailed, StoreNotReady, StoreUnusable
-from pdctl.kvstore import StorePatience, open_store
+from pdctl.kvstore import open_store
 from pdctl.lag import watched
 from pdctl.retry import RetryPolicy
+from pdctl.store.patience import StorePatience
 from pdctl.store.rehearsal import rehearse
 from tests.store.master import Master, master
 from tests.store.race import Rank

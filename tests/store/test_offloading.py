@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from pdctl.core.kvstore import SetUp, StoreRank
+from pdctl.core.offload import OffloadPatience
 from pdctl.errors import ConfigError, StoreFailed
-from pdctl.store.offloading import Claim, OffloadPatience, offloading
+from pdctl.store.offloading import Claim, offloading
 
 SEGMENT = 1 << 20
 RANK = StoreRank(dp=1, tp=2, pp=0, cp=3, tp_size=4)

@@ -19,17 +19,18 @@ import pytest
 from pdctl.beside import beside
 from pdctl.client import RegistryClient
 from pdctl.core.address import Endpoint
+from pdctl.core.comparing import Checksum
 from pdctl.core.ejection import ProbePolicy
 from pdctl.core.layout import Pool, RankPools
 from pdctl.core.route import Announcement, Seat, Shape
 from pdctl.core.sessions import SessionTable
-from pdctl.core.sums import Checksum
 from pdctl.core.trace import TraceContext
 from pdctl.core.transfer import RoomTimeouts
 from pdctl.device.cpu import Cpu
 from pdctl.engine.asking import Asking
 from pdctl.engine.base import Engine
-from pdctl.engine.mooncake import MooncakeSettings, open_mooncake
+from pdctl.engine.mooncake import open_mooncake
+from pdctl.engine.settings import MooncakeSettings
 from pdctl.errors import RoomFailed
 from pdctl.memory import Arena
 from pdctl.metrics import Metrics

@@ -1,0 +1,13 @@
+"""The work of `pdctl register`."""
+
+from __future__ import annotations
+
+import argparse
+
+from pdctl import node
+from pdctl.config import Settings
+
+
+async def run(settings: Settings, args: argparse.Namespace) -> int:  # noqa: ARG001
+    await node.register(settings)
+    return 0

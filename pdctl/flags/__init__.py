@@ -1,0 +1,1 @@
+"""What can be typed: a file a command, without its work."""
