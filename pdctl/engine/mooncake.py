@@ -35,7 +35,7 @@ from pdctl.engine.asking import SendProbe
 from pdctl.engine.base import Capabilities, Engine
 from pdctl.engine.blame import own_fault
 from pdctl.engine.blocks import Direction, Lane, Transfer
-from pdctl.engine.environment import environment, prepare
+from pdctl.engine.environment import prepare
 from pdctl.engine.handshake import Descriptor
 from pdctl.engine.idle import Idle
 from pdctl.engine.mover import Calls as MoverCalls
