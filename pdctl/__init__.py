@@ -42,11 +42,12 @@ if TYPE_CHECKING:
     )
     from pdctl.kvstore import open_store
     from pdctl.memory import Arena
-    from pdctl.node import DecodeNode, PrefillNode, Sidecar, decode_node, prefill_node, sidecar
+    from pdctl.node import DecodeNode, PrefillNode, decode_node, prefill_node
     from pdctl.prober import Prober
     from pdctl.receiver import Receiver
     from pdctl.retry import RetryPolicy
     from pdctl.sender import Sender
+    from pdctl.serving import Sidecar, sidecar
     from pdctl.store.patience import StorePatience
     from pdctl.store.watch import StoreWatch
 
@@ -140,11 +141,12 @@ _ROOMS = {
     ),
     "kvstore": ("open_store",),
     "memory": ("Arena",),
-    "node": ("DecodeNode", "PrefillNode", "Sidecar", "decode_node", "prefill_node", "sidecar"),
+    "node": ("DecodeNode", "PrefillNode", "decode_node", "prefill_node"),
     "prober": ("Prober",),
     "receiver": ("Receiver",),
     "retry": ("RetryPolicy",),
     "sender": ("Sender",),
+    "serving": ("Sidecar", "sidecar"),
     "store.patience": ("StorePatience",),
     "store.watch": ("StoreWatch",),
 }

@@ -55,3 +55,20 @@ class Listed:
 def lease_of(client: RegistryClient, terms: LeaseTerms, settings: Settings) -> Lease:
     insist = partial(client.insist, terms.announcement, exhaustion=settings.node.exhaustion)
     return Lease(client.tell, insist, terms, settings.retry)
+
+
+async def register(settings: Settings) -> None:
+    """Register one rank for an engine that cannot; with `hold`, hold its lease until cancelled.
+
+    Without it nobody stays to renew, and no lease is asked for. Raises as RegistryClient.register, and Superseded.
+    """
+    given, how = settings.rank, settings.node
+    announcement = given.announcement()
+    async with RegistryClient(how.registry, policy=settings.retry, credentials=settings.client) as client:
+        if given.hold:
+            terms = LeaseTerms(how.instance, announcement, how.ttl_s)
+            await hold_prefill(client, lease_of(client, terms, settings), terms, settings)
+        try:
+            await lease_of(client, LeaseTerms(how.instance, announcement, None), settings).take()
+        except NoLeases:
+            await client.register(announcement, how.exhaustion)

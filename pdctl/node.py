@@ -1,8 +1,8 @@
 """
-Opens everything in order and closes it in reverse: the sidecar, a prefill rank, a decode rank.
+Opens a prefill rank or a decode rank in order and closes it in reverse.
 
-The only place that knows who is wired to whom. A node announces itself last, when its memory is registered with the
-engine and its control link listens, and what it opened last is closed first.
+The only place that knows who is wired to whom in one. A node announces itself last, when its memory is registered with
+the engine and its control link listens, and what it opened last is closed first.
 """
 
 from __future__ import annotations
@@ -10,178 +10,48 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from dataclasses import dataclass, field, replace
-from random import SystemRandom
 from typing import Any
 
 import structlog
 from fastapi import APIRouter
 
-from pdctl import config, drainer, logs, server
-from pdctl.admission import Turnstile
+from pdctl import config, logs, server
 from pdctl.beside import beside
 from pdctl.client import Registries, RegistryClient
 from pdctl.config import Settings
-from pdctl.core.admission import Admission
 from pdctl.core.device import HOST
-from pdctl.core.draining import DrainPolicy
 from pdctl.core.layout import RankPools, Region
-from pdctl.core.lives import ERA, Life
 from pdctl.core.naming import HTTP_KEY, SESSION_KEY
 from pdctl.core.pairing import Paired, check_rank, dp_rank_of, pair, rank_id
-from pdctl.core.registry import Registry
-from pdctl.core.rooms import EXTENSIONS, RoomBook
 from pdctl.core.route import Announcement, Seat, Shape
 from pdctl.core.trace import Trace, trace_of
 from pdctl.core.transfer import Side
-from pdctl.core.witness import Verdict, WitnessPolicy, WitnessTable
-from pdctl.dated import Dated
 from pdctl.device.base import Device
 from pdctl.device.open import open_device
-from pdctl.dialects import native, page, sglang
 from pdctl.door import Door, open_door
 from pdctl.engine.asking import Asking
 from pdctl.engine.base import Engine
 from pdctl.engine.mooncake import by_name, open_mooncake
 from pdctl.errors import BadField, ConfigError, NotReady, PdctlError
 from pdctl.holding import Listed, hold_prefill, lease_of
-from pdctl.journals import journal_url
-from pdctl.lease import Lease, LeaseTerms, NoLeases
+from pdctl.lease import Lease, LeaseTerms
 from pdctl.links import Links
-from pdctl.looking import Looking
 from pdctl.metrics import Metrics
 from pdctl.peer import PeerLink, open_link
-from pdctl.persistence.base import Shared
-from pdctl.persistence.open import open_journal
 from pdctl.prober import Prober
 from pdctl.receiver import Receiver
-from pdctl.registrar import Registrar
 from pdctl.reporting import Rank as Reported
 from pdctl.reporting import Reporter
 from pdctl.sender import Sender
 from pdctl.spans import Spans, within
 from pdctl.store.watch import StoreWatch
 from pdctl.telling import Telling
-from pdctl.traced import traced
 from pdctl.tracing import open_tracing
-from pdctl.wires import OtherWires, bind_all, instance_at
-from pdctl.witness import Witness, asking
 
 log = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Sidecar:
-    """A registry that serves. `url` is where it has been bound; `listeners`, those that speak for one instance."""
-
-    url: str
-    registrar: Registrar
-    listeners: tuple[tuple[str, str], ...] = ()
-
-
-@asynccontextmanager
-async def sidecar(settings: Settings) -> AsyncIterator[Sidecar]:
-    """The service of `pdctl serve`. Raises ConfigError and AddressTaken before anything else is opened."""
-    metrics = Metrics()
-    door = open_door(settings.access, metrics)
-    async with AsyncExitStack() as stack:
-        socks = [stack.enter_context(closing(sock)) for sock in bind_all(settings.serve)]
-        longest_s = settings.serve.room_ttl_s * (1 + EXTENSIONS)
-        opening = open_journal(
-            journal_url(settings.serve), rooms_kept_s=longest_s, metrics=metrics.journal, etcd=settings.etcd
-        )
-        journal = await stack.enter_async_context(opening)
-        rooms = RoomBook(settings.serve.max_rooms, settings.serve.room_ttl_s)
-        registrar = Registrar(
-            Registry(settings.limits), rooms, journal, metrics, time.monotonic, first_epoch=_new_era()
-        )
-        kept = await registrar.restore()
-        instance = instance_at(socks, settings.serve)
-        plain = sglang.Plain(registrar, instance)
-        others = OtherWires.open(settings, journal, kept.notes, metrics)
-        news = native.broadcast(registrar, metrics, settings.watch, others.engines)
-        others.tell(registrar, news)
-        ours = native.router(registrar, news, others.engines)
-        links = Links.open(settings, Asking(), metrics, native.refusing(registrar))
-        url = journal_url(settings.serve)
-        looking = Looking.open(settings, registrar, news, others.engines, links, metrics, url)
-        shown = [looking.router, page.router()]
-        routers = [plain.router(), *others.routers(registrar, instance), ours, links.router, *shown]
-        inner = sglang.in_front(plain, server.app(routers, metrics, unready=registrar.unready))
-        admission, lookout = Admission(settings.admission), looking.lookout
-        admitted = Turnstile(looking.in_front(inner), admission, time.monotonic, metrics, lookout.put_off)
-        service = Dated(admitted, lambda: registrar.copy_age_s) if isinstance(journal, Shared) else admitted
-        spans = await stack.enter_async_context(open_tracing(settings.trace, role="registry"))
-        witness = _witness(settings.witness, registrar, metrics)
-        http = door.services(traced(service, spans), socks, settings.serve.grace_s, lookout.denied)
-        loops = {
-            "listening": registrar.listen(),
-            "news": news.run(),
-            "keys": others.watch(),
-            "vllm": others.roster.watch(),
-            **looking.loops,
-        }
-        others_asked = {"witness": witness, "drains": _drains(settings.drain, registrar)}
-        async with beside(**http, **loops, **links.loops, **others_asked, sweep=registrar.sweep()):
-            for sock in socks:
-                server.listen(sock)  # last: see `server.bind`
-            urls = [f"http://{server.bound(sock)}" for sock in socks[1:]]
-            names = (each.name for each in settings.serve.listeners())
-            yield Sidecar(f"{door.scheme}://{server.bound(socks[0])}", registrar, tuple(zip(names, urls, strict=True)))
-
-
-def _new_era() -> int:
-    """Its first epoch; what comes of it stays below 2 ** 53, where JSON's numbers are whole for everybody."""
-    return ERA * SystemRandom().randrange(1, 1 << 20)
-
-
-async def _witness(policy: WitnessPolicy, registrar: Registrar, metrics: Metrics) -> None:
-    """Watch the ranks without a lease until cancelled; idle where nobody has said how they are to be asked."""
-    if not policy.enabled:
-        await asyncio.Event().wait()
-
-    async def tell(said: Verdict) -> None:
-        await registrar.witnessed(said.instance, said.seat, said.epoch, said.alive, said.why)
-
-    def watched() -> Iterator[Life]:
-        return (life for view in registrar.views() for life in view.under_witness)
-
-    async with asking(policy) as ask:
-        table = WitnessTable(policy, SystemRandom().random)
-        witness = Witness(table, watched, tell, ask, clock=time.monotonic, metrics=metrics)
-        registrar.herald.subscribe(witness.lives_changed)
-        await witness.run()
-
-
-async def _drains(policy: DrainPolicy, registrar: Registrar) -> None:
-    """End the drains of stock engines that have nothing under way; idle where nobody has said how to ask them."""
-    if not policy.loads_url:
-        await asyncio.Event().wait()
-    async with drainer.asking() as ask:
-        drains = drainer.Drainer(policy, registrar.view, registrar.drained, ask, time.monotonic)
-        registrar.herald.subscribe(drains.lives_changed)
-        for view in registrar.views():
-            drains.follow(view.name)  # who drained before this process began
-        await drains.run()
-
-
-async def register(settings: Settings) -> None:
-    """Register one rank for an engine that cannot; with `hold`, hold its lease until cancelled.
-
-    Without it nobody stays to renew, and no lease is asked for. Raises as RegistryClient.register, and Superseded.
-    """
-    given, how = settings.rank, settings.node
-    announcement = given.announcement()
-    async with RegistryClient(how.registry, policy=settings.retry, credentials=settings.client) as client:
-        if given.hold:
-            terms = LeaseTerms(how.instance, announcement, how.ttl_s)
-            await hold_prefill(client, lease_of(client, terms, settings), terms, settings)
-        try:
-            await lease_of(client, LeaseTerms(how.instance, announcement, None), settings).take()
-        except NoLeases:
-            await client.register(announcement, how.exhaustion)
 
 
 @dataclass(frozen=True, slots=True)

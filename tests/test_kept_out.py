@@ -16,7 +16,7 @@ from pdctl.core.admission import AdmissionPolicy
 from pdctl.core.findings import Culprit, Scope
 from pdctl.credentials import AccessSettings, Credentials
 from pdctl.explaining import why
-from pdctl.node import sidecar
+from pdctl.serving import sidecar
 from tests.dialects.test_native import body
 
 RANK = "/v1/instances/short/ranks/tp0"

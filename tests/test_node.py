@@ -28,9 +28,9 @@ from pdctl.node import (
     PrefillNode,
     decode_node,
     prefill_node,
-    sidecar,
 )
 from pdctl.retry import RetryPolicy
+from pdctl.serving import sidecar
 from tests.scripted import answers, scripted
 
 PAGE, N_PAGES, ROW, N_ROWS = 4096, 16, 64, 4

@@ -29,8 +29,9 @@ from pdctl.dialects.overview import BODY_LIMIT
 from pdctl.dialects.strict import as_body
 from pdctl.errors import Cause, PdctlError, PutOff, RegistryRefused, RoomFailed, Unreachable
 from pdctl.metrics import Metrics
-from pdctl.node import DecodeNode, PrefillNode, decode_node, prefill_node, sidecar
+from pdctl.node import DecodeNode, PrefillNode, decode_node, prefill_node
 from pdctl.reporting import LEAST_S, Rank, Reporter, to_body
+from pdctl.serving import sidecar
 from pdctl.telling import Telling
 from tests.test_node import FIRST, SHAPE, memory_pools, settings, until_registered
 

@@ -11,7 +11,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from pdctl import config, node
+from pdctl import config, serving
 from pdctl.errors import AddressTaken, JournalUnusable
 from pdctl.metrics import Metrics
 from pdctl.persistence.memory import MemoryJournal
@@ -25,7 +25,7 @@ RANK = "/route?prefill_dp_rank=0&prefill_cp_rank=0&target_tp_rank=0&target_pp_ra
 class Service:
     """`pdctl serve`, and one session to it. `at(name)` is the URL of a listener."""
 
-    def __init__(self, sidecar: node.Sidecar, session: aiohttp.ClientSession) -> None:
+    def __init__(self, sidecar: serving.Sidecar, session: aiohttp.ClientSession) -> None:
         self.url = sidecar.url
         self.session = session
         self._listeners = dict(sidecar.listeners)
@@ -61,7 +61,7 @@ async def service(**sections: dict[str, Any]) -> AsyncIterator[Service]:
     serve = {"port": 0, "journal": "memory:", **sections.pop("serve", {})}
     flags = {f"{section}.{name}": value for section, values in {"serve": serve, **sections}.items()
              for name, value in values.items()}  # fmt: skip
-    async with node.sidecar(config.load(flags)) as sidecar, aiohttp.ClientSession() as session:
+    async with serving.sidecar(config.load(flags)) as sidecar, aiohttp.ClientSession() as session:
         yield Service(sidecar, session)
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from pdctl import node
+from pdctl import holding
 from pdctl.config import Settings
 
 
 async def run(settings: Settings, args: argparse.Namespace) -> int:  # noqa: ARG001
-    await node.register(settings)
+    await holding.register(settings)
     return 0

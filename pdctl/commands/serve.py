@@ -6,12 +6,12 @@ import argparse
 import asyncio
 import gc
 
-from pdctl import node
+from pdctl import serving
 from pdctl.config import Settings
 
 
 async def run(settings: Settings, args: argparse.Namespace) -> int:  # noqa: ARG001
-    async with node.sidecar(settings) as sidecar:
+    async with serving.sidecar(settings) as sidecar:
         gc.freeze()  # what the imports have made is no garbage; a pass over it holds the loop for 40 to 200 ms
         print(f"serving at {sidecar.url}", flush=True)
         for name, url in sidecar.listeners:

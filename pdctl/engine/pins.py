@@ -164,9 +164,9 @@ class Pins:
     async def meet(self, session: str, plan: CopyPlan, until: float) -> Pin:
         """The pinned life, proven well where that is due, whose regions hold all of `plan.dst`."""
         pin = self._pins.get(session)
-        if pin is not None and session not in self._asking and not self._is_due(pin):  # nearly always
-            if first_outside(pin.card.regions, plan.dst, plan.nbytes) is None:
-                return pin
+        is_well = pin is not None and session not in self._asking and not self._is_due(pin)  # nearly always
+        if pin is not None and is_well and first_outside(pin.card.regions, plan.dst, plan.nbytes) is None:
+            return pin
         async with self._asking.setdefault(session, asyncio.Lock()):
             pin, fresh = self._pins.get(session), False
             if pin is None or self._is_due(pin):

@@ -8,7 +8,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from pdctl import config, node
+from pdctl import config, serving
 from pdctl.cli import parser
 
 SHAPE = {"attn_tp_size": 2, "attn_cp_size": 1, "dp_size": 1, "pp_size": 1, "page_size": 1, "kv_cache_dtype": "auto"}
@@ -51,7 +51,7 @@ class Fleet:
 @pytest.fixture
 async def fleet() -> AsyncIterator[Fleet]:
     settings = config.load({"serve.port": 0, "serve.journal": "memory:"})
-    async with node.sidecar(settings) as sidecar, aiohttp.ClientSession() as http:
+    async with serving.sidecar(settings) as sidecar, aiohttp.ClientSession() as http:
         yield Fleet(sidecar.url, http)
 
 

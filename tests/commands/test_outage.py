@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 import aiohttp
 import pytest
 
-from pdctl import config, node
+from pdctl import config, serving
 from pdctl.cli import parser
 from tests.commands.conftest import Fleet
 
@@ -61,7 +61,7 @@ async def test_a_registry_that_was_away_is_seen_again(
 @asynccontextmanager
 async def registry(port: int) -> AsyncIterator[None]:
     settings = config.load({"serve.port": port, "serve.journal": "memory:"})
-    async with node.sidecar(settings) as sidecar, aiohttp.ClientSession() as http:
+    async with serving.sidecar(settings) as sidecar, aiohttp.ClientSession() as http:
         await Fleet(sidecar.url, http).seat(0)
         yield
 

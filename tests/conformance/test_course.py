@@ -14,7 +14,7 @@ import pytest
 import trustme
 from aiohttp import web
 
-from pdctl import config, node
+from pdctl import config, serving
 from pdctl.conformance import course
 from pdctl.conformance.course import Course, Report
 from pdctl.conformance.promises import Promise, Verdict
@@ -179,7 +179,7 @@ async def test_where_a_token_is_wanted_leases_are_tried_with_it_and_not_without(
     (tmp_path / "tokens").write_text("ops:admin:0123456789abcdef-0123\n")
     (tmp_path / "own").write_text("0123456789abcdef-0123\n")
     settings = config.load({"serve.port": 0, "serve.journal": "memory:", "access.token_file": tmp_path / "tokens"})
-    async with node.sidecar(settings) as sidecar:
+    async with serving.sidecar(settings) as sidecar:
         with_token = Credentials(token_file=tmp_path / "own")
         assert named(await course.run(sidecar.url, with_token, QUICK), Verdict.UNTRIED) == {"many-rooms"}
         report = await run(sidecar.url)
@@ -194,7 +194,7 @@ async def test_over_tls_it_is_all_the_same_and_who_is_not_believed_is_not_asked(
     authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(str(pair))
     authority.cert_pem.write_to_path(str(ca))
     settings = config.load({"serve.port": 0, "serve.journal": "memory:", "access.tls_cert": pair})
-    async with node.sidecar(settings) as sidecar:
+    async with serving.sidecar(settings) as sidecar:
         report = await course.run(sidecar.url, Credentials(tls_ca=ca), QUICK)
         assert (named(report, Verdict.BROKEN), named(report, Verdict.UNTRIED)) == (set(), {"many-rooms"})
         with pytest.raises(Unreachable, match="certificate"):

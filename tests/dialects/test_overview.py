@@ -27,8 +27,8 @@ from pdctl.errors import LimitReached
 from pdctl.looking import Looking
 from pdctl.lookout import Lookout
 from pdctl.metrics import Metrics
-from pdctl.node import sidecar
 from pdctl.registrar import Registrar
+from pdctl.serving import sidecar
 from tests.conftest import Clock
 from tests.dialects.test_native import Wire, body, claim
 

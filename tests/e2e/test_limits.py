@@ -7,7 +7,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from pdctl import config, node
+from pdctl import config, serving
 from pdctl.core.native import Registration
 from pdctl.errors import ConfigError
 from tests.test_client import ROW
@@ -22,7 +22,7 @@ async def put(http: aiohttp.ClientSession, url: str, instance: str, **more: Any)
 async def test_a_full_registry_says_which_limit_and_serves_those_it_has() -> None:
     limits = {"limits.max_instances": 2, "limits.max_labels": 1, "limits.max_metadata_nbytes": 100}
     settings = config.load({"serve.port": 0, "serve.journal": "memory:", **limits})
-    async with node.sidecar(settings) as sidecar, aiohttp.ClientSession() as http:
+    async with serving.sidecar(settings) as sidecar, aiohttp.ClientSession() as http:
         for instance in ("a", "b"):
             assert (await put(http, sidecar.url, instance))[0] == 200
         status, said = await put(http, sidecar.url, "c")

@@ -12,7 +12,7 @@ import aiohttp
 import pytest
 
 from pdctl.config import ServeSettings, Settings
-from pdctl.node import sidecar
+from pdctl.serving import sidecar
 from tests.demo.test_story import Demo
 from tests.dialects.test_native import Wire, body
 from tests.page import planted

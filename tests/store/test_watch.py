@@ -20,8 +20,9 @@ from pdctl.device.open import open_device
 from pdctl.errors import ConfigError, StoreCause, StoreFailed, StoreNotReady, StoreUnusable
 from pdctl.explaining import why
 from pdctl.kvstore import KVStore, mooncake_means, open_store
-from pdctl.node import prefill_node, sidecar
+from pdctl.node import prefill_node
 from pdctl.retry import RetryPolicy
+from pdctl.serving import sidecar
 from pdctl.store.patience import StorePatience
 from pdctl.store.watch import StoreWatch
 from tests.conftest import Clock
