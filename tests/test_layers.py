@@ -74,6 +74,7 @@ FLOORS = {
     "pdctl.reporting": 4,
     "pdctl.holding": 5,
     "pdctl.journals": 5,
+    "pdctl.replicas": 5,
     "pdctl.answers": 2,
     "pdctl.persistence.lock": 2,
     "pdctl.counts": 2,
