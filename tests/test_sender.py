@@ -31,7 +31,8 @@ from pdctl.engine.base import PeerCard, Proof
 from pdctl.errors import BadFrames, CallerError, Cause, IllegalEvent, RoomFailed, TransferFailed
 from pdctl.metrics import Metrics
 from pdctl.prober import Prober
-from pdctl.sender import Sender, SendingRoom
+from pdctl.sender import Sender
+from pdctl.sending import SendingRoom
 from tests.conftest import Clock
 from tests.room_rig import N_PAGES, Memory, Post, Released, RigEngine, RigGate, let_others_run, memory
 
