@@ -22,6 +22,7 @@ FLOORS = {
     **dict.fromkeys([f"pdctl.{shell}" for shell in ("agent_client", "succession", "scout", "traced")], 4),
     **dict.fromkeys(["pdctl.node", "pdctl.wires", "pdctl.door", "pdctl.links", "pdctl.inquiry", "pdctl.config"], 5),
     "pdctl.firsthand": 5,
+    "pdctl.sections": 5,
     "pdctl.serving": 5,
     **dict.fromkeys([f"pdctl.{shell}" for shell in ("server", "guard", "dialects", "client", "prober", "peer")], 4),
     **dict.fromkeys([f"pdctl.{shell}" for shell in ("sender", "sending", "receiver", "agent", "kvstore", "lease")], 4),
