@@ -32,6 +32,7 @@ from pdctl.lag import LoopLag
 from pdctl.metrics import Metrics
 from pdctl.prober import Prober
 from tests.conftest import Clock
+from tests.patience import until
 
 
 class Ask(Protocol):
@@ -160,13 +161,6 @@ async def probing(
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-
-
-async def until(true: Callable[[], bool], within_s: float = 20.0) -> None:
-    """Wait for the thing itself, with a deadline."""
-    async with asyncio.timeout(within_s):
-        while not true():  # noqa: ASYNC110
-            await asyncio.sleep(0.002)
 
 
 async def never(session: str, *, deadline_s: float) -> PeerCard:

@@ -23,7 +23,8 @@ from pdctl.doctor.base import Checked, Result, Said, checked, ok
 from pdctl.doctor.rounds import CHECKS, rounds
 from pdctl.engine.settings import MooncakeSettings
 from pdctl.errors import BadField
-from tests.explain.planted import LISTENS, free_port, outer_address, program
+from tests.explain.planted import LISTENS, outer_address, program
+from tests.ports import free_port
 from tests.small_server import listening
 
 NOBODY = "http://127.0.0.1:1"

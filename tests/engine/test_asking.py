@@ -6,7 +6,7 @@ import asyncio
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import ModuleType
 
@@ -23,6 +23,7 @@ from pdctl.engine.settings import MooncakeSettings
 from pdctl.errors import Cause, TransferFailed
 from tests.engine.processes import Peers
 from tests.engine.test_contract import failure
+from tests.patience import until
 
 
 @dataclass
@@ -63,12 +64,6 @@ class OurEngine:
 
     async def probe(self, session: str, *, deadline_s: float) -> PeerCard:
         return self.proof.card
-
-
-async def until(true: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
-        while not true():  # noqa: ASYNC110  a thread does it, which sets no event of ours
-            await asyncio.sleep(0.002)
 
 
 # Which means

@@ -12,7 +12,7 @@ import mmap
 import os
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, Literal, cast
 
@@ -36,6 +36,7 @@ from tests.engine.processes import Peers
 from tests.engine.roads import Roads
 from tests.engine.test_contract import failure
 from tests.engine.test_hazards import Spy
+from tests.patience import until
 
 MIB = 1 << 20
 
@@ -76,12 +77,6 @@ async def proven_at_last(engine: Engine, session: str) -> Proof:
         while True:
             with contextlib.suppress(TransferFailed):
                 return await engine.prove(session, deadline_s=2.0)
-
-
-async def until(true: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
-        while not true():  # noqa: ASYNC110
-            await asyncio.sleep(0.005)
 
 
 def hold_the_loop(seconds: float) -> None:

@@ -123,9 +123,3 @@ async def _ask(method: str, url: str, body: object = None) -> int:
     async with aiohttp.ClientSession() as http, http.request(method, url, json=body) as answer:
         await answer.read()
         return answer.status
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])

@@ -32,7 +32,6 @@ from tests.explain.planted import (
     culprits,
     delete,
     explained,
-    free_port,
     outer_address,
     post,
     program,
@@ -40,6 +39,7 @@ from tests.explain.planted import (
     ranks,
     settings,
 )
+from tests.ports import free_port
 from tests.service import Service, service
 from tests.store.master import Master
 
