@@ -29,6 +29,7 @@ from pdctl.errors import RoomFailed, Unreachable
 from pdctl.metrics import Metrics
 from pdctl.receiver import Receiver
 from pdctl.sender import Sender
+from tests.patience import until
 from tests.room_rig import Released, RigEngine, RigGate, memory
 
 PREFILL, DECODE = Endpoint("10.0.0.1", 9001), Endpoint("10.0.0.2", 7001)
@@ -237,11 +238,6 @@ async def test_a_status_of_another_use_of_the_number_ends_nothing() -> None:
             rig.receiver.handle(Status(5, phase, 0, "of another", use=arriving.use - 1).to_frames())
             assert arriving.phase is Phase.TRANSFERRING
         await asyncio.wait_for(asyncio.gather(rig.send(5), arriving.arrived()), 20)
-
-
-async def until(true: Callable[[], bool]) -> None:
-    while not true():  # noqa: ASYNC110
-        await asyncio.sleep(0.002)
 
 
 def named_in(heard: list[Frames]) -> Frames:
