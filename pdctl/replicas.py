@@ -151,15 +151,17 @@ class Replicas:
 
     async def _leave(self, name: str) -> None:
         each = self._known.pop(name)
-        for question in each.asking.values():
-            question.cancel()
-        if each.asking:
-            await asyncio.wait(each.asking.values())
-        await each.stack.aclose()
         places = self.elsewhere.of(name)
         self.elsewhere.drop(name, places)
         for place in places:
             self._changed(place)
+        for question in each.asking.values():
+            question.cancel()
+        try:
+            if each.asking:
+                await asyncio.wait(each.asking.values())
+        finally:
+            await each.stack.aclose()
 
     def _ask(self, each: Neighbour, what: str) -> asyncio.Task[None]:
         """One question of each kind at a time; who asks meanwhile waits for the same answer."""
