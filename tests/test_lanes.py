@@ -86,7 +86,7 @@ async def sent(room: SendingRoom, pages: list[int]) -> None:
 
 
 async def within(awaitable: Awaitable[None]) -> None:
-    await asyncio.wait_for(awaitable, 5)
+    await asyncio.wait_for(awaitable, 60)
 
 
 def decode_of(rig: Rig, n: int = 7) -> Decode:

@@ -490,7 +490,7 @@ async def test_on_trial_time_without_a_failure_is_enough() -> None:
         await on_trial(bench, peer.session)
         slow, waiting = Transfer.start(bench, peer.session), Transfer.start(bench, peer.session)
         await slow.moving.wait()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             await waiting.moving.wait()
         for each in (slow, waiting):
             each.end.set_result(None)
@@ -504,7 +504,7 @@ async def test_a_registration_lets_those_go_who_wait_for_a_trial() -> None:
         await slow.moving.wait()
         await some_time()
         bench.prober.registered(peer.session)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             await waiting.moving.wait()
         for each in (slow, waiting):
             each.end.set_result(None)

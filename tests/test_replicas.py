@@ -67,7 +67,7 @@ class Stage:
         )
 
     async def until(self, what: Callable[[], bool]) -> None:
-        async with asyncio.timeout(30.0):
+        async with asyncio.timeout(60):
             while not what():  # noqa: ASYNC110  another server's doing
                 await asyncio.sleep(0.01)
 

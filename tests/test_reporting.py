@@ -37,7 +37,7 @@ from tests.node_rig import FIRST, SHAPE, memory_pools
 from tests.patience import until
 from tests.test_node import settings, until_registered
 
-SOON_S = 20.0
+SOON_S = 60.0
 NOBODY = "127.0.0.1:1"
 """No engine answers there, so that whoever is asked says so at once: a peer that lives is back before it is told of."""
 

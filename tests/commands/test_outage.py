@@ -14,7 +14,7 @@ from pdctl.cli import parser
 from tests.commands.conftest import Fleet
 from tests.ports import free_port
 
-SOON_S = 20.0
+SOON_S = 60.0
 
 
 @pytest.mark.parametrize(

@@ -222,7 +222,7 @@ def test_an_answer_that_comes_after_the_loop_has_closed_troubles_nobody(probing:
     asyncio.run(leave_early())
     (thread,) = [each for each in threading.enumerate() if each.name == "pdctl-probe a"]
     probing.let_go()
-    thread.join(5)
+    thread.join(60)
     assert not thread.is_alive()
 
 

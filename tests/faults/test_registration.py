@@ -27,7 +27,7 @@ SHAPE = Shape(attn_tp_size=RANKS, attn_cp_size=1, dp_size=1, pp_size=1, page_siz
 ROWS = [Announcement(Seat(0, 0, tp, 0), SHAPE, Endpoint(f"10.0.0.{tp}", 40000 + tp)) for tp in range(RANKS)]
 QUICK = RetryPolicy(first_wait_s=0.05, max_wait_s=0.4)
 EVERY_S = 0.5
-DEADLINE_S = 30.0
+DEADLINE_S = 60.0
 
 
 class Registry:

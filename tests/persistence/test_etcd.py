@@ -31,7 +31,7 @@ from tests.patience import until_told
 from tests.persistence.etcd import Cluster, cluster
 from tests.persistence.rows import change, claim, life, records
 
-DEADLINE_S = 15.0
+DEADLINE_S = 60.0
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")  # gRPC's own threads outlive a loop, and complain of its end
 
