@@ -39,10 +39,7 @@ from pdctl.errors import ConfigError
 from pdctl.logs import LogSettings
 from pdctl.persistence.etcd_place import EtcdSettings
 from pdctl.retry import RetryPolicy
-from pdctl.sections import AgentSettings, MetadataSettings, RankSettings
-from pdctl.sections import NodeSettings as NodeSettings
-from pdctl.sections import ServeSettings as ServeSettings
-from pdctl.sections import StoreSettings as StoreSettings
+from pdctl.sections import AgentSettings, MetadataSettings, NodeSettings, RankSettings, ServeSettings, StoreSettings
 from pdctl.tracing import TraceSettings
 
 PREFIX = "PDCTL_"

@@ -14,6 +14,7 @@ from typing import Any, NoReturn, Protocol
 
 from pdctl.core import lives, standing
 from pdctl.core.access import Denied
+from pdctl.core.capacity import ReportLimits
 from pdctl.core.chronicle import Chronicle
 from pdctl.core.elsewhere import Elsewhere
 from pdctl.core.instances import InstanceView
@@ -22,7 +23,7 @@ from pdctl.core.latest import Latest
 from pdctl.core.lives import ENDINGS, Owner
 from pdctl.core.naming import SESSION_KEY
 from pdctl.core.native import read_seat
-from pdctl.core.overview import News, Place, ReportBook, ReportLimits, speaker
+from pdctl.core.overview import News, Place, ReportBook, speaker
 from pdctl.core.report import Report, Wanted, in_a_line, short_seat
 from pdctl.core.route import Seat
 from pdctl.core.sayings import (

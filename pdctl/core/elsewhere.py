@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from pdctl.core.overview import Place, ReportLimits
+from pdctl.core.capacity import ReportLimits
+from pdctl.core.overview import Place
 
 
 @dataclass(frozen=True, slots=True)

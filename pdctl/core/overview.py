@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 
-from pdctl.core.capacity import ReportLimits as ReportLimits
+from pdctl.core.capacity import ReportLimits
 from pdctl.core.claims import check_may_change, not_held
 from pdctl.core.instances import InstanceView
 from pdctl.core.kinds import State

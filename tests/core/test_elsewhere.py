@@ -5,8 +5,9 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pdctl.core.capacity import ReportLimits
 from pdctl.core.elsewhere import Copied, Elsewhere
-from pdctl.core.overview import Place, ReportLimits
+from pdctl.core.overview import Place
 from pdctl.core.route import Seat
 
 

@@ -13,10 +13,11 @@ from typing import Any
 
 import aiohttp
 
-from pdctl.config import NodeSettings, Settings
+from pdctl.config import Settings
 from pdctl.core.findings import Scope
 from pdctl.core.route import Seat, Shape
 from pdctl.explaining import Explained, why
+from pdctl.sections import NodeSettings
 from tests.engine.processes import Child
 
 SHAPE = Shape(2, 1, 1, 1, 64, "bfloat16")
