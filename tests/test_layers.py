@@ -176,7 +176,7 @@ def violations(name: str, source: str) -> list[str]:
     """One sentence for each breach in the module `name` (dotted, without `__init__`) whose text is `source`."""
     tree = ast.parse(source)
     uses = sorted({*imported(tree), *touched(tree)})
-    found = [*misnamed(name, tree), *unfinished(name, tree, source)]
+    found = [*misnamed(name, tree), *unfinished(name, tree, source), *passed_on(name, tree)]
     if floor_of(name) is None:
         found.append(f"{short(name)} has no floor: a new file is a decision, give it a row in FLOORS")
     else:
@@ -293,6 +293,17 @@ def misnamed(name: str, tree: ast.Module) -> Iterator[str]:
         if isinstance(node, ast.ImportFrom) and node.level:
             yield f"{short(name)} imports relatively: write the whole name"
     yield from foreign_to_core(name, tree)
+
+
+def passed_on(name: str, tree: ast.Module) -> Iterator[str]:
+    """A name is taken from where it stands; only the package itself lists what others have."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom | ast.Import):
+            for each in node.names:
+                if each.asname == each.name and name != "pdctl":
+                    yield f"{short(name)} passes on {each.name}: take it from where it stands"
+        if isinstance(node, ast.Name) and node.id == "__all__" and name != "pdctl":
+            yield f"{short(name)} has an __all__: only pdctl itself lists names"
 
 
 def unfinished(name: str, tree: ast.Module, source: str) -> Iterator[str]:
@@ -465,6 +476,8 @@ PLANTED = [
     ("core.utils", "", "is named utils: say what is in it"),
     ("engine.tcp_helpers", "", "is named tcp_helpers: say what is in it"),
     ("peer", "class LinkManager: ...", "has a class LinkManager: say what it decides or does"),
+    ("core.early", "from pdctl.core.route import Seat as Seat", "passes on Seat: take it from where it stands"),
+    ("store.mooncake", "__all__ = ['f']", "has an __all__: only pdctl itself lists names"),
     ("peer", "x = 1  # TODO: later", "line 1 is marked unfinished"),
     ("peer", "def f():\n    raise NotImplementedError", "has a NotImplementedError"),
 ]
