@@ -31,7 +31,6 @@ from pdctl.persistence.etcd_place import EtcdPlace, EtcdSettings
 from pdctl.retry import root_cause
 
 LOOK_S = 1.0
-"""Who looks waits no longer for the others, however many they are."""
 ASK_S = 5.0
 """For one answer: reports of 2,000 ranks with links to 64 peers each have 16 MB."""
 EVERY_S = 1.0
@@ -69,6 +68,7 @@ class Replicas:
     is_watched whether somebody looks all the time
     changed    is told of each rank whose report is otherwise
     hear       is told of events: the URL of who saw them, and the rows
+    look_s     who looks waits no longer, however many the others are
     """
 
     def __init__(
@@ -82,6 +82,7 @@ class Replicas:
         is_watched: Callable[[], bool],
         changed: Callable[[Place], None],
         hear: Callable[[str, list[dict[str, Any]]], None],
+        look_s: float = LOOK_S,
     ) -> None:
         self.name = name
         self.elsewhere = elsewhere
@@ -91,18 +92,19 @@ class Replicas:
         self._is_watched = is_watched
         self._changed = changed
         self._hear = hear
+        self._look_s = look_s
         self._known: dict[str, Neighbour] = {}
         self._reports_at = float("-inf")
 
     async def look(self) -> None:
-        """Hear what the others know now, as far as they say it within LOOK_S."""
+        """Hear what the others know now, as far as they say it within `look_s`."""
         if self._clock() - self._reports_at < FRESH_S:
             return
         asked = {self._ask(each, "reports"): each for each in self._known.values() if each.answers is not False}
         if asked:
-            _, late = await asyncio.wait(asked, timeout=LOOK_S)
+            _, late = await asyncio.wait(asked, timeout=self._look_s)
             for question in late:
-                self._away(asked[question], f"no answer within {LOOK_S:g} s")
+                self._away(asked[question], f"no answer within {self._look_s:g} s")
         self._reports_at = self._clock()
 
     def shown(self) -> list[dict[str, Any]]:

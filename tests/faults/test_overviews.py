@@ -13,7 +13,6 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +36,6 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     with fleet(tmp_path_factory.mktemp("two")) as made:
         agree(made)
         yield made
-
-
-@pytest.fixture
-def quick(tmp_path: Path) -> Iterator[Fleet]:
-    """Reports that none follows are dropped after 3 s."""
-    soon = {"PDCTL_REPORTS__AGAIN_S": "1", "PDCTL_REPORTS__EXPIRE_AFTER_S": "3"}
-    with cluster(tmp_path) as etcd, ExitStack() as stack:
-        words = ("--journal", etcd.url("fleet"))
-        made = [stack.enter_context(service(tmp_path / f"{n}.log", *words, **soon)) for n in range(2)]
-        yield agree(Fleet(etcd, made))
 
 
 def agree(made: Fleet) -> Fleet:
@@ -152,6 +141,20 @@ def test_what_a_rank_told_one_registry_every_other_one_shows_with_its_age_and_no
     until(lambda: report(a, "shown") is None and report(b, "shown") is None)
 
 
+def test_of_a_rank_that_turns_to_another_registry_the_last_word_is_shown_once(two: Fleet) -> None:
+    a, b = two.replicas
+    epoch = rank(a, "turns")
+    until(lambda: knows(b, "turns", epoch))
+    tell(a, "turns", epoch, bytes=1)
+    until(lambda: nbytes(b, "turns") == 1)
+    tell(b, "turns", epoch, bytes=2)
+    assert nbytes(b, "turns") == 2, "what it was told itself later"
+    until(lambda: nbytes(a, "turns") == 2)
+    tell(a, "turns", epoch, bytes=3)
+    assert nbytes(a, "turns") == 3
+    until(lambda: nbytes(b, "turns") == 3)
+
+
 def test_what_one_registry_has_seen_happen_every_other_one_tells_once(two: Fleet) -> None:
     a, b = two.replicas
     claim(a, "here", 0, size=2, ttl_s=None)
@@ -210,9 +213,9 @@ def test_a_registry_that_hangs_costs_a_bounded_wait_once_is_named_and_comes_back
     try:
         until(is_told)
         began = time.monotonic()
-        for _ in range(60):
+        for _ in range(30):
             overview(b)
-        assert time.monotonic() - began < 60 * LOOK_S, "who does not answer is waited for once"
+        assert time.monotonic() - began < 30 * LOOK_S, "who does not answer is waited for once"
     finally:
         signalled(a, signal.SIGCONT)
     (row,) = looks[-1]["service"]["replicas"]
@@ -236,25 +239,6 @@ def test_a_registry_that_is_killed_is_forgotten_and_what_its_ranks_told_it_too(t
         until(lambda: overview(b)["service"]["replicas"] == [])  # its lease in etcd is over
         assert report(b, "p") is None
         assert knows(b, "p", epoch), "the rank is no less alive for it"
-
-
-def test_a_rank_that_turns_to_another_registry_is_shown_once_and_is_not_lost(quick: Fleet) -> None:
-    a, b = quick.replicas
-    epoch = rank(a, "p")
-    until(lambda: knows(b, "p", epoch))
-    tell(a, "p", epoch, bytes=1)
-    began = time.monotonic()
-    while time.monotonic() - began < 5.0:  # longer than the first registry keeps a report that none follows
-        tell(b, "p", epoch, bytes=2)
-        assert nbytes(b, "p") == 2, "what it was told itself is the last word"
-        time.sleep(0.5)
-    found = report(a, "p")
-    assert found is not None
-    assert (found["bytes"], found["registry"]) == (2, b.url)
-    assert [event for each in quick.replicas for event in events(each, kind="report_lost")] == []
-    until(lambda: all(events(each, kind="report_lost") for each in quick.replicas))  # it tells nobody any more
-    told = [event for each in quick.replicas for event in events(each, kind="report_lost")]
-    assert [event["registry"] for event in told] in ([None, a.url], [b.url, None])
 
 
 def test_registries_with_tokens_ask_each_other_with_one(tmp_path: Path) -> None:
