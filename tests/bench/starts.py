@@ -1,5 +1,5 @@
 """
-What a process of ours costs before it does anything: CPU seconds, its own and those of the kernel, beside a bare Python.
+What a process of ours costs before it does anything: CPU seconds, its own and the kernel's for it, beside plain Python.
 
 Commands until they have ended, services until they have said that they listen, ranks until they are registered. CPU
 and not wall seconds, which a busy machine changes more; medians of seven, after a first one that nobody counts.
