@@ -38,7 +38,7 @@ class Cable:
     @asynccontextmanager
     async def to(cls, behind: str) -> AsyncIterator[Cable]:
         it = cls(behind)
-        it._there = (await handshake.metadata(behind, deadline_s=5)).card.data_port
+        it._there = (await handshake.metadata(behind, deadline_s=30)).card.data_port
         await it.mend()
         async with await asyncio.start_server(it._introduce, "127.0.0.1", 0) as greeting:
             it.session = "{}:{}".format(*greeting.sockets[0].getsockname())
@@ -107,7 +107,7 @@ class Cable:
         with contextlib.suppress(asyncio.IncompleteReadError, OSError):
             (length,) = struct.unpack("<Q", await reader.readexactly(8))
             await reader.readexactly(length)
-            shown = await handshake.ask(self._host, self._port, Kind.METADATA, {}, deadline_s=5)
+            shown = await handshake.ask(self._host, self._port, Kind.METADATA, {}, deadline_s=30)
             body = json.dumps({**shown.body, "tcp_data_port": self.data_port}).encode()
             writer.write(struct.pack("<Q", len(body) + 1) + bytes([Kind.METADATA]) + body)
             await writer.drain()

@@ -23,7 +23,9 @@ from tests.engine.peer import be_reborn, be_stock
 from tests.engine.processes import Address, Child, Peers
 
 BLOCK = 1 << 16
-STALL_S = 1
+STALL_S = 3
+"""What a busy machine may keep a peer waiting that is well; a peer that hangs costs a test as much."""
+ASK_S = 3.0
 
 
 def registered(card: PeerCard) -> tuple[Region, ...]:
@@ -175,6 +177,15 @@ def peers() -> Iterator[Peers]:
     started.close()
 
 
+@pytest.fixture
+def strangers() -> Iterator[Peers]:
+    """Peers that no engine of this process has known before: for whoever counts the connections to one. A closed engine
+    keeps those that it found no time to close."""
+    started = Peers()
+    yield started
+    started.close()
+
+
 @pytest.fixture(params=["mooncake", "loopback"])
 async def stage(request: pytest.FixtureRequest, peers: Peers) -> AsyncIterator[Stage]:
     async with AsyncExitStack() as stack:
@@ -186,7 +197,7 @@ async def mooncake_stage(
     stack: AsyncExitStack, peers: Peers, factory: Callable[[], Any] | None = None, **settings: Any
 ) -> Stage:
     """Four blocks in flight, one a lane: a hung peer holds a transfer for one stall."""
-    small = MooncakeSettings(**{"window": 4, "progress_timeout_s": STALL_S, **settings})
+    small = MooncakeSettings(**{"window": 4, "progress_timeout_s": STALL_S, "handshake_timeout_s": ASK_S, **settings})
     engine = await stack.enter_async_context(open_mooncake(small, Cpu(), factory=factory))
 
     addresses: dict[str, Address] = {}
@@ -211,7 +222,7 @@ async def mooncake_stage(
 
 async def loopback_stage(stack: AsyncExitStack) -> Stage:
     directory = Directory()
-    engine = await stack.enter_async_context(open_loopback(directory, stall_s=STALL_S, block_limit=BLOCK))
+    engine = await stack.enter_async_context(open_loopback(directory, stall_s=STALL_S, ask_s=ASK_S, block_limit=BLOCK))
 
     async def start(at: str | None) -> Neighbour:
         port = None if at in (None, "anywhere", "a cable") else int(str(at).rpartition(":")[2])

@@ -86,7 +86,7 @@ class Commands:
         return {"hex": canary_of(self.engine).view(first, nbytes).hex()}
 
     async def write(self, session: str, src: int, dst: int, nbytes: int) -> dict[str, Any]:
-        await self.engine.write(session, CopyPlan.of((src, dst, nbytes)), deadline_s=10)
+        await self.engine.write(session, CopyPlan.of((src, dst, nbytes)), deadline_s=30)
         return {}
 
 

@@ -36,7 +36,7 @@ from tests.engine.processes import Peers
 from tests.engine.roads import Roads
 from tests.engine.test_contract import failure
 from tests.engine.test_hazards import Spy
-from tests.patience import until
+from tests.patience import unhindered, until
 
 MIB = 1 << 20
 
@@ -71,12 +71,12 @@ async def longest_pause() -> AsyncIterator[list[float]]:
         await asyncio.wait([task])
 
 
-async def proven_at_last(engine: Engine, session: str) -> Proof:
+async def proven_at_last(engine: Engine, session: str, deadline_s: float = 2.0) -> Proof:
     """On a busy machine our own loop is late now and then, and nothing is cured meanwhile."""
     async with asyncio.timeout(60):
         while True:
             with contextlib.suppress(TransferFailed):
-                return await engine.prove(session, deadline_s=2.0)
+                return await engine.prove(session, deadline_s=deadline_s)
 
 
 def hold_the_loop(seconds: float) -> None:
@@ -94,21 +94,21 @@ async def test_what_one_engine_does_not_reach_a_fresh_one_does_and_transfers_tak
     async with staged(peers, factory=roads.make) as stage:
         far, other = await stage.far(), await stage.far()
         for peer in (far, other):
-            await stage.engine.write(peer.session, stage.plan(peer, MIB), deadline_s=5)
-        roads.block(0, (await stage.engine.probe(far.session, deadline_s=5)).regions, how)
-        error = await failure(stage.engine.write(far.session, stage.plan(far, MIB), deadline_s=0.3))
+            await stage.engine.write(peer.session, stage.plan(peer, MIB), deadline_s=30)
+        roads.block(0, (await stage.engine.probe(far.session, deadline_s=30)).regions, how)
+        error = await failure(stage.engine.write(far.session, stage.plan(far, MIB), deadline_s=3))
         assert error.settled == (how == "refuses")
 
         async with longest_pause() as pauses:
-            proof = await proven_at_last(stage.engine, far.session)
+            proof = await proven_at_last(stage.engine, far.session, deadline_s=8.0)
         assert (proof.depth, proof.cured) == (Depth.DATA, WEDGED)
-        assert pauses[-1] < 0.4, "making an engine takes milliseconds, destroying one half a second and more"
+        assert pauses[-1] < 2.5, "half of the deadline is what it waits for an answer that does not come"
         assert len(roads.made) == 2
 
         stage.memory[:] = 7
-        await stage.engine.write(far.session, stage.plan(far), deadline_s=5)
+        await stage.engine.write(far.session, stage.plan(far), deadline_s=30)
         assert await far.count(7) == 4 * MIB
-        assert (await stage.engine.prove(far.session, deadline_s=2.0)).cured is None
+        assert (await stage.engine.prove(far.session, deadline_s=30)).cured is None
         assert lane_of(stage.engine, other.session).engine == 0, "only the peer that was out of reach has moved"
         roads.unblock()
         await asyncio.wait_for(stage.engine.settle(far.session), 60)
@@ -119,9 +119,9 @@ async def test_the_blocks_of_the_engine_that_was_left_still_hold_their_memory(pe
     roads = Roads()
     async with staged(peers, factory=roads.make) as stage:
         far = await stage.far()
-        await stage.engine.write(far.session, stage.plan(far, MIB), deadline_s=5)
-        roads.block(0, (await stage.engine.probe(far.session, deadline_s=5)).regions, "swallows")
-        assert not (await failure(stage.engine.write(far.session, stage.plan(far, MIB), deadline_s=0.2))).settled
+        await stage.engine.write(far.session, stage.plan(far, MIB), deadline_s=30)
+        roads.block(0, (await stage.engine.probe(far.session, deadline_s=30)).regions, "swallows")
+        assert not (await failure(stage.engine.write(far.session, stage.plan(far, MIB), deadline_s=2))).settled
         assert (await proven_at_last(stage.engine, far.session)).cured is WEDGED
         settling = asyncio.create_task(stage.engine.settle(far.session))
         await asyncio.wait([settling], timeout=0.2)
@@ -134,27 +134,27 @@ async def test_a_peer_that_no_engine_reaches_is_out_and_costs_few_engines(peers:
     roads = Roads()
     async with staged(peers, factory=roads.make) as stage:
         far = await stage.far()
-        regions = (await stage.engine.probe(far.session, deadline_s=5)).regions
+        regions = (await stage.engine.probe(far.session, deadline_s=30)).regions
         for engine in range(10):
             roads.block(engine, regions, "refuses")
         for _ in range(20):
-            assert (await failure(stage.engine.prove(far.session, deadline_s=1.0))).cause is Cause.NO_DATA
+            assert (await failure(stage.engine.prove(far.session, deadline_s=30))).cause is Cause.NO_DATA
         assert len(roads.made) == 3
         assert len(roads.doors) <= 4, "one for each engine, and one that was made anew"
         roads.unblock()
-        assert (await stage.engine.prove(far.session, deadline_s=1.0)).depth is Depth.DATA
+        assert (await stage.engine.prove(far.session, deadline_s=30)).depth is Depth.DATA
 
 
 async def test_a_fresh_engine_that_cannot_be_opened_leaves_the_peer_out_and_the_others_served(peers: Peers) -> None:
     roads = Roads()
     async with staged(peers, factory=roads.make) as stage:
         lost, well = await stage.far(), await stage.far()
-        roads.block(0, (await stage.engine.probe(lost.session, deadline_s=5)).regions, "refuses")
+        roads.block(0, (await stage.engine.probe(lost.session, deadline_s=30)).regions, "refuses")
         roads.broken = OSError("no descriptors are left")
-        assert (await failure(stage.engine.prove(lost.session, deadline_s=1.0))).cause is Cause.NO_DATA
-        await stage.engine.write(well.session, stage.plan(well), deadline_s=5)
+        assert (await failure(stage.engine.prove(lost.session, deadline_s=30))).cause is Cause.NO_DATA
+        await stage.engine.write(well.session, stage.plan(well), deadline_s=30)
         roads.broken = None
-        assert (await stage.engine.prove(lost.session, deadline_s=1.0)).cured is WEDGED
+        assert (await proven_at_last(stage.engine, lost.session)).cured is WEDGED
 
 
 async def test_a_fresh_engine_is_made_with_the_settings_of_the_first(peers: Peers) -> None:
@@ -162,9 +162,9 @@ async def test_a_fresh_engine_is_made_with_the_settings_of_the_first(peers: Peer
     roads = Roads()
     async with staged(peers, factory=roads.make) as stage:
         far = await stage.far()
-        roads.block(0, (await stage.engine.probe(far.session, deadline_s=5)).regions, "refuses")
+        roads.block(0, (await stage.engine.probe(far.session, deadline_s=30)).regions, "refuses")
         os.environ["MC_TCP_PROGRESS_TIMEOUT_SEC"] = "300"
-        await stage.engine.prove(far.session, deadline_s=1.0)
+        assert (await proven_at_last(stage.engine, far.session)).cured is WEDGED
         assert os.environ["MC_TCP_PROGRESS_TIMEOUT_SEC"] == str(STALL_S)
 
 
@@ -175,17 +175,17 @@ async def test_a_lane_that_became_stale_is_made_anew_and_transfers_take_it(peers
     roads = Roads()
     async with staged(peers, factory=roads.make) as stage:
         far = await stage.far()
-        await stage.engine.write(far.session, stage.plan(far), deadline_s=5)
+        await stage.engine.write(far.session, stage.plan(far), deadline_s=30)
         before = lane_of(stage.engine, far.session)
         roads.lost.update(roads.doors)
-        assert (await failure(stage.engine.write(far.session, stage.plan(far), deadline_s=5))).settled
+        assert (await failure(stage.engine.write(far.session, stage.plan(far), deadline_s=30))).settled
         with capture_logs() as logged:
-            proof = await stage.engine.prove(far.session, deadline_s=1.0)
+            proof = await stage.engine.prove(far.session, deadline_s=30)
         assert (proof.depth, proof.cured) == (Depth.DATA, STALE)
         assert [line["cured"] for line in logged if "cured" in line["event"]] == [STALE]
         assert lane_of(stage.engine, far.session) is not before
         stage.memory[:] = 4
-        await stage.engine.write(far.session, stage.plan(far), deadline_s=5)
+        await stage.engine.write(far.session, stage.plan(far), deadline_s=30)
         assert await far.count(4) == 4 * MIB
         assert len(roads.made) == 1, "no fresh engine for what a fresh lane mends"
 
@@ -195,12 +195,12 @@ async def test_connections_that_ended_without_a_word_cost_new_ones_and_no_engine
     roads = Roads()
     async with staged(peers, factory=roads.make) as stage:
         far = await stage.far()
-        await stage.engine.write(far.session, stage.plan(far), deadline_s=5)
+        await stage.engine.write(far.session, stage.plan(far), deadline_s=30)
         roads.mute.update(roads.doors)
-        proof = await stage.engine.prove(far.session, deadline_s=2.0)
+        proof = await stage.engine.prove(far.session, deadline_s=6.0)
         assert (proof.depth, proof.cured, len(roads.made)) == (Depth.DATA, STALE, 1)
         stage.memory[:] = 6
-        await stage.engine.write(far.session, stage.plan(far), deadline_s=5)
+        await stage.engine.write(far.session, stage.plan(far), deadline_s=30)
         assert await far.count(6) == 4 * MIB
         roads.unblock()
 
@@ -212,8 +212,8 @@ async def test_no_engine_is_made_while_our_own_loop_is_late_and_one_is_when_it_i
     roads = Roads()
     async with staged(peers, factory=roads.make) as stage:
         far = await stage.far()
-        await stage.engine.write(far.session, stage.plan(far), deadline_s=5)
-        roads.block(0, (await stage.engine.probe(far.session, deadline_s=5)).regions, "swallows")
+        await stage.engine.write(far.session, stage.plan(far), deadline_s=30)
+        roads.block(0, (await stage.engine.probe(far.session, deadline_s=30)).regions, "swallows")
         known = len(roads.doors)
         proving = asyncio.create_task(stage.engine.prove(far.session, deadline_s=2.0))
         with capture_logs() as logged:
@@ -233,11 +233,11 @@ async def test_no_engine_is_made_for_peers_that_fell_silent_together(peers: Peer
     async with staged(peers, factory=roads.make) as stage:
         both = [await stage.far(), await stage.far()]
         for far in both:
-            await stage.engine.write(far.session, stage.plan(far), deadline_s=5)
-        cards = [await stage.engine.probe(far.session, deadline_s=5) for far in both]
+            await stage.engine.write(far.session, stage.plan(far), deadline_s=30)
+        cards = [await stage.engine.probe(far.session, deadline_s=30) for far in both]
         roads.block(0, [region for card in cards for region in card.regions], "swallows")
         for _ in range(2):
-            proofs = [stage.engine.prove(far.session, deadline_s=1.0) for far in both]
+            proofs = [stage.engine.prove(far.session, deadline_s=3.0) for far in both]
             said = await asyncio.gather(*(failure(proof) for proof in proofs))
             assert {error.cause for error in said} == {Cause.NO_DATA}
         assert len(roads.made) == 1
@@ -266,14 +266,14 @@ async def test_a_data_port_that_takes_bytes_and_never_answers_is_no_data(
 ) -> None:
     far, cable = far_and_cable
     async with staged(peers) as stage:
-        await stage.engine.write(far.session, stage.plan(far, MIB), deadline_s=5)
+        await stage.engine.write(far.session, stage.plan(far, MIB), deadline_s=30)
         cable.hold()
         for _ in range(2):
-            began = time.monotonic()
-            assert (await failure(stage.engine.prove(far.session, deadline_s=1.0))).cause is Cause.NO_DATA
-            assert time.monotonic() - began < 2.0
+            async with unhindered() as took_s:
+                assert (await failure(stage.engine.prove(far.session, deadline_s=3.0))).cause is Cause.NO_DATA
+                assert took_s() < 4.5
         cable.release()
-        assert (await stage.engine.prove(far.session, deadline_s=5.0)).depth is Depth.DATA
+        assert (await stage.engine.prove(far.session, deadline_s=30)).depth is Depth.DATA
 
 
 async def test_what_comes_back_late_is_a_slow_peer_and_no_wedge(
@@ -281,10 +281,10 @@ async def test_what_comes_back_late_is_a_slow_peer_and_no_wedge(
 ) -> None:
     far, cable = far_and_cable
     async with staged(peers) as stage:
-        await stage.engine.write(far.session, stage.plan(far, MIB), deadline_s=5)
+        await stage.engine.write(far.session, stage.plan(far, MIB), deadline_s=30)
         cable.hold()
         await failure(stage.engine.prove(far.session, deadline_s=0.2))
-        proving = asyncio.create_task(stage.engine.prove(far.session, deadline_s=2.0))
+        proving = asyncio.create_task(stage.engine.prove(far.session, deadline_s=30))
         await asyncio.wait([proving], timeout=0.1)
         cable.release()
         assert (await proving).cured is None
@@ -299,25 +299,25 @@ async def test_a_data_port_that_swallows_packets_has_nothing_in_flight_to_it(
     spy = Spy(window=4)
     async with staged(peers, factory=spy.make) as stage:
         await cable.clog()
-        assert (await failure(stage.engine.prove(far.session, deadline_s=0.4))).cause is Cause.NO_DATA
-        error = await failure(stage.engine.write(far.session, stage.plan(far, MIB), deadline_s=2.0))
+        assert (await failure(stage.engine.prove(far.session, deadline_s=3.0))).cause is Cause.NO_DATA
+        error = await failure(stage.engine.write(far.session, stage.plan(far, MIB), deadline_s=30))
         assert (error.cause, error.settled) == (Cause.NO_DATA, True)
         assert "firewall" in error.detail
         assert (spy.submitted, spy.in_flight) == (0, set())
         cable.unclog()
         await cable.mend()
-        assert (await stage.engine.prove(far.session, deadline_s=1.0)).depth is Depth.DATA
+        assert (await stage.engine.prove(far.session, deadline_s=30)).depth is Depth.DATA
 
 
 async def test_a_silent_peer_has_one_question_of_ours_in_flight_on_each_way_to_it(
     peers: Peers, far_and_cable: tuple[Process, Cable]
 ) -> None:
     far, cable = far_and_cable
-    async with staged(peers, progress_timeout_s=5) as stage:
-        await stage.engine.prove(far.session, deadline_s=2.0)
+    async with staged(peers, progress_timeout_s=30) as stage:
+        await stage.engine.prove(far.session, deadline_s=30)
         cable.hold()
         for _ in range(10):
-            await failure(stage.engine.prove(far.session, deadline_s=0.1))
+            await failure(stage.engine.prove(far.session, deadline_s=0.3))
         assert isinstance(stage.engine, PromisedEngine)
         assert 1 <= len(stage.engine._questions.moving) <= 4, "each engine's, and a lane that was made anew"
         cable.release()
@@ -328,15 +328,15 @@ async def test_a_data_port_that_begins_to_swallow_packets_is_no_data_within_the_
 ) -> None:
     far, cable = far_and_cable
     async with staged(peers, handshake_timeout_s=5.0) as stage:
-        await stage.engine.write(far.session, stage.plan(far, MIB), deadline_s=5)
+        await stage.engine.write(far.session, stage.plan(far, MIB), deadline_s=30)
         await cable.clog()
         for _ in range(2):
-            began = time.monotonic()
-            assert (await failure(stage.engine.prove(far.session, deadline_s=1.0))).cause is Cause.NO_DATA
-            assert time.monotonic() - began < 2.0
+            async with unhindered() as took_s:
+                assert (await failure(stage.engine.prove(far.session, deadline_s=3.0))).cause is Cause.NO_DATA
+                assert took_s() < 4.5
         cable.unclog()
         await cable.mend()
-        assert (await stage.engine.prove(far.session, deadline_s=5.0)).depth is Depth.DATA
+        assert (await stage.engine.prove(far.session, deadline_s=30)).depth is Depth.DATA
 
 
 # --- lives that ended
@@ -348,17 +348,17 @@ async def test_what_was_held_for_a_life_that_ended_is_let_go_when_another_begins
     async with staged(peers, factory=roads.make) as stage:
         well, old = await stage.far(), await stage.far()
         for peer in (well, old):
-            await stage.engine.write(peer.session, stage.plan(peer, MIB), deadline_s=5)
+            await stage.engine.write(peer.session, stage.plan(peer, MIB), deadline_s=30)
         first, second = roads.doors
         await old.kill()
         await until(lambda: lane_of(stage.engine, old.session).over() is not None)
         anew = await stage.far()
-        await stage.engine.write(anew.session, stage.plan(anew, MIB), deadline_s=5)
+        await stage.engine.write(anew.session, stage.plan(anew, MIB), deadline_s=30)
         with pytest.raises(ConnectionRefusedError):
             await asyncio.open_connection("127.0.0.1", int(second))
         (await asyncio.open_connection("127.0.0.1", int(first)))[1].close()
         assert "ended" in (lane_of(stage.engine, old.session).over() or "")
-        assert (await failure(stage.engine.write(old.session, stage.plan(old, MIB), deadline_s=5))).settled
+        assert (await failure(stage.engine.write(old.session, stage.plan(old, MIB), deadline_s=30))).settled
 
 
 async def test_what_was_held_for_a_life_that_ended_is_let_go_when_no_other_begins(peers: Peers) -> None:
@@ -373,7 +373,7 @@ async def test_what_was_held_for_a_life_that_ended_is_let_go_when_no_other_begin
 
     async with staged(peers) as stage:
         old = await stage.far()
-        await stage.engine.write(old.session, stage.plan(old, block=4096), deadline_s=5)
+        await stage.engine.write(old.session, stage.plan(old, block=4096), deadline_s=30)
         await old.kill()
         await until(lambda: half_closed() > 4)
         await until(lambda: not half_closed())
@@ -447,10 +447,13 @@ async def test_closing_waits_for_a_question_in_flight_and_ends_every_thread(
     far, cable = far_and_cable
     before = set(threading.enumerate())
     async with staged(peers) as stage:
-        await stage.engine.prove(far.session, deadline_s=2.0)
+        await stage.engine.prove(far.session, deadline_s=30)
         cable.hold()
-        await failure(stage.engine.prove(far.session, deadline_s=0.4))
-        movers = [t for t in threading.enumerate() if t.name == "pdctl-mover" and t not in before]
+        movers = list[threading.Thread]()
+        async with asyncio.timeout(60):
+            while len(movers) < 3:  # while our own loop is late, no fresh engine is made
+                await failure(stage.engine.prove(far.session, deadline_s=1.0))
+                movers = [t for t in threading.enumerate() if t.name == "pdctl-mover" and t not in before]
         assert len(movers) == 3
         began = time.monotonic()
         assert await stage.engine.close()  # type: ignore[attr-defined]
@@ -488,8 +491,8 @@ async def test_without_reads_identity_is_the_deepest(peers: Peers) -> None:
     async with staged(peers, factory=make) as stage:
         far = await stage.far()
         stage.memory[:] = 2
-        await stage.engine.write(far.session, stage.plan(far), deadline_s=5)
-        proof = await stage.engine.prove(far.session, deadline_s=2.0)
+        await stage.engine.write(far.session, stage.plan(far), deadline_s=30)
+        proof = await stage.engine.prove(far.session, deadline_s=30)
         assert (proof.depth, proof.how) == (Depth.IDENTITY, "descriptor compared")
         assert await far.count(2) == 4 * MIB
 
@@ -508,7 +511,7 @@ async def test_a_plan_may_not_name_the_canary_as_its_source(peers: Peers) -> Non
         far = await stage.far()
         assert isinstance(stage.engine, PromisedEngine)
         plan = CopyPlan.of((stage.engine.canary.region.pointer, far.pointer, 16))
-        assert (await failure(stage.engine.write(far.session, plan, deadline_s=5))).cause is Cause.LOCAL
+        assert (await failure(stage.engine.write(far.session, plan, deadline_s=30))).cause is Cause.LOCAL
 
 
 async def test_writes_that_fail_by_their_own_fault_take_no_neighbour_along(peers: Peers) -> None:
@@ -518,10 +521,10 @@ async def test_writes_that_fail_by_their_own_fault_take_no_neighbour_along(peers
         unmapped = Region(np.frombuffer(mmap.mmap(-1, 1 << 16, prot=0), np.uint8).ctypes.data, 1 << 16)
         await stage.engine.register(unmapped)
         stage.memory[:] = 7
-        good = asyncio.create_task(stage.engine.write(far.session, stage.plan(far, block=4096), deadline_s=20))
+        good = asyncio.create_task(stage.engine.write(far.session, stage.plan(far, block=4096), deadline_s=30))
         for _ in range(4):
             bad = CopyPlan.of((unmapped.pointer, far.pointer, 4096))
-            assert (await failure(stage.engine.write(far.session, bad, deadline_s=20))).settled
+            assert (await failure(stage.engine.write(far.session, bad, deadline_s=30))).settled
         await good
         assert await far.count(7) == 4 * MIB
         await stage.engine.unregister(unmapped)

@@ -112,10 +112,10 @@ async def test_slices_arrive_in_a_sixtieth_of_the_blocks(pair: tuple[Pair, Spy])
     stage.memory[:] = 255
     n_blocks = 1024 * KIB // STAGE_NBYTES
     stage.memory.reshape(-1, 2 * KIB)[:1024, :KIB] = np.repeat(np.arange(n_blocks), 1024 // n_blocks)[:, None] + 1
-    await stage.engine.write(far.session, slices(stage, far.pointer, 1), deadline_s=5)
+    await stage.engine.write(far.session, slices(stage, far.pointer, 1), deadline_s=30)
     for _ in range(5):
         before = spy.submitted
-        await stage.engine.write(far.session, slices(stage, far.pointer, 1024), deadline_s=5)
+        await stage.engine.write(far.session, slices(stage, far.pointer, 1024), deadline_s=30)
         assert spy.submitted - before == n_blocks
         assert [await far.count(n + 1) for n in range(n_blocks)] == [STAGE_NBYTES] * n_blocks
         assert await far.count(255) == 0
@@ -125,7 +125,7 @@ async def test_memory_that_is_mapped_no_more_fails_its_own_write_and_nobody_else
     """Read by ourselves, it would have ended this process."""
     stage, _ = pair
     far = await stage.far()
-    await stage.engine.write(far.session, slices(stage, far.pointer, 4), deadline_s=5)
+    await stage.engine.write(far.session, slices(stage, far.pointer, 4), deadline_s=30)
     fd = os.memfd_create("pool")
     os.truncate(fd, 1 << 20)
     pool = mmap.mmap(fd, 1 << 20)
@@ -135,11 +135,11 @@ async def test_memory_that_is_mapped_no_more_fails_its_own_write_and_nobody_else
     os.truncate(fd, 4096)
     each = np.arange(64, dtype=np.int64) * KIB
     lost = CopyPlan(region.pointer + 8 * each, far.pointer + each, np.full(64, KIB, np.int64))
-    error = await failure(stage.engine.write(far.session, lost, deadline_s=5))
+    error = await failure(stage.engine.write(far.session, lost, deadline_s=30))
     assert error.cause is Cause.LOCAL
     assert "is not there any more (Bad address)" in str(error)
     stage.memory[:] = 3
-    await stage.engine.write(far.session, slices(stage, far.pointer, 64), deadline_s=5)
+    await stage.engine.write(far.session, slices(stage, far.pointer, 64), deadline_s=30)
     assert await far.count(3) == 64 * KIB
     await stage.engine.unregister(region)
     os.close(fd)

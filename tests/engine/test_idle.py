@@ -54,11 +54,11 @@ def test_those_to_peers_are_kept_alive_and_no_others() -> None:
         assert len(os.listdir("/proc/self/fd")) == n_open
 
 
-async def test_the_ways_of_a_real_engine_are_kept_alive(peers: Peers) -> None:
+async def test_the_ways_of_a_real_engine_are_kept_alive(strangers: Peers) -> None:
     async with AsyncExitStack() as stack:
-        stage = await mooncake_stage(stack, peers)
+        stage = await mooncake_stage(stack, strangers)
         far = await stage.far()
-        await stage.engine.write(far.session, stage.plan(far, 4 * MIB), deadline_s=5)
+        await stage.engine.write(far.session, stage.plan(far, 4 * MIB), deadline_s=30)
         card = stage.engine.card(far.session)
         assert card is not None
         ways = [is_kept_alive(it) for it in leading_to(card.data_port)]
@@ -67,4 +67,4 @@ async def test_the_ways_of_a_real_engine_are_kept_alive(peers: Peers) -> None:
             while not all(is_kept_alive(it) for it in leading_to(card.data_port)):  # noqa: ASYNC110
                 await asyncio.sleep(0.1)
         assert len(list(leading_to(card.data_port))) == len(ways)
-        await stage.engine.write(far.session, stage.plan(far, 4 * MIB), deadline_s=5)
+        await stage.engine.write(far.session, stage.plan(far, 4 * MIB), deadline_s=30)

@@ -325,7 +325,7 @@ async def test_a_device_that_has_fallen_off_is_this_sides_own_fault(peers: Peers
         async with open_mooncake(MooncakeSettings(), FallenOff(), factory=Refusing, environ={}) as engine:
             await engine.register(arena.region)
             plan = CopyPlan.of((arena.region.pointer, pointer, 8))
-            failed = await failure(engine.write(far.session, plan, deadline_s=5))
+            failed = await failure(engine.write(far.session, plan, deadline_s=30))
     assert failed.cause is Cause.LOCAL
     assert "this side's device does not answer: cuda:0" in str(failed)
     peers.give_back(far)
@@ -342,8 +342,8 @@ async def test_an_engine_that_raises_ends_its_transfers_instead_of_leaving_them_
         async with open_mooncake(MooncakeSettings(), Cpu(), factory=Broken, environ={}) as engine:
             await engine.register(arena.region)
             plan = CopyPlan.of((arena.region.pointer, pointer, 8))
-            assert (await failure(engine.write(far.session, plan, deadline_s=5))).cause is Cause.LOCAL
-            assert (await failure(engine.write(far.session, plan, deadline_s=5))).cause is Cause.LOCAL
+            assert (await failure(engine.write(far.session, plan, deadline_s=30))).cause is Cause.LOCAL
+            assert (await failure(engine.write(far.session, plan, deadline_s=30))).cause is Cause.LOCAL
     assert any("mover thread failed" in line["event"] for line in logged)
     peers.give_back(far)
 
@@ -374,7 +374,7 @@ async def test_closing_ends_what_moves_and_waits_for_its_rest(peers: Peers) -> N
         stage = await mooncake_stage(stack, peers)
         far = await stage.far()
         outer.push_async_callback(stack.aclose)
-        await stage.engine.write(far.session, stage.plan(far, 1 << 16), deadline_s=5)
+        await stage.engine.write(far.session, stage.plan(far, 1 << 16), deadline_s=30)
         far.stop()
         plan = stage.plan(far, block=1 << 20)
         writing = asyncio.create_task(failure(stage.engine.write(far.session, plan, deadline_s=30)))
@@ -396,7 +396,7 @@ async def test_blocks_that_do_not_come_to_rest_cost_the_engine_its_life(peers: P
         memory[:] = 1
         async with open_mooncake(settings, Cpu()) as engine:
             await engine.register(arena.region)
-            await engine.write(far.session, CopyPlan.of((arena.region.pointer, pointer, 1)), deadline_s=5)
+            await engine.write(far.session, CopyPlan.of((arena.region.pointer, pointer, 1)), deadline_s=30)
             far.stop()
             plan = CopyPlan.of((arena.region.pointer, pointer, 64 << 20))
             writing = asyncio.create_task(failure(engine.write(far.session, plan, deadline_s=60)))
@@ -425,7 +425,7 @@ from pdctl.engine.settings import MooncakeSettings
 from pdctl.engine.mooncake import open_mooncake
 async def main():
     async with open_mooncake(MooncakeSettings(), Cpu()) as a, open_mooncake(MooncakeSettings(), Cpu()) as b:
-        await a.probe(b.session, deadline_s=5)
+        await a.probe(b.session, deadline_s=30)
 asyncio.run(main())
 print(time.monotonic())
 """
@@ -473,7 +473,7 @@ async def main():
             await a.register(here.region)
             await b.register(there.region)
             plan = CopyPlan.of((here.region.pointer, there.region.pointer, 4096))
-            await a.write(b.session, plan, deadline_s=5)
+            await a.write(b.session, plan, deadline_s=30)
             print(b.session.rpartition(":")[0], (there.array(4096, np.uint8) == 5).all())
 asyncio.run(main())
 """

@@ -60,19 +60,19 @@ async def test_memory_of_ours_that_is_gone_is_our_own_fault(peers: Peers, when: 
         region = Region(np.frombuffer(map_, np.uint8).ctypes.data, 1 << 16)
         await stage.engine.register(region)
         if when == "in use":
-            await stage.engine.write(far.session, stage.plan(far), deadline_s=5)
+            await stage.engine.write(far.session, stage.plan(far), deadline_s=30)
         with taken_away(region):
             copies = CopyPlan(
                 region.pointer + np.arange(0, 1 << 16, 4096),
                 far.pointer + np.arange(0, 1 << 16, 4096),
                 np.full(16, 4096, np.int64),
             )
-            failed = await failure(stage.engine.write(far.session, copies, deadline_s=10))
+            failed = await failure(stage.engine.write(far.session, copies, deadline_s=30))
         assert failed.cause is Cause.LOCAL
         assert failed.settled
         assert "memory of this side that it was to move is not there any more" in str(failed)
         stage.memory[:] = 9
-        await stage.engine.write(far.session, stage.plan(far), deadline_s=5)
+        await stage.engine.write(far.session, stage.plan(far), deadline_s=30)
         assert await far.count(9) == 4 << 20
         await stage.engine.unregister(region)
 
@@ -80,34 +80,34 @@ async def test_memory_of_ours_that_is_gone_is_our_own_fault(peers: Peers, when: 
 async def test_memory_that_the_peer_took_back_speaks_of_the_request_and_not_of_the_peer(peers: Peers) -> None:
     async with staged(peers) as stage:
         far = await stage.far()
-        await stage.engine.write(far.session, stage.plan(far), deadline_s=5)
+        await stage.engine.write(far.session, stage.plan(far), deadline_s=30)
         gone = far.pointer
         await far.unregister(gone)
         for _ in range(2):
-            failed = await failure(stage.engine.write(far.session, stage.plan(far), deadline_s=5))
+            failed = await failure(stage.engine.write(far.session, stage.plan(far), deadline_s=30))
             assert (failed.cause, failed.settled) == (Cause.REJECTED_ADDRESS, True), failed
 
 
 async def test_a_peer_that_is_killed_is_no_fault_of_ours(peers: Peers) -> None:
     async with staged(peers) as stage:
         far = await stage.far()
-        await stage.engine.write(far.session, stage.plan(far), deadline_s=5)
+        await stage.engine.write(far.session, stage.plan(far), deadline_s=30)
         await far.kill()
-        assert (await failure(stage.engine.write(far.session, stage.plan(far), deadline_s=5))).cause.speaks_of_peer
+        assert (await failure(stage.engine.write(far.session, stage.plan(far), deadline_s=30))).cause.speaks_of_peer
 
 
 async def test_without_descriptors_nobody_else_is_blamed(peers: Peers) -> None:
     async with staged(peers) as stage:
         used, new = await stage.far(), await stage.far()
-        await stage.engine.write(used.session, stage.plan(used, 4096), deadline_s=5)
+        await stage.engine.write(used.session, stage.plan(used, 4096), deadline_s=30)
         with no_descriptor_left():
-            met = await failure(stage.engine.write(new.session, stage.plan(new), deadline_s=5))
-            widened = await failure(stage.engine.write(used.session, stage.plan(used, block=4096), deadline_s=5))
+            met = await failure(stage.engine.write(new.session, stage.plan(new), deadline_s=30))
+            widened = await failure(stage.engine.write(used.session, stage.plan(used, block=4096), deadline_s=30))
         for failed in (met, widened):
             assert (failed.cause, failed.settled) == (Cause.LOCAL, True), failed
             assert "no file descriptor left" in str(failed)
         for far in (used, new):
-            await stage.engine.write(far.session, stage.plan(far), deadline_s=5)
+            await stage.engine.write(far.session, stage.plan(far), deadline_s=30)
 
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EPERM, errno.EACCES])

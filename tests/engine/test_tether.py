@@ -24,7 +24,7 @@ from pdctl.engine.promises import PromisedEngine
 from pdctl.engine.settings import MooncakeSettings
 from pdctl.engine.tether import Tether
 from pdctl.errors import Cause
-from tests.engine.conftest import Stage, mooncake_stage
+from tests.engine.conftest import STALL_S, Stage, mooncake_stage
 from tests.engine.processes import Child, Peers
 from tests.engine.test_contract import failure
 from tests.engine.test_hazards import Spy
@@ -41,13 +41,13 @@ def peer(peers: Peers) -> Iterator[Child]:
 
 @pytest.fixture
 async def tether(peer: Child) -> AsyncIterator[Tether]:
-    found = await handshake.metadata(peer.session, deadline_s=5)
-    tied = await Tether.tie(peer.session, found.host, found.card.data_port, deadline_s=5)
+    found = await handshake.metadata(peer.session, deadline_s=30)
+    tied = await Tether.tie(peer.session, found.host, found.card.data_port, deadline_s=30)
     yield tied
     tied.close()
 
 
-async def ended(tether: Tether, within_s: float = 5.0) -> str:
+async def ended(tether: Tether, within_s: float = 60.0) -> str:
     async with asyncio.timeout(within_s):
         while (end := tether.over) is None:  # noqa: ASYNC110  it is another process, which sets no event of ours
             await asyncio.sleep(0.001)
@@ -83,7 +83,7 @@ async def test_a_stopped_process_that_is_killed_ends_its_tether_too(peer: Child,
 
 async def test_a_tether_that_was_reset_has_ended() -> None:
     with socket.create_server(("127.0.0.1", 0)) as there:
-        tether = await Tether.tie("s", "127.0.0.1", there.getsockname()[1], deadline_s=1)
+        tether = await Tether.tie("s", "127.0.0.1", there.getsockname()[1], deadline_s=30)
         accepted, _ = there.accept()
         accepted.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, (1).to_bytes(4, "little") + bytes(4))
         accepted.close()
@@ -94,7 +94,7 @@ async def test_a_tether_that_was_reset_has_ended() -> None:
 
 async def test_a_tether_that_was_let_go_is_over() -> None:
     with socket.create_server(("127.0.0.1", 0)) as there:
-        tether = await Tether.tie("s", "127.0.0.1", there.getsockname()[1], deadline_s=1)
+        tether = await Tether.tie("s", "127.0.0.1", there.getsockname()[1], deadline_s=30)
         tether.close()
         assert tether.over == "that life is not meant any more"
 
@@ -102,7 +102,7 @@ async def test_a_tether_that_was_let_go_is_over() -> None:
 async def test_nobody_to_be_tied_to_is_no_data() -> None:
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
-        error = await failure(Tether.tie("s", "127.0.0.1", held.getsockname()[1], deadline_s=1))
+        error = await failure(Tether.tie("s", "127.0.0.1", held.getsockname()[1], deadline_s=30))
     assert error.cause is Cause.NO_DATA
     assert "refused" in error.detail
 
@@ -145,12 +145,12 @@ async def test_no_block_is_given_to_the_engine_after_the_life_has_ended(peers: P
     async with AsyncExitStack() as stack:
         stage = await mooncake_stage(stack, peers, factory=spy.make)
         far = await stage.far()
-        await stage.engine.write(far.session, stage.plan(far, MIB), deadline_s=5)
+        await stage.engine.write(far.session, stage.plan(far, MIB), deadline_s=30)
         lane, before = lane_of(stage, far.session), spy.submitted
         await far.kill()
         while lane.over() is None:  # noqa: ASYNC110
             await asyncio.sleep(0.001)
-        error = await failure(stage.engine.write(far.session, stage.plan(far), deadline_s=5))
+        error = await failure(stage.engine.write(far.session, stage.plan(far), deadline_s=30))
         assert error.cause in (Cause.REFUSED, Cause.PEER_GONE)
         assert spy.submitted == before
 
@@ -161,11 +161,11 @@ async def test_a_life_that_ends_between_two_blocks_gets_no_more_of_them(peers: P
     async with AsyncExitStack() as stack:
         stage = await mooncake_stage(stack, peers, factory=spy.make, window=1)
         far = await stage.far()
-        await stage.engine.write(far.session, stage.plan(far, MIB), deadline_s=5)
+        await stage.engine.write(far.session, stage.plan(far, MIB), deadline_s=30)
         pin, before = pin_of(stage, far.session), spy.submitted
         pin.canary = None
         pin.lane.over = lambda: "its process has ended" if spy.submitted - before >= 2 else None
-        error = await failure(stage.engine.write(far.session, stage.plan(far), deadline_s=5))
+        error = await failure(stage.engine.write(far.session, stage.plan(far), deadline_s=30))
         assert error.cause is Cause.PEER_CHANGED
         assert spy.submitted - before == 2
 
@@ -173,11 +173,11 @@ async def test_a_life_that_ends_between_two_blocks_gets_no_more_of_them(peers: P
 async def test_a_peer_that_was_only_cut_off_is_asked_and_written_to_again(stage: Stage) -> None:
     """What broke the tether broke a connection, not a process: the boot id says so."""
     far = await stage.far()
-    await stage.engine.write(far.session, stage.plan(far, MIB), deadline_s=5)
+    await stage.engine.write(far.session, stage.plan(far, MIB), deadline_s=30)
     lane = lane_of(stage, far.session)
     lane.over = lambda: "its process has ended: the kernel has closed what was connected to it"
     stage.memory[:] = 6
-    await stage.engine.write(far.session, stage.plan(far), deadline_s=5)
+    await stage.engine.write(far.session, stage.plan(far), deadline_s=30)
     assert await far.count(6) == 4 * MIB
     assert lane_of(stage, far.session) is not lane
     assert lane_of(stage, far.session).over() is None
@@ -188,34 +188,34 @@ async def test_a_stock_peer_whose_tether_ended_is_not_taken_for_itself(peers: Pe
     async with AsyncExitStack() as stack:
         stage = await mooncake_stage(stack, peers)
         far = await stage.far()
-        await stage.engine.write(far.session, stage.plan(far, MIB), deadline_s=5)
+        await stage.engine.write(far.session, stage.plan(far, MIB), deadline_s=30)
         pin = pin_of(stage, far.session)
         pin.canary, pin.lane.over = None, lambda: "its process has ended"
         for _ in range(3):
-            error = await failure(stage.engine.write(far.session, stage.plan(far, MIB), deadline_s=5))
+            error = await failure(stage.engine.write(far.session, stage.plan(far, MIB), deadline_s=30))
             assert error.cause is Cause.PEER_CHANGED
         stage.engine.forget(far.session)
-        await stage.engine.write(far.session, stage.plan(far, MIB), deadline_s=5)
+        await stage.engine.write(far.session, stage.plan(far, MIB), deadline_s=30)
 
 
 async def test_a_stock_peer_whose_way_was_cut_is_asked_again(stage: Stage) -> None:
     far = await stage.far()
-    await stage.engine.write(far.session, stage.plan(far, MIB), deadline_s=5)
+    await stage.engine.write(far.session, stage.plan(far, MIB), deadline_s=30)
     pin = pin_of(stage, far.session)
     pin.canary, pin.lane.over, pin.lane.was_cut = None, lambda: "the way to it was cut", lambda: True
-    await stage.engine.write(far.session, stage.plan(far, MIB), deadline_s=5)
+    await stage.engine.write(far.session, stage.plan(far, MIB), deadline_s=30)
 
 
 # --- ways
 
 
-async def test_each_block_in_flight_has_a_connection_of_its_own(peers: Peers) -> None:
+async def test_each_block_in_flight_has_a_connection_of_its_own(strangers: Peers) -> None:
     async with AsyncExitStack() as stack:
-        stage = await mooncake_stage(stack, peers, window=6)
+        stage = await mooncake_stage(stack, strangers, window=6)
         far = await stage.far()
-        port = (await stage.engine.probe(far.session, deadline_s=5)).data_port
-        await stage.engine.write(far.session, stage.plan(far, MIB, block=4096), deadline_s=5)
-        await stage.engine.write(far.session, stage.plan(far, MIB, block=4096), deadline_s=5)
+        port = (await stage.engine.probe(far.session, deadline_s=30)).data_port
+        await stage.engine.write(far.session, stage.plan(far, MIB, block=4096), deadline_s=30)
+        await stage.engine.write(far.session, stage.plan(far, MIB, block=4096), deadline_s=30)
         assert len(connections_to(port)) == 6 + 1, "and the tether"
 
 
@@ -263,11 +263,11 @@ async def test_no_two_blocks_are_on_one_way_and_each_way_is_tried_by_a_byte_firs
         stage = await mooncake_stage(stack, peers, window=8, factory=recorder.make)
         far = await stage.far()
         for _ in range(3):
-            await stage.engine.write(far.session, stage.plan(far), deadline_s=5)
+            await stage.engine.write(far.session, stage.plan(far), deadline_s=30)
         far.stop()
-        await failure(stage.engine.write(far.session, stage.plan(far), deadline_s=20))
+        await failure(stage.engine.write(far.session, stage.plan(far), deadline_s=30))
         far.resume()
-        await stage.engine.write(far.session, stage.plan(far), deadline_s=10)
+        await stage.engine.write(far.session, stage.plan(far), deadline_s=30)
     assert not recorder.crowded
     first = {name: (what, nbytes) for what, name, nbytes in reversed(recorder.given)}
     assert set(first.values()) == {("read", 1)}
@@ -280,46 +280,50 @@ async def test_a_hung_peer_is_at_rest_after_one_stall_however_many_blocks_it_has
     async with AsyncExitStack() as stack:
         stage = await mooncake_stage(stack, peers, window=16)
         far = await stage.far()
-        await stage.engine.write(far.session, stage.plan(far), deadline_s=5)
+        await stage.engine.write(far.session, stage.plan(far), deadline_s=30)
         far.stop()
         began = time.monotonic()
-        error = await failure(stage.engine.write(far.session, stage.plan(far), deadline_s=20))
+        error = await failure(stage.engine.write(far.session, stage.plan(far), deadline_s=30))
         assert (error.cause, error.settled) == (Cause.TIMED_OUT, True)
-        assert time.monotonic() - began < 2.5
+        assert time.monotonic() - began < 3 * STALL_S
         far.resume()
 
 
-async def test_connections_to_a_life_that_is_over_are_closed(stage: Stage) -> None:
+async def test_connections_to_a_life_that_is_over_are_closed(strangers: Peers) -> None:
     """The engine keeps one that it is not asked to use: a peer that comes and goes would fill the table of files."""
-    far = await stage.far()
-    port = (await stage.engine.probe(far.session, deadline_s=5)).data_port
-    await stage.engine.write(far.session, stage.plan(far), deadline_s=5)
-    assert len(connections_to(port)) == 5
-    stage.engine.forget(far.session)
-    async with asyncio.timeout(60):
-        while "ESTABLISHED" in connections_to(port):  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
-    await stage.engine.write(far.session, stage.plan(far), deadline_s=5)
-    await far.kill()
-    stage.engine.forget(far.session)
-    async with asyncio.timeout(60):
-        while connections_to(port):  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
-
-
-async def test_connections_that_were_in_use_when_a_life_was_given_up_are_closed_too(stage: Stage) -> None:
-    far = await stage.far()
-    port = (await stage.engine.probe(far.session, deadline_s=5)).data_port
-    for _ in range(5):
-        writing = asyncio.create_task(stage.engine.write(far.session, stage.plan(far, block=4096), deadline_s=10))
-        async with asyncio.timeout(60):
-            while len(connections_to(port)) < 3:  # noqa: ASYNC110
-                await asyncio.sleep(0.001)
+    async with AsyncExitStack() as stack:
+        stage = await mooncake_stage(stack, strangers)
+        far = await stage.far()
+        port = (await stage.engine.probe(far.session, deadline_s=30)).data_port
+        await stage.engine.write(far.session, stage.plan(far), deadline_s=30)
+        assert len(connections_to(port)) == 5
         stage.engine.forget(far.session)
-        await writing
-    async with asyncio.timeout(60):
-        while len(connections_to(port)) > 4 + 1:  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
+        async with asyncio.timeout(60):
+            while "ESTABLISHED" in connections_to(port):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        await stage.engine.write(far.session, stage.plan(far), deadline_s=30)
+        await far.kill()
+        stage.engine.forget(far.session)
+        async with asyncio.timeout(60):
+            while connections_to(port):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+
+
+async def test_connections_that_were_in_use_when_a_life_was_given_up_are_closed_too(strangers: Peers) -> None:
+    async with AsyncExitStack() as stack:
+        stage = await mooncake_stage(stack, strangers)
+        far = await stage.far()
+        port = (await stage.engine.probe(far.session, deadline_s=30)).data_port
+        for _ in range(5):
+            writing = asyncio.create_task(stage.engine.write(far.session, stage.plan(far, block=4096), deadline_s=30))
+            async with asyncio.timeout(60):
+                while len(connections_to(port)) < 3:  # noqa: ASYNC110
+                    await asyncio.sleep(0.001)
+            stage.engine.forget(far.session)
+            await writing
+        async with asyncio.timeout(60):
+            while len(connections_to(port)) > 4 + 1:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
 
 
 async def test_a_wheel_that_cannot_read_greets_nobody_and_writes_all_the_same(peers: Peers) -> None:
@@ -354,6 +358,6 @@ async def test_a_wheel_that_cannot_read_greets_nobody_and_writes_all_the_same(pe
         arena = stack.enter_context(Arena(MIB))
         arena.array(MIB, "uint8")[:] = 9
         await engine.register(arena.region)
-        await engine.write(far.session, CopyPlan.of((arena.region.pointer, pointer, MIB)), deadline_s=5)
+        await engine.write(far.session, CopyPlan.of((arena.region.pointer, pointer, MIB)), deadline_s=30)
     assert far.ask_now("count", pointer=pointer, value=9)["n"] == MIB
     peers.give_back(far)

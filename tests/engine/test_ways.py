@@ -89,7 +89,7 @@ async def test_an_introduction_that_is_cancelled_at_whatever_moment_leaves_no_po
 
 async def asked_of(name: str) -> dict[str, Any]:
     host, port = name.rsplit(":", 1)
-    return (await handshake.ask(led_to(host), int(port), Kind.METADATA, {}, deadline_s=2)).body
+    return (await handshake.ask(led_to(host), int(port), Kind.METADATA, {}, deadline_s=30)).body
 
 
 async def test_each_answer_leads_to_the_same_peer_by_a_name_and_a_spelling_of_its_own(
