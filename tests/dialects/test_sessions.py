@@ -28,7 +28,7 @@ from pdctl.server import app, bind, bound, listen, serve
 from tests.dialects.test_native import Watcher
 from tests.test_prober import Peer, hung, listening
 
-QUICK = ProbePolicy(interval_s=0.02, max_interval_s=0.1, deadline_s=0.5, jitter=0.0, trial_s=60.0)
+QUICK = ProbePolicy(interval_s=0.02, max_interval_s=0.1, deadline_s=2.0, jitter=0.0, trial_s=60.0)
 
 
 @dataclass
@@ -152,7 +152,7 @@ async def test_asking_now_says_what_came_of_it(wire: Wire) -> None:
     with hung() as session:
         told = await wire.told("POST", f"/{session}/probe")
         assert (told["works"], told["cause"]) == (False, "timed_out")
-        assert told["seconds"] < 5
+        assert told["seconds"] < 30
 
 
 async def test_a_group_that_is_mostly_blocked_is_served_and_says_so(wire: Wire) -> None:
