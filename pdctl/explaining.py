@@ -33,6 +33,7 @@ from pdctl.engine.asking import Asking
 from pdctl.errors import BadField, Cause, TransferFailed
 from pdctl.identity import Identity, Service, Who, host_of, identify, is_ours, port_of
 from pdctl.retry import root_cause
+from pdctl.several import of_each
 
 ASKED = 256
 """Ranks that are asked at most: who names nobody has the rest from the registry alone."""
@@ -320,13 +321,7 @@ def _can_be_asked(session: object, beside: bool) -> bool:
 
 
 async def _knocks(questions: Mapping[str, Question]) -> dict[str, Knock]:
-    places = asyncio.Semaphore(AT_ONCE)
-
-    async def put(question: Question) -> Knock:
-        async with places:
-            return await question()
-
-    answers = await asyncio.gather(*map(put, questions.values()))
+    answers = await of_each(lambda question: question(), questions.values(), at_once=AT_ONCE)
     return dict(zip(questions, answers, strict=True))
 
 

@@ -21,6 +21,7 @@ from pdctl.counts.wires import KeyChange
 from pdctl.errors import Behind
 from pdctl.metrics import Metrics
 from pdctl.retry import deciding
+from pdctl.several import of_each
 
 AT_ONCE = 32
 
@@ -93,13 +94,7 @@ class Keyring:
     async def look(self) -> None:
         """Ask every holder once."""
         asked = [segment for segment in self._book if segment.witness is not None]
-        gate = asyncio.Semaphore(AT_ONCE)
-
-        async def ask(segment: Segment) -> bool:
-            async with gate:
-                return await self._is_gone(segment)
-
-        gone = await asyncio.gather(*map(ask, asked))
+        gone = await of_each(self._is_gone, asked, at_once=AT_ONCE)
         missing = [segment.name for segment, is_gone in zip(asked, gone, strict=True) if is_gone]
         if len(missing) > max(1, len(asked) // 2):
             log.warning("most engines do not answer: taking it for a fault of ours", missing=len(missing))

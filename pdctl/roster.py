@@ -25,6 +25,7 @@ from pdctl.counts.wires import FleetChange
 from pdctl.errors import NotReady, Occupied
 from pdctl.metrics import Metrics
 from pdctl.retry import deciding
+from pdctl.several import of_each
 
 AT_ONCE = 64
 LOOK_EVERY_S = 0.5
@@ -180,13 +181,7 @@ class Roster:
             await self._perform(self._fleet.drop(prefill))
 
     async def _ask(self, workers: Sequence[Worker]) -> list[Presence]:
-        gate = asyncio.Semaphore(AT_ONCE)
-
-        async def ask(worker: Worker) -> Presence:
-            async with gate:
-                return await self._look(worker.address)
-
-        return await asyncio.gather(*map(ask, workers))
+        return await of_each(lambda worker: self._look(worker.address), workers, at_once=AT_ONCE)
 
     async def _perform(self, rows: Sequence[Row]) -> None:
         if not rows:

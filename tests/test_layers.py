@@ -86,6 +86,7 @@ FLOORS = {
     "pdctl.lanes": 2,
     "pdctl.pace": 2,
     "pdctl.herald": 2,
+    "pdctl.several": 2,
     "pdctl.shortcut": 2,
     "pdctl.tenancy": 2,
     "pdctl.waiting": 2,

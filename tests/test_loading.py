@@ -120,6 +120,15 @@ def test_an_engine_that_wants_a_client_or_a_setting_gets_that_alone(name: str) -
     assert loaded & {*TYPED, *SERVERS, *REGISTRY, *ENGINES, *RANKS} == set()
 
 
+def test_the_processes_that_tests_start_load_no_test_and_no_pytest() -> None:
+    modules = ("engine.peer", "e2e.rank", "e2e.instance", "faults.room_rank", "faults.agent_rank", "faults.cradle")
+    more = ("agent_engine", "monitoring.node", "explain.moving_rank", "store.rank", "store.offload")
+    deed = "\n".join(f"import tests.{name}" for name in (*modules, *more))
+    loaded = said(AND_SAY.format(deed=deed))
+    assert loaded & {"pytest", "_pytest", "hypothesis", *TYPED} == set()
+    assert [name for name in loaded if name.rpartition(".")[2].startswith("test_")] == []
+
+
 def test_a_name_that_is_looked_for_here_is_one_that_there_is() -> None:
     """A room that was renamed would be absent from every command for ever."""
     rooms = {name for name in ANYTHING | TYPED if name.startswith("pdctl.")}

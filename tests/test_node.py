@@ -7,22 +7,18 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import aiohttp
-import numpy as np
 import pytest
 
 from pdctl.beside import LoopEnded, beside
 from pdctl.config import NodeSettings, ServeSettings, Settings
 from pdctl.core.address import Endpoint
-from pdctl.core.layout import Pool, RankPools
 from pdctl.core.lives import Claim, Owner
 from pdctl.core.naming import HTTP_KEY, SESSION_KEY
 from pdctl.core.route import Announcement, Seat, Shape
 from pdctl.errors import ConfigError, LayoutMismatch, NotReady, Superseded
 from pdctl.journals import journal_url
-from pdctl.memory import Arena
 from pdctl.node import (
     DecodeNode,
     PrefillNode,
@@ -31,38 +27,10 @@ from pdctl.node import (
 )
 from pdctl.retry import RetryPolicy
 from pdctl.serving import sidecar
+from tests.node_rig import FIRST, SHAPE, Memory, memory_pools
 from tests.scripted import answers, scripted
 
-PAGE, N_PAGES, ROW, N_ROWS = 4096, 16, 64, 4
-SHAPE = Shape(attn_tp_size=1, attn_cp_size=1, dp_size=1, pp_size=1, page_size=16, kv_cache_dtype="float16")
-FIRST = Seat(0, 0, 0, 0)
 SOON_S = 20.0
-
-
-KEPT: list[Memory] = []
-"""An arena that nobody holds is unmapped, and a node holds addresses."""
-
-
-def memory_pools() -> dict[str, Any]:
-    """Of an arena that nobody else looks at."""
-    KEPT.append(Memory())
-    return KEPT[-1].pools
-
-
-class Memory:
-    """K and V of one layer, and one aux buffer, in an arena of their own."""
-
-    def __init__(self) -> None:
-        self.arena = Arena(1 << 20)
-        self.kv = [self.arena.array((N_PAGES, PAGE), np.uint8) for _ in "KV"]
-        self.aux = self.arena.array((N_ROWS, ROW), np.uint8)
-        self.pools: dict[str, Any] = {
-            "pools": RankPools(
-                Pool(tuple(entry.ctypes.data for entry in self.kv), (PAGE, PAGE), N_PAGES),
-                Pool((self.aux.ctypes.data,), (ROW,), N_ROWS),
-            ),
-            "arena": self.arena.region,
-        }
 
 
 def settings(registry: str = "http://127.0.0.1:1") -> Settings:

@@ -33,7 +33,8 @@ from pdctl.node import DecodeNode, PrefillNode, decode_node, prefill_node
 from pdctl.reporting import LEAST_S, Rank, Reporter, to_body
 from pdctl.serving import sidecar
 from pdctl.telling import Telling
-from tests.test_node import FIRST, SHAPE, memory_pools, settings, until_registered
+from tests.node_rig import FIRST, SHAPE, memory_pools
+from tests.test_node import settings, until_registered
 
 SOON_S = 20.0
 NOBODY = "127.0.0.1:1"

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from pdctl.core.address import Endpoint, is_loopback
+from pdctl.core.address import Endpoint, ip_of, is_loopback
 from pdctl.core.lives import Owner
 from pdctl.errors import BadField, ConfigError
 
@@ -68,10 +68,10 @@ class TrustList:
         `here` is where the connection came in: from the same address it comes from this very host, which counts as
         loopback. A host with a public address alone would else have to trust itself by name.
         """
-        ip = _ip(host)
+        ip = ip_of(host)
         if ip is None:
             return False
-        return self._holds(ip) or (ip == _ip(here or "") and any(net.is_loopback for net in self.networks))
+        return self._holds(ip) or (ip == ip_of(here or "") and any(net.is_loopback for net in self.networks))
 
     def _holds(self, ip: Address) -> bool:
         return any(ip.version == net.version and ip in net for net in self.networks)
@@ -226,16 +226,8 @@ def plain_host(host: str) -> str:
     """An IPv4 peer of a dual-stack socket by its IPv4 address; everything else as it is."""
     if not host.lower().startswith("::ffff:"):
         return host
-    ip = _ip(host)
+    ip = ip_of(host)
     return host if ip is None else str(ip)
-
-
-def _ip(host: str) -> Address | None:
-    try:
-        ip = ipaddress.ip_address(host)
-    except ValueError:
-        return None
-    return getattr(ip, "ipv4_mapped", None) or ip
 
 
 def _network(text: str) -> Network:

@@ -64,13 +64,13 @@ class Endpoint:
 
 @lru_cache(maxsize=4096)
 def is_wildcard(host: str) -> bool:
-    ip = _ip(host)
+    ip = ip_of(host)
     return host == "*" or (ip is not None and ip.is_unspecified)
 
 
 @lru_cache(maxsize=4096)
 def is_loopback(host: str) -> bool:
-    ip = _ip(host)
+    ip = ip_of(host)
     return host.lower() in ("localhost", "localhost.") or (ip is not None and ip.is_loopback)
 
 
@@ -84,7 +84,7 @@ def check_host(host: str, field: str = "host") -> None:
         raise BadField(field, f"is {len(host)} characters long, a host has at most {_LONGEST_NAME}: give one address")
     if not host.isprintable() or not _SEPARATORS.isdisjoint(host):
         raise BadField(field, f"{host!r} is no host: give an IPv4 address, a bare IPv6 address or a name")
-    if ":" in host and _ip(host) is None:
+    if ":" in host and ip_of(host) is None:
         raise BadField(field, f"{host!r} is no IPv6 address: give the host alone, the port has a field of its own")
 
 
@@ -98,11 +98,12 @@ def check_port(port: int, field: str = "port") -> None:
 def _is_host(host: str) -> bool:
     """What `check_host` says in sentences."""
     is_name = 0 < len(host) <= _LONGEST_NAME and host.isprintable() and _SEPARATORS.isdisjoint(host)
-    return is_name and (":" not in host or _ip(host) is not None)
+    return is_name and (":" not in host or ip_of(host) is not None)
 
 
 @lru_cache(maxsize=4096)  # the same few hosts come again and again, and reading one takes 5 us
-def _ip(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+def ip_of(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """None for a name."""
     try:
         ip = ipaddress.ip_address(host)
     except ValueError:

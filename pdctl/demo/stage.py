@@ -28,6 +28,7 @@ from pdctl.demo.screen import Bar, Screen
 from pdctl.demo.toy import ToyConfig
 from pdctl.demo.workers import CHUNK_PAGES
 from pdctl.errors import Unreachable
+from pdctl.several import of_each
 
 HOST = "127.0.0.1"
 REQUEST_DEADLINE_S = 60.0
@@ -144,14 +145,8 @@ class Stage:
 
     async def run_all(self, prompts: Iterable[Prompt], at_once: int = 4) -> list[Finished]:
         """All of them, `at_once` at a time, in their order; their bars move meanwhile."""
-        places = asyncio.Semaphore(at_once)
-
-        async def one(prompt: Prompt) -> Finished:
-            async with places:
-                return await self.run(prompt).finished()
-
         async with self.screen.bars():
-            return list(await asyncio.gather(*(one(prompt) for prompt in prompts)))
+            return await of_each(lambda prompt: self.run(prompt).finished(), prompts, at_once=at_once)
 
     def hear(self, event: Event) -> None:
         """Move the bar of the room that prefill speaks of."""

@@ -68,16 +68,7 @@ def test_mha_runs_are_the_obvious_copy(
 ) -> None:
     k, v = (random(shaped(layout, n, width)) for width in widths)
     memory = np.concatenate([k.ravel(), v.ravel()])
-    pool = mha_pool(
-        layout,
-        BASE,
-        n_pages=n["pages"],
-        page_size=n["tokens"],
-        layers=n["layers"],
-        heads=n["heads"],
-        head_nbytes=widths[0],
-        v_head_nbytes=widths[1],
-    )
+    pool = mha(layout, n, widths[0], v_head_nbytes=widths[1])
     pages = data.draw(st.lists(st.integers(0, n["pages"] - 1), max_size=5))
     pointers, nbytes = pool.runs(pages)
     expected = [cut(layout, part, page, n["tokens"]).tobytes() for page in pages for part in (k, v)]

@@ -22,7 +22,7 @@ from pdctl.errors import PdctlError
 from pdctl.node import DecodeNode, PrefillNode, decode_node, prefill_node
 from pdctl.retry import RetryPolicy
 from tests.engine.processes import live, obey
-from tests.test_node import FIRST, SHAPE, Memory
+from tests.node_rig import FIRST, SHAPE, Memory
 
 
 class Node:

@@ -26,10 +26,11 @@ from pdctl.serving import sidecar
 from pdctl.store.patience import StorePatience
 from pdctl.store.watch import StoreWatch
 from tests.conftest import Clock
+from tests.node_rig import FIRST, SHAPE, memory_pools
 from tests.store.conftest import SEGMENT
 from tests.store.master import Master
 from tests.test_kvstore import CONFIG, PATIENCE, RANK, Troubled, failed, means
-from tests.test_node import FIRST, SHAPE, memory_pools, settings, until_registered
+from tests.test_node import settings, until_registered
 from tests.test_reporting import Watch as Fleet
 
 SOON_S = 60.0
