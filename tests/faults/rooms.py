@@ -217,7 +217,15 @@ MATRIX: dict[Fault, dict[Moment, Ends]] = {
     ),
     Fault.PREFILL_ABORTS: _ends(
         _all(_LEFT, _LEFT, ABSENT, _LEFT, _LEFT, _LEFT, _CANCELLED, _CANCELLED, WELL, WELL),
-        _all(*[_NO_STATUS] * 3, *[_says(_LEFT)] * 3, _says(_CANCELLED), _says(_CANCELLED), WELL, WELL),
+        _all(
+            *[f"{_says(_LEFT)}|{_NO_STATUS}"] * 2,
+            _NO_STATUS,
+            *[_says(_LEFT)] * 3,
+            _says(_CANCELLED),
+            _says(_CANCELLED),
+            WELL,
+            WELL,
+        ),
     ),
     Fault.DECODE_ABORTS: _ends(
         _all(_NOBODY, _GIVEN_UP, f"{_GIVEN_UP}|{_GIVEN_UP_EARLY}", *[_GIVEN_UP] * 5, WELL, WELL),
