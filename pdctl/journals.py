@@ -7,12 +7,13 @@ Opens journals; what they promise stands in `persistence.base`.
 from __future__ import annotations
 
 from pdctl import config
-from pdctl.config import ServeSettings, Settings
+from pdctl.config import Settings
 from pdctl.core.rooms import EXTENSIONS
 from pdctl.errors import ConfigError
 from pdctl.persistence.copying import Copied, copy
 from pdctl.persistence.open import open_journal
 from pdctl.persistence.place import MEMORY, SQLITE, path_in
+from pdctl.sections import ServeSettings
 
 
 def journal_url(serve: ServeSettings) -> str:

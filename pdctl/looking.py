@@ -24,7 +24,9 @@ from pdctl.dialects.watch import Broadcast
 from pdctl.links import Links
 from pdctl.lookout import Lookout
 from pdctl.metrics import Metrics
+from pdctl.persistence.base import Shared
 from pdctl.registrar import Registrar
+from pdctl.replicas import Replicas
 
 FIGURES_EVERY_S = 1.0
 
@@ -38,6 +40,7 @@ class Looking:
     _board: Board
     _service: Callable[[], dict[str, Any]]
     _refused: Refused
+    _replicas: Replicas | None = None
 
     @classmethod
     def open(
@@ -50,8 +53,10 @@ class Looking:
         metrics: Metrics,
         journal: str,
         clock: Callable[[], float] = time.monotonic,
+        shared: Shared | None = None,
     ) -> Looking:
-        """`journal`: the URL of the registrar's; `news`: what is told of its instances."""
+        """`journal`: the URL of the registrar's, which is `shared` with others; `news`: what is told of its
+        instances."""
         lookout = Lookout(registrar, settings.reports, metrics, clock, time.time)
         began = clock()
 
@@ -63,8 +68,23 @@ class Looking:
                 "unready": registrar.unready(),
                 "uptime_s": round(clock() - began, 3),
                 "counts": _counts(registrar),
+                "replicas": [] if replicas is None else replicas.shown(),
             }
 
+        replicas = (
+            None
+            if shared is None
+            else Replicas(
+                shared.writer,
+                lambda: shared.others,
+                lookout.elsewhere,
+                settings.client,
+                clock,
+                is_watched=lambda: bool(board.audience) or lookout.misses_some,
+                changed=lambda place: board.changed("report", place),
+                hear=lookout.copied,
+            )
+        )
         shown = overview.Shown(
             head=lambda: {"revision": registrar.revision, "cursor": news.cursor},
             service=service,
@@ -72,6 +92,7 @@ class Looking:
             instance=lambda name: _line(native.detail(registrar, others, name)),
             sessions=links.prober.sessions,
             session=lambda name: sessions.row(links.prober, name),
+            others=replicas,
         )
         board = overview.board(lookout, shown, metrics, settings.watch)
         registrar.herald.subscribe(lookout.heard)
@@ -82,7 +103,7 @@ class Looking:
         refused = native.refusing(registrar)
         router = overview.router(lookout, shown, refused, board)
         router.include_router(targets.router(registrar.views))
-        return cls(lookout, router, board, service, refused)
+        return cls(lookout, router, board, service, refused, replicas)
 
     def in_front(self, api: ASGIApp) -> ASGIApp:
         """`api`, with a short way for what comes most often."""
@@ -91,14 +112,18 @@ class Looking:
     @property
     def loops(self) -> dict[str, Coroutine[Any, Any, None]]:
         """By name; each to be awaited once."""
-        return {"lookout": self.lookout.run(), "overview": self._board.run(), "figures": self._figures()}
+        loops: dict[str, Coroutine[Any, Any, None]] = {"lookout": self.lookout.run(), "overview": self._board.run()}
+        if self._replicas is not None:
+            loops["replicas"] = self._replicas.run()
+        return loops | {"figures": self._figures()}
 
     async def _figures(self) -> NoReturn:
         """Tell of the service when it is otherwise than it was told of; how old it is says everybody's own clock."""
         told: object = None
         while True:
             now = self._service()
-            now |= {"uptime_s": None, "age_s": int(now["age_s"])}
+            others = [{**each, "age_s": None, "reports": 0} for each in now["replicas"]]
+            now |= {"uptime_s": None, "age_s": int(now["age_s"]), "replicas": others}
             if now != told:
                 self._board.changed("service", "")
                 told = now

@@ -2,26 +2,30 @@
 Keeps what ranks say of themselves and what has happened, for whoever looks at the fleet: the page, people, alerts.
 
 The shell around core.overview and core.chronicle. Nobody waits for it, and nothing is decided by it: a registry whose
-lookout knew nothing would serve as well. In memory only, and of this registry alone: what ranks tell another one, over
-the same etcd or not, stands there.
+lookout knew nothing would serve as well. In memory only. What ranks tell another registry over the same etcd stands
+there, and here as a copy (`elsewhere`, which `replicas` fills).
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Hashable, Sequence
-from typing import NoReturn, Protocol
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, NoReturn, Protocol
 
 from pdctl.core import lives, standing
 from pdctl.core.access import Denied
+from pdctl.core.capacity import ReportLimits
 from pdctl.core.chronicle import Chronicle
+from pdctl.core.elsewhere import Elsewhere
 from pdctl.core.instances import InstanceView
 from pdctl.core.kinds import ChangeKind, Kind, State
+from pdctl.core.latest import Latest
 from pdctl.core.lives import ENDINGS, Owner
 from pdctl.core.naming import SESSION_KEY
 from pdctl.core.native import read_seat
-from pdctl.core.overview import News, Place, ReportBook, ReportLimits, speaker
+from pdctl.core.overview import News, Place, ReportBook, speaker
 from pdctl.core.report import Report, Wanted, in_a_line, short_seat
+from pdctl.core.route import Seat
 from pdctl.core.sayings import (
     CROWD,
     Refusal,
@@ -43,6 +47,7 @@ MOST_LINKS = 64
 """Events of one report at most, of links and of rooms alike; the rest is counted in one."""
 
 _MAX_NAME = 128
+_KNOWN_HERE = frozenset(ChangeKind)
 
 GOODBYES = frozenset({ChangeKind.LEFT, ChangeKind.DRAINED})
 """That its transfer session goes with it is no event of its own."""
@@ -71,7 +76,9 @@ class Lookout:
         wall_clock: Callable[[], float],
     ) -> None:
         self.reports = ReportBook(limits)
+        self.elsewhere = Elsewhere(limits)
         self.events = Chronicle()
+        self.own = Latest[Place]()  # whose report here is otherwise, for other registries that ask
         self.clock = clock
         self._registry = registry
         self._wall_clock = wall_clock
@@ -96,7 +103,7 @@ class Lookout:
             self._counts.refused()
             raise
         self._counts.taken()
-        self._changed("report", place)
+        self._reported(place)
         self._tell_of(place, news)
         return Wanted(self.reports.again_s)
 
@@ -106,8 +113,13 @@ class Lookout:
         for change in changes:
             over = [change.life] if change.kind in ENDINGS or change.kind is ChangeKind.LOST else []
             for life in (*over, change.before):
-                if life is not None and self.reports.drop((change.instance, life.seat), life.epoch):
-                    self._changed("report", (change.instance, life.seat))
+                if life is None:
+                    continue
+                place = change.instance, life.seat
+                if self.reports.drop(place, life.epoch):
+                    self._reported(place)
+                if self.elsewhere.over(place, life.epoch):
+                    self._changed("report", place)
         for crowd in crowds(changes):
             if len(crowd) > CROWD:
                 self._add(*of_life(crowd[0], len(crowd)), instance=crowd[0].instance, count=len(crowd))
@@ -165,6 +177,18 @@ class Lookout:
         others = "many more registrations wait for their turn: nothing, they come again by themselves"
         self._kept_out(Kind.PUT_OFF, of_turn(peer, wait_s), others, peer=peer)
 
+    def copied(self, registry: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """What another registry of this fleet has seen; lives that come and go are known here as they are there."""
+        for row in rows:
+            if row.get("kind") not in _KNOWN_HERE and not (row.get("kind") == Kind.REPORT_LOST and self._reports(row)):
+                self._changed("event", self.events.copied(registry, row).id)
+
+    @property
+    def misses_some(self) -> bool:
+        """Whether a rank is silent for so long that it may tell another registry by now."""
+        longest = next((held.at for _, held in self.reports), None)
+        return longest is not None and self.clock() - longest > self.reports.expire_after_s / 2
+
     # What time brings about
 
     async def run(self) -> NoReturn:
@@ -175,12 +199,16 @@ class Lookout:
 
     def tick(self) -> None:
         silent_s = self.reports.expire_after_s
+        for place in self.elsewhere.expire(self.clock(), silent_s):
+            self._changed("report", place)
         for place in self.reports.expire(self.clock()):
+            self._reported(place)
+            if self.elsewhere.freshest(place) is not None:
+                continue  # it tells another registry now
             instance, rank = place[0], short_seat(place[1])
             silent = f"{instance} {rank} has not told how it is for {silent_s:g} s"
             self._counts.lost()
             self._add(Kind.REPORT_LOST, f"{silent}: see its log and its load", instance=instance, rank=rank)
-            self._changed("report", place)
         before, self._trouble = self._trouble, self._registry.trouble
         if self._trouble is not None and before is None:
             self._add(Kind.JOURNAL_TROUBLE, f"the journal takes no rows, nobody new is seated: {self._trouble}")
@@ -214,6 +242,15 @@ class Lookout:
             )
             self._add(Kind.PANIC, f"{who} {words}", **about)
 
+    def _reports(self, row: Mapping[str, Any]) -> bool:
+        """Whether the rank that another registry misses tells this one."""
+        seat = _seat(str(row.get("rank")))
+        return seat is not None and self.reports.get((str(row.get("instance")), seat)) is not None
+
+    def _reported(self, place: Place) -> None:
+        self.own.touch(place)
+        self._changed("report", place)
+
     def _kept_out(self, kind: Kind, sentence: str, others: str, **about: object) -> None:
         event = self.events.kept_out(kind, sentence, others, self._wall_clock(), self.clock(), **about)
         self._changed("event", event.id)
@@ -234,7 +271,12 @@ def _bade(change: lives.Change) -> str | None:
 
 
 def _short(seat: str) -> str | None:
+    found = _seat(seat)
+    return None if found is None else short_seat(found)
+
+
+def _seat(text: str) -> Seat | None:
     try:
-        return short_seat(read_seat(seat))
+        return read_seat(text)
     except BadField:
         return None

@@ -35,6 +35,7 @@ from pdctl.metrics import Metrics
 from pdctl.persistence.base import Shared
 from pdctl.persistence.open import open_journal
 from pdctl.registrar import Registrar
+from pdctl.replicas import own_url
 from pdctl.traced import traced
 from pdctl.tracing import open_tracing
 from pdctl.wires import OtherWires, bind_all, instance_at
@@ -75,13 +76,14 @@ async def sidecar(settings: Settings) -> AsyncIterator[Sidecar]:
         ours = native.router(registrar, news, others.engines)
         links = Links.open(settings, Asking(), metrics, native.refusing(registrar))
         url = journal_url(settings.serve)
-        looking = Looking.open(settings, registrar, news, others.engines, links, metrics, url)
+        shared = journal if isinstance(journal, Shared) else None
+        looking = Looking.open(settings, registrar, news, others.engines, links, metrics, url, shared=shared)
         shown = [looking.router, page.router()]
         routers = [plain.router(), *others.routers(registrar, instance), ours, links.router, *shown]
         inner = sglang.in_front(plain, server.app(routers, metrics, unready=registrar.unready))
         admission, lookout = Admission(settings.admission), looking.lookout
         admitted = Turnstile(looking.in_front(inner), admission, time.monotonic, metrics, lookout.put_off)
-        service = Dated(admitted, lambda: registrar.copy_age_s) if isinstance(journal, Shared) else admitted
+        service = admitted if shared is None else Dated(admitted, lambda: registrar.copy_age_s)
         spans = await stack.enter_async_context(open_tracing(settings.trace, role="registry"))
         witness = _witness(settings.witness, registrar, metrics)
         http = door.services(traced(service, spans), socks, settings.serve.grace_s, lookout.denied)
@@ -96,6 +98,8 @@ async def sidecar(settings: Settings) -> AsyncIterator[Sidecar]:
         async with beside(**http, **loops, **links.loops, **others_asked, sweep=registrar.sweep()):
             for sock in socks:
                 server.listen(sock)  # last: see `server.bind`
+            if shared is not None and (own := await own_url(door.scheme, server.bound(socks[0]), url, settings.etcd)):
+                shared.announce(own)
             urls = [f"http://{server.bound(sock)}" for sock in socks[1:]]
             names = (each.name for each in settings.serve.listeners())
             yield Sidecar(f"{door.scheme}://{server.bound(socks[0])}", registrar, tuple(zip(names, urls, strict=True)))

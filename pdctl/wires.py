@@ -15,7 +15,7 @@ from typing import NoReturn
 from fastapi import APIRouter
 
 from pdctl import server
-from pdctl.config import ServeSettings, Settings
+from pdctl.config import Settings
 from pdctl.core import fleet, metadata
 from pdctl.core.naming import Names
 from pdctl.dialects import engines, mooncake, native, vllm
@@ -29,6 +29,7 @@ from pdctl.metrics import Metrics
 from pdctl.persistence.base import Note, Notebook
 from pdctl.registrar import Registrar
 from pdctl.roster import Roster
+from pdctl.sections import ServeSettings
 
 _KEYS, _FLEET = "mooncake", "vllm"
 """Books of the journal."""

@@ -88,7 +88,7 @@ class Engine:
         return {"agent_pid": self.rank.agent_pid, "session": self.rank.session}
 
     async def registered(self) -> dict[str, Any]:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while not (await self.rank.status())["registered"]:  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
         return {}
@@ -149,7 +149,7 @@ class Engine:
         return {"pid": pid}
 
     async def lost(self) -> dict[str, Any]:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             return {"why": await self.rank.lost()}
 
     async def free_pages(self) -> dict[str, Any]:

@@ -170,7 +170,7 @@ class Post:
         self._sent.put_nowait((to, list(frames)))
 
     async def next(self) -> tuple[Endpoint, list[bytes]]:
-        return await asyncio.wait_for(self._sent.get(), 5)
+        return await asyncio.wait_for(self._sent.get(), 60)
 
     @property
     def is_empty(self) -> bool:
@@ -187,7 +187,7 @@ class Released:
         self._given.put_nowait(pages.tolist())
 
     async def next(self) -> list[int]:
-        return await asyncio.wait_for(self._given.get(), 5)
+        return await asyncio.wait_for(self._given.get(), 60)
 
     @property
     def now(self) -> list[list[int]]:

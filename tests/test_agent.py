@@ -50,7 +50,7 @@ class Pair:
 
     async def idle(self) -> None:
         """Every table is empty, soon: pages wait for the margin."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while any(await self.left()):  # noqa: ASYNC110  other processes empty them
                 await asyncio.sleep(0.02)
 
@@ -381,7 +381,7 @@ async def as_somebody(user: int, at: AgentProcess, body: object) -> str:
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
     )
-    out, _ = await asyncio.wait_for(child.communicate(), 30)
+    out, _ = await asyncio.wait_for(child.communicate(), 60)
     return out.decode()
 
 
@@ -412,13 +412,13 @@ def maps(process: psutil.Process) -> list[str]:
 
 
 async def until_open(at: AgentProcess, room: int) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while room not in (await at.ask("GET", "/v1/rank"))[1]["rooms"]:  # noqa: ASYNC110  another process opens it
             await asyncio.sleep(0.02)
 
 
 async def test_the_ranks_of_agents_tell_their_registry_how_they_are(calm: Pair) -> None:
-    async with aiohttp.ClientSession() as http, asyncio.timeout(20.0):
+    async with aiohttp.ClientSession() as http, asyncio.timeout(60):
         while True:
             async with http.get(f"{calm.registry.url}/v1/overview") as answer:
                 reports = (await answer.json())["reports"]

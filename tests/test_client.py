@@ -273,7 +273,7 @@ async def test_a_rank_that_starts_before_its_registry_is_registered_when_it_come
         assert not is_registered(rank)
         sock.listen()
         async with scripted(sock=sock):
-            await asyncio.wait_for(registering, 10)
+            await asyncio.wait_for(registering, 60)
         assert is_registered(rank)
     assert {line["cause"] for line in warnings(lines)[:3]} == {"connection refused"}
 
@@ -382,7 +382,7 @@ async def test_a_cancelled_attempt_leaves_nothing_running() -> None:
         with pytest.raises(asyncio.CancelledError):
             await registering
         assert not is_registered(rank)
-        await asyncio.wait_for(left.wait(), 5)  # the server saw the connection end
+        await asyncio.wait_for(left.wait(), 60)  # the server saw the connection end
         ours = [task for task in asyncio.all_tasks() - before if "web_protocol" not in repr(task)]  # the server's own
         assert ours == []
         await rank.register(ROW)  # and the client is as good as new

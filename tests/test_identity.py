@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pdctl.credentials import Credentials
 from pdctl.identity import Service, Who, host_of, identify, is_ours, port_of
-from tests.explain.planted import free_port
+from tests.ports import free_port
 from tests.service import service
 
 

@@ -11,11 +11,12 @@ from typing import Any
 
 import aiohttp
 
-from pdctl.config import NodeSettings, ServeSettings, Settings
+from pdctl.config import Settings
 from pdctl.core.admission import AdmissionPolicy
 from pdctl.core.findings import Culprit, Scope
 from pdctl.credentials import AccessSettings, Credentials
 from pdctl.explaining import why
+from pdctl.sections import NodeSettings, ServeSettings
 from pdctl.serving import sidecar
 from tests.dialects.test_native import body
 

@@ -33,7 +33,7 @@ async def test_a_loop_that_was_held_is_late_before_and_at_its_next_tick() -> Non
     async with ticking(lag, heard):
         hold_the_loop(0.2)
         assert lag.late_s >= 0.18
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while not heard:  # noqa: ASYNC110
                 await asyncio.sleep(0)
         assert heard[0] >= 0.18
@@ -43,7 +43,7 @@ async def test_a_loop_that_was_held_is_late_before_and_at_its_next_tick() -> Non
 async def test_a_loop_that_keeps_up_is_not_late() -> None:
     heard: list[float] = []
     async with ticking(LoopLag(time.monotonic, 0.005), heard):
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while len(heard) < 10:  # noqa: ASYNC110
                 await asyncio.sleep(0.001)
     assert sorted(heard)[5] < 0.05
@@ -93,7 +93,7 @@ async def test_who_stood_still_past_its_alarm_hears_first_what_was_said_meanwhil
         Alarm(0.01, lambda: heard.append("rung"))
         theirs.send(b"said")
         hold_the_loop(LATE_S + 0.1)  # as a process that is stopped
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while "rung" not in heard:  # noqa: ASYNC110
                 await asyncio.sleep(0.005)
         await listening

@@ -15,7 +15,8 @@ from pdctl.core.transfer import RoomTimeouts
 from pdctl.errors import Cause, ConfigError, RoomFailed, TransferFailed
 from pdctl.lanes import Lanes
 from pdctl.metrics import Metrics
-from pdctl.sender import Sender, SendingRoom
+from pdctl.sender import Sender
+from pdctl.sending import SendingRoom
 from tests.conftest import Clock
 from tests.room_rig import Memory, Post, RigEngine, RigGate, let_others_run, memory
 from tests.test_sender import PATIENT, RANK, Decode, Rig
@@ -85,7 +86,7 @@ async def sent(room: SendingRoom, pages: list[int]) -> None:
 
 
 async def within(awaitable: Awaitable[None]) -> None:
-    await asyncio.wait_for(awaitable, 5)
+    await asyncio.wait_for(awaitable, 60)
 
 
 def decode_of(rig: Rig, n: int = 7) -> Decode:

@@ -22,9 +22,10 @@ FLOORS = {
     **dict.fromkeys([f"pdctl.{shell}" for shell in ("agent_client", "succession", "scout", "traced")], 4),
     **dict.fromkeys(["pdctl.node", "pdctl.wires", "pdctl.door", "pdctl.links", "pdctl.inquiry", "pdctl.config"], 5),
     "pdctl.firsthand": 5,
+    "pdctl.sections": 5,
     "pdctl.serving": 5,
     **dict.fromkeys([f"pdctl.{shell}" for shell in ("server", "guard", "dialects", "client", "prober", "peer")], 4),
-    **dict.fromkeys([f"pdctl.{shell}" for shell in ("sender", "receiver", "agent", "kvstore", "lease")], 4),
+    **dict.fromkeys([f"pdctl.{shell}" for shell in ("sender", "sending", "receiver", "agent", "kvstore", "lease")], 4),
     **dict.fromkeys([f"pdctl.{shell}" for shell in ("admission", "dated", "witness", "drainer", "conformance")], 4),
     **dict.fromkeys(
         [
@@ -74,6 +75,7 @@ FLOORS = {
     "pdctl.reporting": 4,
     "pdctl.holding": 5,
     "pdctl.journals": 5,
+    "pdctl.replicas": 5,
     "pdctl.answers": 2,
     "pdctl.persistence.lock": 2,
     "pdctl.counts": 2,
@@ -113,7 +115,11 @@ WHO = ("errors", "core", "ports", "adapters", "shells", "the wiring", "the entra
 CLOSED_FLOORS = {2: "ports", 3: "adapters", 4: "shells"}
 """Floors whose rooms do not import each other."""
 
-MAY_ANYWAY = {("pdctl.server", "pdctl.dialects"), ("pdctl.metrics", "pdctl.counts")}
+MAY_ANYWAY = {
+    ("pdctl.server", "pdctl.dialects"),
+    ("pdctl.metrics", "pdctl.counts"),
+    ("pdctl.sender", "pdctl.sending"),
+}
 
 RESERVED = {
     "tenacity": ("pdctl.retry", "retrying has one home"),
@@ -170,7 +176,7 @@ def violations(name: str, source: str) -> list[str]:
     """One sentence for each breach in the module `name` (dotted, without `__init__`) whose text is `source`."""
     tree = ast.parse(source)
     uses = sorted({*imported(tree), *touched(tree)})
-    found = [*misnamed(name, tree), *unfinished(name, tree, source)]
+    found = [*misnamed(name, tree), *unfinished(name, tree, source), *passed_on(name, tree)]
     if floor_of(name) is None:
         found.append(f"{short(name)} has no floor: a new file is a decision, give it a row in FLOORS")
     else:
@@ -287,6 +293,17 @@ def misnamed(name: str, tree: ast.Module) -> Iterator[str]:
         if isinstance(node, ast.ImportFrom) and node.level:
             yield f"{short(name)} imports relatively: write the whole name"
     yield from foreign_to_core(name, tree)
+
+
+def passed_on(name: str, tree: ast.Module) -> Iterator[str]:
+    """A name is taken from where it stands; only the package itself lists what others have."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom | ast.Import):
+            for each in node.names:
+                if each.asname == each.name and name != "pdctl":
+                    yield f"{short(name)} passes on {each.name}: take it from where it stands"
+        if isinstance(node, ast.Name) and node.id == "__all__" and name != "pdctl":
+            yield f"{short(name)} has an __all__: only pdctl itself lists names"
 
 
 def unfinished(name: str, tree: ast.Module, source: str) -> Iterator[str]:
@@ -459,6 +476,8 @@ PLANTED = [
     ("core.utils", "", "is named utils: say what is in it"),
     ("engine.tcp_helpers", "", "is named tcp_helpers: say what is in it"),
     ("peer", "class LinkManager: ...", "has a class LinkManager: say what it decides or does"),
+    ("core.early", "from pdctl.core.route import Seat as Seat", "passes on Seat: take it from where it stands"),
+    ("store.mooncake", "__all__ = ['f']", "has an __all__: only pdctl itself lists names"),
     ("peer", "x = 1  # TODO: later", "line 1 is marked unfinished"),
     ("peer", "def f():\n    raise NotImplementedError", "has a NotImplementedError"),
 ]

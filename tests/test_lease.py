@@ -83,7 +83,7 @@ async def held(url: str, **more: Any) -> AsyncIterator[tuple[RegistryClient, asy
 
 async def soon(what: Callable[[], object]) -> None:
     """Wait for what can only be looked at."""
-    async with asyncio.timeout(10.0):
+    async with asyncio.timeout(60):
         while not what():  # noqa: ASYNC110
             await asyncio.sleep(0.002)
 

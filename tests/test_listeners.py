@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pdctl import listeners
-from tests.explain.planted import LISTENS, WAITS, free_port, program
+from tests.explain.planted import LISTENS, WAITS, program
+from tests.ports import free_port
 
 
 def test_the_holder_of_a_port_is_found_and_what_follows_its_program_is_not_shown() -> None:

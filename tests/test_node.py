@@ -12,7 +12,7 @@ import aiohttp
 import pytest
 
 from pdctl.beside import LoopEnded, beside
-from pdctl.config import NodeSettings, ServeSettings, Settings
+from pdctl.config import Settings
 from pdctl.core.address import Endpoint
 from pdctl.core.lives import Claim, Owner
 from pdctl.core.naming import HTTP_KEY, SESSION_KEY
@@ -26,6 +26,7 @@ from pdctl.node import (
     prefill_node,
 )
 from pdctl.retry import RetryPolicy
+from pdctl.sections import NodeSettings, ServeSettings
 from pdctl.serving import sidecar
 from tests.node_rig import FIRST, SHAPE, Memory, memory_pools
 from tests.scripted import answers, scripted

@@ -48,7 +48,7 @@ async def test_who_gives_up_in_the_line_holds_up_nobody() -> None:
     await asyncio.sleep(0)
     steps[1].cancel()
     steps[2].cancel()
-    async with asyncio.timeout(5.0):
+    async with asyncio.timeout(60):
         await steps[3]
 
 
@@ -64,7 +64,7 @@ async def test_a_room_that_is_given_up_in_the_line_is_not_written_any_more(clock
             await asyncio.sleep(0)
             decode.abort(6, generation=4)
             assert await rig.told() == (decode.reply, AbortAck(6, RANK, 4))
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(60):
                 await sends[0]
                 with pytest.raises(RoomFailed, match="has given the room up"):
                     await sends[1]

@@ -133,7 +133,7 @@ async def test_the_sweep_empties_the_rooms_and_lets_others_run_meanwhile(clock: 
     clock.forward(10.0)
     turns, began = 0, time.monotonic()
     sweeping = asyncio.create_task(registrar.sweep())
-    async with asyncio.timeout(10.0):
+    async with asyncio.timeout(60):
         while len(rooms):
             turns += 1
             await asyncio.sleep(0)

@@ -34,9 +34,10 @@ from pdctl.reporting import LEAST_S, Rank, Reporter, to_body
 from pdctl.serving import sidecar
 from pdctl.telling import Telling
 from tests.node_rig import FIRST, SHAPE, memory_pools
+from tests.patience import until
 from tests.test_node import settings, until_registered
 
-SOON_S = 20.0
+SOON_S = 60.0
 NOBODY = "127.0.0.1:1"
 """No engine answers there, so that whoever is asked says so at once: a peer that lives is back before it is told of."""
 
@@ -205,12 +206,6 @@ def reporter(registry: Registry, link: Link | None = None, every_s: float = 3600
     link = Link() if link is None else link
     rank = Rank("prefill", "/v1/instances/p/ranks/tp0", "10.0.0.1:1", Side.SENDER, link, Telling(), list, link)
     return Reporter(registry.tell, rank, lambda: registry.granted, every_s, Metrics().reports, time.monotonic)
-
-
-async def until(what: Callable[[], bool]) -> None:
-    async with asyncio.timeout(SOON_S):
-        while not what():  # noqa: ASYNC110  a list of another task's making
-            await asyncio.sleep(0.005)
 
 
 async def test_a_rank_whose_links_turn_all_the_time_reports_four_times_a_second_at_most() -> None:

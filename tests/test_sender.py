@@ -31,7 +31,8 @@ from pdctl.engine.base import PeerCard, Proof
 from pdctl.errors import BadFrames, CallerError, Cause, IllegalEvent, RoomFailed, TransferFailed
 from pdctl.metrics import Metrics
 from pdctl.prober import Prober
-from pdctl.sender import Sender, SendingRoom
+from pdctl.sender import Sender
+from pdctl.sending import SendingRoom
 from tests.conftest import Clock
 from tests.room_rig import N_PAGES, Memory, Post, Released, RigEngine, RigGate, let_others_run, memory
 
@@ -116,7 +117,7 @@ async def rig(clock: Clock) -> AsyncIterator[Rig]:
 
 
 async def until_busy(rig: Rig) -> None:
-    await asyncio.wait_for(rig.engine.busy.wait(), 5)
+    await asyncio.wait_for(rig.engine.busy.wait(), 60)
 
 
 # --- the good way
@@ -741,7 +742,7 @@ async def test_on_trial_a_room_is_left_at_once_while_it_waits_for_its_turn(trial
     sends = await trial.both_send()
     trial.decode.abort(6, generation=3)
     with pytest.raises(RoomFailed, match="has given the room up"):
-        await asyncio.wait_for(sends[1], 5)
+        await asyncio.wait_for(sends[1], 60)
     await let_others_run()
     assert (await trial.rig.told())[1] == AbortAck(6, RANK, 3)
     trial.rig.engine.hold.set()

@@ -102,7 +102,9 @@ async def test_check_and_warmup_are_0_beside_a_master_that_works(running: Master
 
 @pytest.mark.parametrize("command", ["check", "warmup"])
 async def test_without_a_master_it_is_69_after_the_wait_and_the_reason(command: str) -> None:
-    status, out, err = await ended("store", command, "--wait", "0.5", **told(Master()))
-    assert (status, out) == (69, "")
+    status, out, err = await ended("store", command, "--wait", "0.5", "--json", **told(Master()))
+    assert status == 69
+    report = json.loads(out)
+    assert (report["ready"], report["step"], report["cause"]) == (False, "master", "master_unreachable")
     assert "rank dp0/cp0/tp0/pp0 has no store after" in err
     assert "likely: the master is not there" in err

@@ -29,7 +29,7 @@ from tests.room_rig import RigEngine, RigGate, memory
 HERE, THERE = Endpoint("10.0.0.1", 7000), Endpoint("10.0.0.2", 7001)
 CALLER = TraceContext("4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7", state="vendor=1")
 OTHER = TraceContext("1" * 32, "2" * 16)
-WITHIN_S = 10
+WITHIN_S = 60.0
 
 pytestmark = pytest.mark.usefixtures("info_is_logged")
 

@@ -24,11 +24,11 @@ from pdctl.metrics import Metrics
 from pdctl.persistence.memory import MemoryJournal
 from pdctl.registrar import Registrar
 from pdctl.witness import Ask, Heard, Witness, asking, connect
+from tests.patience import until
 from tests.small_server import listening
 
 SHAPE = Shape(attn_tp_size=1, attn_cp_size=1, dp_size=1, pp_size=1, page_size=16, kv_cache_dtype="auto")
 QUICK = WitnessPolicy(tcp=True, interval_s=0.1, retry_s=0.05, deadline_s=0.5, max_lag_s=5.0)
-SOON_S = 10.0
 
 
 @pytest.fixture
@@ -96,12 +96,6 @@ def tell(registrar: Registrar) -> Callable[[Verdict], Awaitable[None]]:
 def claim(port: int, *, http_port: int | None = None, ttl_s: float | None = None) -> Claim:
     announcement = Announcement(Seat(0, 0, 0, 0), SHAPE, Endpoint("127.0.0.1", port), http_port)
     return Claim("default", announcement, Owner("127.0.0.1"), ttl_s=ttl_s)
-
-
-async def until(what: Callable[[], object]) -> None:
-    async with asyncio.timeout(SOON_S):
-        while not what():  # noqa: ASYNC110 - nothing tells, so it is looked at
-            await asyncio.sleep(0.01)
 
 
 def vouched(registrar: Registrar) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 
 import structlog
@@ -11,7 +13,9 @@ import structlog
 from pdctl import config as configured
 from pdctl.config import Settings
 from pdctl.core.kvstore import Resolved
+from pdctl.core.warmup import Report
 from pdctl.device.open import open_device
+from pdctl.errors import StoreNotReady, StoreUnusable
 from pdctl.kvstore import check_store, open_store
 from pdctl.tracing import open_tracing
 
@@ -26,6 +30,17 @@ def _resolved(settings: Settings) -> Resolved:
     for warning in found.warnings:
         log.warning("store config", warning=warning)
     return found
+
+
+@contextmanager
+def _telling(*, as_json: bool) -> Iterator[None]:
+    """A store that cannot be had is a document too, with the step that failed and its code."""
+    try:
+        yield
+    except (StoreNotReady, StoreUnusable) as error:
+        if as_json and isinstance(error.report, Report):
+            print(json.dumps(asdict(error.report) | {"ready": False}))
+        raise
 
 
 async def config(settings: Settings, args: argparse.Namespace) -> int:
@@ -44,7 +59,8 @@ async def config(settings: Settings, args: argparse.Namespace) -> int:
 async def check(settings: Settings, args: argparse.Namespace) -> int:
     found, store = _resolved(settings), settings.store
     async with open_device(store.device, environ=configured.environment()) as device:
-        plan, ability = await check_store(found.config, store.rank(), device, patience=store.patience())
+        with _telling(as_json=args.json):
+            plan, ability = await check_store(found.config, store.rank(), device, patience=store.patience())
     told = {"ready": True, "master": plan.master, "wheel": ability.version, "setup_takes": sorted(ability.setup)}
     print(json.dumps(told) if args.json else f"{plan.master} answers, and a set-up works (wheel {ability.version})")
     return 0
@@ -63,8 +79,9 @@ async def warmup(settings: Settings, args: argparse.Namespace) -> int:
     async with (
         open_device(store.device, environ=configured.environment()) as device,
         open_tracing(settings.trace, role="store") as spans,
-        open_store(trial, rank, device, patience=store.patience(), spans=spans) as opened,
     ):
-        report = opened.report
+        with _telling(as_json=args.json):
+            async with open_store(trial, rank, device, patience=store.patience(), spans=spans) as opened:
+                report = opened.report
     print(json.dumps(asdict(report) | {"ready": report.ready}) if args.json else report)
     return 0

@@ -27,6 +27,7 @@ in vain would push out all else."""
 MAX_SENTENCE = 800
 _MAX_REMEMBERED = 1024
 _MAX_VALUE = 200
+_TEXTS = ("instance", "rank", "session", "peer", "cause", "reason", "field", "held", "offered")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,7 @@ class Event:
 
     count               how often, where one event stands for several
     reason, field, held, offered   of a refusal
+    registry            which of several has seen it, by its URL; None: this one
     """
 
     id: int
@@ -52,6 +54,7 @@ class Event:
     field: str | None = None
     held: str | None = None
     offered: str | None = None
+    registry: str | None = None
 
 
 class Chronicle:
@@ -74,6 +77,17 @@ class Chronicle:
 
     def add(self, kind: str, sentence: str, at_s: float, **about: Any) -> Event:
         event = Event(self._next, wall(at_s), kind, in_a_line(sentence, MAX_SENTENCE), **about)
+        self._events.append(event)
+        self._next += 1
+        return event
+
+    def copied(self, registry: str, row: Mapping[str, Any]) -> Event:
+        """An event of another registry's, under a number of ours. Raises KeyError, TypeError, ValueError."""
+        said = {name: None if row.get(name) is None else in_a_line(str(row[name]), _MAX_VALUE) for name in _TEXTS}
+        room, count = row.get("room"), int(row.get("count", 1))
+        at, kind, sentence = (in_a_line(str(row[name]), MAX_SENTENCE) for name in ("at", "kind", "sentence"))
+        room = None if room is None else int(room)
+        event = Event(self._next, at, kind, sentence, room=room, count=count, registry=registry, **said)
         self._events.append(event)
         self._next += 1
         return event

@@ -10,9 +10,9 @@ from __future__ import annotations
 from pdctl.core.arrivals import absent, incomplete, refusals, service
 from pdctl.core.findings import Finding, Place, Scope, in_order
 from pdctl.core.seen import Seen
-from pdctl.core.traffic import addresses, links, pairs, reports, rooms, rooms_of, silent, stores
+from pdctl.core.traffic import addresses, links, pairs, replicas, reports, rooms, rooms_of, silent, stores
 
-_RULES = (service, refusals, absent, incomplete, addresses, pairs, links, stores, reports, silent)
+_RULES = (service, refusals, absent, incomplete, addresses, pairs, links, stores, reports, silent, replicas)
 
 
 def explain(seen: Seen, scope: Scope) -> list[Finding]:

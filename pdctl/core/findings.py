@@ -43,6 +43,7 @@ class Culprit(StrEnum):
     STORE_NOT_READY = "store_not_ready"
     RANK_UNREADY = "rank_unready"
     REPORT_LOST = "report_lost"
+    REPLICA_SILENT = "replica_silent"  # another registry of the fleet does not say what its ranks tell it
     ROOM_FAILED = "room_failed"
     ROOM_STUCK = "room_stuck"
     ROOM_UNKNOWN = "room_unknown"

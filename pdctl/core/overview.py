@@ -13,51 +13,20 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 
+from pdctl.core.capacity import ReportLimits
 from pdctl.core.claims import check_may_change, not_held
 from pdctl.core.instances import InstanceView
 from pdctl.core.kinds import State
 from pdctl.core.lives import Life, Owner
 from pdctl.core.report import FailedRoom, LinkSeen, Report
 from pdctl.core.route import Seat
-from pdctl.core.seconds import check_seconds
-from pdctl.errors import ConfigError, LimitReached, UnknownLease
+from pdctl.errors import LimitReached, UnknownLease
 
 Place = tuple[str, Seat]
 """An instance, and a seat of it."""
 
 LONGEST_AGO_S = 60.0
 """Of a rank's first report only rooms that have failed since are news: the rest is of before this registry knew it."""
-
-
-@dataclass(frozen=True, slots=True)
-class ReportLimits:
-    """What ranks may tell of themselves (docs/overview.md).
-
-    max_reports     ranks whose last report is held; one more is answered 429
-    max_nbytes      of all of them together; one that does not fit is answered 429
-    again_s         how soon at the latest the next one is wanted
-    expire_after_s  a report that none has followed for so long is dropped, and that is an event
-    per_s           of more ranks than report so often a second, each is asked to report less often, and is waited for
-                    longer; with 200, and links to 64 peers each, reports take a twelfth of a core (docs/overview.md)
-    """
-
-    max_reports: int = 20_000
-    max_nbytes: int = 256 << 20
-    again_s: float = 5.0
-    expire_after_s: float = 15.0
-    per_s: float = 200.0
-
-    def __post_init__(self) -> None:
-        check_seconds(self, "reports")
-        if not self.per_s > 0:
-            raise ConfigError(f"reports per_s is {self.per_s}: give reports a second, above 0")
-        if self.max_reports < 0 or self.max_nbytes < 0:
-            raise ConfigError("reports max_reports and max_nbytes cannot be below 0: give 0 to hold none")
-        if self.expire_after_s <= self.again_s:
-            raise ConfigError(
-                f"reports expire_after_s is {self.expire_after_s:g} and again_s {self.again_s:g}: give a report longer "
-                "than until the next one"
-            )
 
 
 @dataclass(frozen=True, slots=True)

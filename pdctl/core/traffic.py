@@ -291,8 +291,21 @@ def silent(seen: Seen, scope: Scope) -> Iterator[Finding]:
             continue
         who = rank_name(name, seat)
         why = f"{who} holds its seat, and has stopped to tell this registry how it is"
-        do = "look at its log and its load; of several registries over one etcd it may tell another one: ask that too"
+        do = "look at its log and its load; of several registries over one etcd see that each answers (replica_silent)"
         yield Finding(Culprit.REPORT_LOST, who, why, do, (f"event {event.get('id')}: {said(event)}",))
+
+
+def replicas(seen: Seen, scope: Scope) -> Iterator[Finding]:  # noqa: ARG001 - concerns everybody
+    """Other registries of the fleet that say nothing: what their ranks tell is not known."""
+    for row in seen.overview.get("service", {}).get("replicas", ()):
+        if row.get("answers") is False:
+            who = f"registry {row.get('url')}"
+            why = f"{who} does not tell this one what its ranks report: {row.get('why')}"
+            do = (
+                "see whether it runs and can be reached from this registry (firewall, NetworkPolicy), at that address "
+                "(PDCTL_ETCD__ADVERTISE there), with a token where there are tokens (PDCTL_CLIENT__TOKEN_FILE here)"
+            )
+            yield Finding(Culprit.REPLICA_SILENT, who, why, do, (f"overview of {seen.registry}: it does not answer",))
 
 
 def _is_lost(event: Row) -> bool:

@@ -25,7 +25,8 @@ from pdctl.demo.talk import Answer, Request, tell
 from pdctl.demo.toy import PagedKV, Toy, ToyConfig
 from pdctl.errors import RoomFailed
 from pdctl.receiver import Receiver
-from pdctl.sender import Sender, SendingRoom
+from pdctl.sender import Sender
+from pdctl.sending import SendingRoom
 
 CHUNK_PAGES = 4  # computed, then sent, before the next: about 20 ms of arithmetic
 

@@ -5,6 +5,7 @@ How the fleet is, over HTTP, under /v1: for the page, for people, for `pdctl sta
     GET  /v1/overview                                    all at once
     GET  /v1/overview/watch                              and whatever changes, as server-sent events (`board`)
     GET  /v1/events?since=41&kind=ejected                what has happened of late
+    GET  /v1/reports?since=12                            reports that came here, for the other registries of the fleet
 
 Translates only; `lookout` keeps it. Reports are shown as they were sent, with their age beside them.
 """
@@ -17,13 +18,14 @@ import re
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import TypeAdapter
 from starlette.types import ASGIApp, Scope
 
+from pdctl.core.elsewhere import Copied
 from pdctl.core.feed import WatchLimits
 from pdctl.core.latest import Latest
 from pdctl.core.lives import Owner
@@ -47,9 +49,23 @@ _REPORT = TypeAdapter(Report)
 _PATH = re.compile(r"/v1/instances/([^/]+)/ranks/([^/]+)/report", re.ASCII)
 
 
+class Others(Protocol):
+    """The other registries of the fleet: `replicas.Replicas`. `name` is this registry's own among them."""
+
+    @property
+    def name(self) -> str: ...
+
+    async def look(self) -> None: ...
+
+    def url_of(self, name: str) -> str | None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """What stands in the overview besides reports and events, asked at every question: names, and JSON on one line."""
+    """What stands in the overview besides reports and events, asked at every question: names, and JSON on one line.
+
+    others  None where this registry is the only one
+    """
 
     head: Callable[[], dict[str, Any]]
     service: Callable[[], dict[str, Any]]
@@ -57,6 +73,7 @@ class Shown:
     instance: Callable[[str], bytes | None]
     sessions: Callable[[], Iterable[str]]
     session: Callable[[str], bytes]
+    others: Others | None = None
 
 
 def board(lookout: Lookout, shown: Shown, metrics: Metrics, limits: WatchLimits) -> Board:
@@ -66,9 +83,8 @@ def board(lookout: Lookout, shown: Shown, metrics: Metrics, limits: WatchLimits)
         return shown.instance(name) or _line({"name": name, "gone": True})
 
     def report(place: Place) -> bytes:
-        held = lookout.reports.get(place)
         gone = {"instance": place[0], "seat": short_seat(place[1]), "gone": True}
-        return _line(gone) if held is None else entry(place, held, lookout.clock())
+        return told_of(place, lookout, shown) or _line(gone)
 
     def event(number: int) -> bytes | None:
         found = lookout.events.get(number)
@@ -152,6 +168,18 @@ def _add_reads(api: APIRouter, lookout: Lookout, shown: Shown, news: Board) -> N
     async def watch(request: Request) -> Response:
         return news.response(peer_of(request))
 
+    @api.get(
+        "/reports",
+        summary="What ranks have told this registry itself, for the others over the same etcd",
+        response_class=Response,
+        responses={200: {"content": {"text/plain": {}}}, **fails(400)},
+    )
+    async def reports(
+        since: Annotated[int | None, Query(description="Changed since: `next` of the last answer.", ge=0)] = None,
+    ) -> Response:
+        name = None if shown.others is None else shown.others.name
+        return StreamingResponse(own(lookout, name, since), media_type="text/plain")
+
     @api.get("/events", summary="What has happened of late, oldest first", responses=fails(400))
     async def events(
         since: Annotated[int, Query(description="From this id on: `next` of the last answer.", ge=0)] = 0,
@@ -166,9 +194,11 @@ def _add_reads(api: APIRouter, lookout: Lookout, shown: Shown, news: Board) -> N
 
 async def whole(lookout: Lookout, shown: Shown) -> AsyncIterator[bytes]:
     """Everything, as one JSON object, a piece at a time: of thousands of ranks it has megabytes, and others wait."""
+    if shown.others is not None:
+        await shown.others.look()
     head = {
         **shown.head(),
-        "reports_from": "here",
+        "reports_from": "here" if shown.others is None else "all",
         "reporting": {"again_s": lookout.reports.again_s, "expire_after_s": lookout.reports.expire_after_s},
         "service": shown.service(),
         "events": {"next": lookout.events.next, "oldest": lookout.events.oldest},
@@ -176,12 +206,12 @@ async def whole(lookout: Lookout, shown: Shown) -> AsyncIterator[bytes]:
     yield _line(head)[:-1]
 
     def report(place: Place) -> bytes | None:
-        held = lookout.reports.get(place)
-        return None if held is None else entry(place, held, lookout.clock())
+        return told_of(place, lookout, shown)
 
+    reporting = dict.fromkeys([*(place for place, _ in lookout.reports), *lookout.elsewhere])
     lists: tuple[tuple[bytes, list[Any], Callable[[Any], bytes | None]], ...] = (
         (b"instances", list(shown.instances()), shown.instance),
-        (b"reports", [place for place, _ in lookout.reports], report),
+        (b"reports", list(reporting), report),
         (b"sessions", list(shown.sessions()), shown.session),
     )
     for name, names, tell in lists:
@@ -197,16 +227,48 @@ async def whole(lookout: Lookout, shown: Shown) -> AsyncIterator[bytes]:
     yield b"}"
 
 
-def entry(place: Place, held: Held, now: float) -> bytes:
-    """A rank's report, and whose it is."""
+def told_of(place: Place, lookout: Lookout, shown: Shown) -> bytes | None:
+    """A rank's last report, whichever registry it told."""
+    held, now = lookout.reports.get(place), lookout.clock()
+    found = lookout.elsewhere.freshest(place)
+    if found is not None and (held is None or held.at < found[1].at):
+        registry, copied = found
+        return entry(place, copied, now, None if shown.others is None else shown.others.url_of(registry))
+    return None if held is None else entry(place, held, now)
+
+
+def entry(place: Place, held: Held | Copied, now: float, registry: str | None = None) -> bytes:
+    """A rank's report, and whose it is; `registry`: another one that was told."""
     instance, seat = place
     whose = {
         "instance": instance,
         "seat": short_seat(seat),
         **seat._asdict(),
-        "age_s": round(now - held.at, 3),
+        "age_s": round(max(0.0, now - held.at), 3),
+        **({} if registry is None else {"registry": registry}),
     }
     return _line(whose)[:-1] + b"," + held.body[1:]
+
+
+async def own(lookout: Lookout, name: str | None, since: int | None) -> AsyncIterator[bytes]:
+    """What ranks have told this registry, for the others: a line says how much there is, then one for each rank has
+    whose it is, a tab, and the report; nothing behind the tab where there is none any more."""
+    places = None if since is None or since > lookout.own.number else lookout.own.since(since)
+    head = {"registry": name, "next": lookout.own.number, "whole": places is None}
+    yield _line(head) + b"\n"
+    names = [place for place, _ in lookout.reports] if places is None else places
+    for start in range(0, len(names), AT_ONCE):
+        yield b"".join(_own(place, lookout) for place in names[start : start + AT_ONCE])
+        await asyncio.sleep(0)
+
+
+def _own(place: Place, lookout: Lookout) -> bytes:
+    held = lookout.reports.get(place)
+    whose: dict[str, Any] = {"instance": place[0], "seat": str(place[1]).replace("/", "-")}
+    if held is None:
+        return _line(whose) + b"\t\n"
+    whose |= {"epoch": held.epoch, "age_s": round(lookout.clock() - held.at, 3)}
+    return b"%b\t%b\n" % (_line(whose), held.body)
 
 
 def _line(body: object) -> bytes:

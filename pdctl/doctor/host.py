@@ -12,7 +12,7 @@ from contextlib import closing
 from pathlib import Path
 
 from pdctl import config
-from pdctl.config import ServeSettings, Settings
+from pdctl.config import Settings
 from pdctl.core.address import Endpoint
 from pdctl.doctor.base import Said, fail, ok, warn
 from pdctl.errors import ConfigError
@@ -20,6 +20,7 @@ from pdctl.identity import Service, Who
 from pdctl.persistence.etcd_place import ETCD, EtcdPlace
 from pdctl.persistence.place import MEMORY, path_in
 from pdctl.retry import root_cause
+from pdctl.sections import ServeSettings
 
 SKEW_S, FAR_S = 2.0, 300.0
 CONTAINERS_SHM = 64 << 20

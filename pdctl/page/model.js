@@ -294,6 +294,8 @@ function ofTheService(service, say) {
   for (const reason of service.unready || []) say("bad", `The registry is not ready: ${reason}`, "pdctl explain");
   if (service.age_s > 1)
     say("bad", `The registry answers from what it knew ${inWords(service.age_s)} ago`, "its store does not answer it: look at etcd, and at docs/replicas.md");
+  for (const each of service.replicas || [])
+    if (!each.answers) say("warn", `Registry ${each.url} does not tell what its ranks report: ${each.why || "not asked yet"}`, "pdctl explain");
 }
 
 function ofAnInstance(instance, say) {

@@ -449,5 +449,5 @@ function fillEvent(row, event, names) {
   const whom = event.instance && names.get(event.session) ? ` → ${names.get(event.session)}` : "";
   setText(head, `${plain(event.kind)}${whose ? ` · ${whose}` : ""}${whom}${event.count > 1 ? ` · ${event.count} times` : ""}`);
   setAttribute(head, "class", `head w-${EVENT_GRADES[event.kind] || "rest"}`);
-  setText(text, event.sentence);
+  setText(text, event.registry ? `${event.sentence} (at ${event.registry})` : event.sentence);
 }

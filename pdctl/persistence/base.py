@@ -114,5 +114,16 @@ class Shared(Protocol):
         """Whether the holder of this lease has spoken to any writer, as far as is known, or nothing can be known."""
 
     @property
+    def writer(self) -> str:
+        """By which the others know this one; another one after each start."""
+
+    def announce(self, url: str) -> None:
+        """Let the other writers know where this one serves, for as long as it does."""
+
+    @property
+    def others(self) -> Mapping[str, str]:
+        """Where the other writers serve that have said so, by their names: URLs."""
+
+    @property
     def age_s(self) -> float:
         """How old what is known here may be, at most: since when a majority has not confirmed it."""

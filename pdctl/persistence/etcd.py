@@ -9,6 +9,7 @@ The journal in etcd: `--journal etcd://HOST:PORT[,HOST:PORT...][?prefix=NAME]`, 
     PREFIX/pulses/EPOCH       that a rank's lease has been renewed, under that lease (etcd_leases)
     PREFIX/rooms/WRITER/N     a group of rooms, under a lease of their own
     PREFIX/notes/BOOK/KEY     a row of another wire's book
+    PREFIX/replicas/WRITER    where that writer serves, under a lease (etcd_presence)
 
 The head orders all groups of all writers: whoever decided on an older one is told so (Behind), and nothing is written.
 What is known here has come by listing and watch, own groups as well, so that there is one way in. A call that got no
@@ -23,7 +24,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from secrets import token_hex
@@ -38,6 +39,7 @@ from pdctl.persistence.base import Kept, Learned, Note, Room
 from pdctl.persistence.etcd_copy import Copy, Head, lives_by_lease, rooms_in, rooms_to_bytes
 from pdctl.persistence.etcd_leases import AGAIN, Pulses
 from pdctl.persistence.etcd_place import EtcdPlace, EtcdSettings
+from pdctl.persistence.etcd_presence import Presence
 from pdctl.persistence.etcd_wire import (
     Compacted,
     Etcd,
@@ -95,6 +97,7 @@ class EtcdJournal:
         self._etcd = etcd
         self._place = place
         self._pulses = Pulses(etcd, place, clock, lambda epoch: self._copy.living(epoch))
+        self._presence = Presence(etcd, place, self.writer)
         self._rooms_kept_s = rooms_kept_s
         self._clock = clock
         self._counts = metrics
@@ -122,6 +125,7 @@ class EtcdJournal:
         self._tasks = [
             asyncio.create_task(self._follow(), name="etcd watch"),
             asyncio.create_task(self._pulses.run(), name="etcd leases"),
+            asyncio.create_task(self._presence.run(), name="etcd presence"),
         ]
         for task in self._tasks:
             task.add_done_callback(self._loop_ended)
@@ -144,6 +148,15 @@ class EtcdJournal:
         self._pulses.subscribe(pulse)
         for epoch, record in self._copy.leased().items():
             pulse(record, None if epoch in self._pulses else record.claim.ttl_s)
+
+    def announce(self, url: str) -> None:
+        """As the port says."""
+        self._presence.announce(url)
+
+    @property
+    def others(self) -> Mapping[str, str]:
+        """As the port says."""
+        return self._presence.others
 
     def heard(self, epoch: int) -> None:
         """As the port says."""
@@ -372,8 +385,12 @@ class EtcdJournal:
             self._came = self._copy.head.number
         if self._known.is_set():  # else `load` has it
             self._learn(self._copy.since(before))
-        pulses = [found for found in listing.keys if found.key.startswith(self._place.key("pulses/"))]
+        pulses, present = (
+            [found for found in listing.keys if found.key.startswith(self._place.key(kind))]
+            for kind in ("pulses/", "replicas/")
+        )
         self._pulses.take_listing(pulses, self._copy.leased())
+        self._presence.take_listing(present)
 
     def _take_event(self, event: KeyValue) -> None:
         name = self._place.name(event.key)
@@ -381,6 +398,8 @@ class EtcdJournal:
             self._take_head(event)
         elif name.startswith("pulses/"):
             self._pulses.take_event(event)
+        elif name.startswith("replicas/"):
+            self._presence.take_event(event)
         elif not name.startswith("rooms/"):
             self._copy.take(name, event.value)
         elif event.value is not None and not name.startswith(f"rooms/{self.writer}/"):

@@ -59,6 +59,8 @@ class EtcdSettings:
     cert, key            files with the client's own certificate and its key: both or none
     tls                  encrypt even without `ca`: the system's authorities are trusted
     timeout_s            for one call to one endpoint
+    advertise            the URL by which the other registries over this etcd reach this one, to ask what its ranks
+                         report; unless said, its own address, of every interface the one by which it reaches etcd
     """
 
     username: str | None = None
@@ -68,12 +70,15 @@ class EtcdSettings:
     key: Path | None = None
     tls: bool = False
     timeout_s: float = 2.0
+    advertise: str | None = None
 
     def __post_init__(self) -> None:
         if (self.username is None) != (self.password is None):
             raise ConfigError("etcd.username and etcd.password belong together: give both, or none")
         if (self.cert is None) != (self.key is None):
             raise ConfigError("etcd.cert and etcd.key belong together: give both, or none")
+        if self.advertise is not None and not self.advertise.startswith(("http://", "https://")):
+            raise ConfigError(f"etcd.advertise is {self.advertise!r}: give http://host:port")
         if not self.timeout_s > 0:
             raise ConfigError(f"etcd.timeout_s is {self.timeout_s}: give seconds above 0")
 

@@ -25,7 +25,6 @@ from tests.bench.registry import (
     Server,
     Shot,
     cpu_each,
-    free_port,
     journal_flags,
     p99s,
     seat_all,
@@ -34,6 +33,7 @@ from tests.bench.registry import (
 )
 from tests.bench.rivals import Row
 from tests.bench.rooms import N_ROOMS, room
+from tests.ports import free_port
 
 TTL_S = 20.0  # of which a start takes 3 to 10
 WINDOW_S = 1.0

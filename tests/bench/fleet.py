@@ -23,7 +23,8 @@ import aiohttp
 
 from pdctl.core.native import Registration
 from pdctl.core.route import Shape
-from tests.bench.registry import cpu_s, free_port
+from tests.bench.registry import cpu_s
+from tests.ports import free_port
 
 N_INSTANCES, N_SEATS = 500, 20
 AT_ONCE = 64

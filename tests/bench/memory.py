@@ -35,13 +35,14 @@ from pdctl.metrics import Metrics
 from pdctl.persistence.open import open_journal
 from pdctl.registrar import Registrar
 from tests.bench.rivals import Row
+from tests.patience import until
 
 TOTAL, STEP = 1_000_000, 100_000
 AT_ONCE = 1000
 CLOCK = 600.0
 SEATS = 64
 HELD = 20_000
-SETTLE_S, SETTLED_WITHIN_S = 1.0, 60.0
+SETTLE_S = 1.0
 
 Do = Callable[[Registrar, int], Awaitable[None]]
 
@@ -76,12 +77,6 @@ async def samples(do: Do) -> list[int]:
             sweep.cancel()
             await asyncio.wait({sweep})
     return taken
-
-
-async def until(settled: Callable[[], bool]) -> None:
-    async with asyncio.timeout(SETTLED_WITHIN_S):
-        while not settled():  # noqa: ASYNC110 - nobody tells
-            await asyncio.sleep(0.01)
 
 
 def resident() -> int:

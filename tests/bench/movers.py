@@ -198,7 +198,8 @@ class OursDecode(Rank):
 
 
 def _settings(registry: str) -> Any:
-    from pdctl.config import NodeSettings, ServeSettings, Settings
+    from pdctl.config import Settings
+    from pdctl.sections import NodeSettings, ServeSettings
 
     return Settings(node=NodeSettings(registry=registry), serve=ServeSettings(port=0, grace_s=0.5))
 

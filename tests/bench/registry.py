@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.bench.rivals import Row
+from tests.ports import free_port
 from tests.wire.stock.conftest import installed
 
 ROUNDS = 7
@@ -187,11 +188,6 @@ def wait_for(server: Server, process: subprocess.Popen[bytes]) -> None:
 
 def port_of(server: Server) -> int:
     return int(server.url.rpartition(":")[2])
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return int(sock.getsockname()[1])
 
 
 def pinned(core: int) -> tuple[str, ...]:

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from tests.bench.ranks import Given, rank
 from tests.bench.rivals import Row
 from tests.engine.processes import Child
@@ -30,18 +32,19 @@ LARGE_PAGES = 16
 
 @dataclass
 class Pair:
-    """A prefill and a decode that speak to one registry."""
+    """A prefill and a decode that speak to one registry. `movers`: the agents that move for them, if any do."""
 
     prefill: Child
     decode: Child
     numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+    movers: list[psutil.Process] = field(default_factory=list)
 
-    def rooms(self, count: int, at_once: int, n_pages: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    def rooms(self, count: int, at_once: int, n_pages: int, **how: bool) -> tuple[dict[str, Any], dict[str, Any]]:
         """What both sides say of so many rooms."""
         first = next(self.numbers) * 1_000_000
         with ThreadPoolExecutor(2) as both:
             asked = [
-                both.submit(side.ask_now, "rooms", first=first, count=count, at_once=at_once, n_pages=n_pages)
+                both.submit(side.ask_now, "rooms", first=first, count=count, at_once=at_once, n_pages=n_pages, **how)
                 for side in (self.decode, self.prefill)
             ]
         received, sent = (each.result() for each in asked)

@@ -21,7 +21,8 @@ from pathlib import Path
 
 import psutil
 
-from pdctl.config import NodeSettings, ServeSettings, Settings
+from pdctl.config import Settings
+from pdctl.sections import NodeSettings, ServeSettings
 from tests.bench.rivals import Row
 from tests.node_rig import FIRST, SHAPE, Memory
 from tests.service import service

@@ -50,7 +50,7 @@ async def test_whoever_follows_hears_what_happens_and_nothing_twice(
     heard: list[str] = []
 
     async def until(kind: str) -> None:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while kind not in heard:
                 heard.extend(
                     json.loads(line)["kind"] for line in capsys.readouterr().out.splitlines() if line[:1] == "{"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -13,14 +12,9 @@ import pytest
 from pdctl import config, serving
 from pdctl.cli import parser
 from tests.commands.conftest import Fleet
+from tests.ports import free_port
 
-SOON_S = 20.0
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+SOON_S = 60.0
 
 
 @pytest.mark.parametrize(

@@ -254,7 +254,7 @@ async def test_a_run_that_is_cut_short_takes_its_ranks_out_again(registry_url: s
             begun.set()
 
     task = asyncio.create_task(course.run(registry_url, Credentials(), Course(idle_s=60.0), tell))
-    await asyncio.wait_for(begun.wait(), 20)
+    await asyncio.wait_for(begun.wait(), 60)
     assert await alive(registry_url) == 16
     task.cancel()
     await asyncio.wait({task})

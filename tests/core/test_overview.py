@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pdctl.core.capacity import ReportLimits
 from pdctl.core.chronicle import CROWD, SAME_WITHIN_S, Chronicle, wall
 from pdctl.core.kinds import Kind, State
 from pdctl.core.latest import Latest
-from pdctl.core.overview import News, Place, ReportBook, ReportLimits
+from pdctl.core.overview import News, Place, ReportBook
 from pdctl.core.report import LinkSeen, Report, Wanted, in_a_line, short_seat
 from pdctl.core.route import Seat
 from pdctl.core.sayings import place_in

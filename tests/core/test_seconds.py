@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import pytest
 
-from pdctl.config import NodeSettings, ServeSettings
 from pdctl.core.feed import WatchLimits
 from pdctl.core.fleet import FleetPolicy
 from pdctl.core.metadata import KeyWitness
@@ -18,6 +17,7 @@ from pdctl.engine.settings import MooncakeSettings
 from pdctl.errors import ConfigError
 from pdctl.peer import LinkSettings
 from pdctl.retry import RetryPolicy
+from pdctl.sections import NodeSettings, ServeSettings
 
 NO_SECONDS = (-1.0, math.nan, math.inf, -math.inf)
 

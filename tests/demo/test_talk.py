@@ -30,7 +30,7 @@ async def conversation(*requests: dict[str, object]) -> list[dict[str, object]]:
         for request in requests:
             sink.write(json.dumps(request).encode() + b"\n")
         sink.close()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await converse(answer, source, told)
     return [json.loads(line) for line in told.getvalue().splitlines()]
 

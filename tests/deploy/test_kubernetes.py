@@ -317,7 +317,7 @@ def test_everything_is_closed_unless_a_policy_opens_it(overlay: str) -> None:
         ("sglang", "prefill", 8998, {"prefill", "decode", "router"}),
         ("sglang", "decode", "api", {"router"}),
         ("vllm-fleet", "prefill", 15000, {"prefill", "decode", "registry"}),
-        ("fleet", "registry", "pdctl", {"prefill", "decode", "router"}),
+        ("fleet", "registry", "pdctl", {"prefill", "decode", "router", "registry"}),
         ("fleet", "etcd", "client", {"registry"}),
         ("fleet", "etcd", "peer", {"etcd"}),
         ("agent", "prefill", 15000, {"prefill", "decode"}),

@@ -29,7 +29,7 @@ def ask(url: str, body: object = None, method: str | None = None) -> tuple[int, 
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"}, method=method)
     try:
-        with urllib.request.urlopen(request, timeout=10) as answer:
+        with urllib.request.urlopen(request, timeout=60) as answer:
             return answer.status, _read(answer.read())
     except urllib.error.HTTPError as error:
         with error:

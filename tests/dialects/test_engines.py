@@ -33,7 +33,7 @@ class Seen:
         self.picture = Picture()
 
     async def next(self) -> News:
-        async with asyncio.timeout(20.0):
+        async with asyncio.timeout(60):
             news: News = await anext(self.news)
         self.picture.take(news)
         return news

@@ -80,7 +80,7 @@ class Watcher:
     async def next(self, *kinds: str) -> dict[str, Any]:
         """The data of the next event of one of `kinds`."""
         kind = ""
-        async with asyncio.timeout(10.0):
+        async with asyncio.timeout(60):
             async for line in self._lines:
                 name, _, value = line.decode().strip().partition(": ")
                 if name == "event":
@@ -96,7 +96,7 @@ class Watcher:
 
 @pytest.fixture
 async def wire(registry_url: str) -> AsyncIterator[Wire]:
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=20.0)) as session:
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=60.0)) as session:
         yield Wire(registry_url, session)
 
 

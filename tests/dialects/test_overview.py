@@ -15,11 +15,11 @@ import aiohttp
 import pytest
 
 from pdctl.beside import beside
-from pdctl.config import ServeSettings, Settings
+from pdctl.config import Settings
+from pdctl.core.capacity import ReportLimits
 from pdctl.core.feed import WatchLimits
 from pdctl.core.latest import Latest
 from pdctl.core.naming import SESSION_KEY
-from pdctl.core.overview import ReportLimits
 from pdctl.credentials import AccessSettings
 from pdctl.dialects.board import SHARE, Board
 from pdctl.dialects.overview import BODY_LIMIT
@@ -28,6 +28,7 @@ from pdctl.looking import Looking
 from pdctl.lookout import Lookout
 from pdctl.metrics import Metrics
 from pdctl.registrar import Registrar
+from pdctl.sections import ServeSettings
 from pdctl.serving import sidecar
 from tests.conftest import Clock
 from tests.dialects.test_native import Wire, body, claim

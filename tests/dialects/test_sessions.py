@@ -51,7 +51,7 @@ class Wire:
         return told
 
     async def until(self, session: str, state: str) -> Any:
-        async with asyncio.timeout(10.0):
+        async with asyncio.timeout(60):
             while (told := await self.told("GET", f"/{session}"))["state"] != state:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
             return told

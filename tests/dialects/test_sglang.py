@@ -259,7 +259,7 @@ async def test_a_body_over_the_limit_is_413_and_the_connection_goes_on(
 
 async def test_a_client_that_sends_all_before_it_reads_gets_the_413_and_no_reset(registry_url: str) -> None:
     def send() -> int:
-        connection = http.client.HTTPConnection(registry_url.removeprefix("http://"), timeout=10)
+        connection = http.client.HTTPConnection(registry_url.removeprefix("http://"), timeout=60)
         connection.request("PUT", "/route", body=b" " * (12 << 20))
         status = connection.getresponse().status
         connection.close()
@@ -320,7 +320,7 @@ async def test_an_unknown_rank_is_named_as_it_was_sent(client: Client) -> None:
 
 async def test_a_lookup_on_an_idle_connection_is_answered_by_it(registry_url: str) -> None:
     """A decode tries once, so a connection closed under it is a failed request. Uvicorn's own limit is 5 s."""
-    connection = http.client.HTTPConnection(registry_url.removeprefix("http://"), timeout=5)
+    connection = http.client.HTTPConnection(registry_url.removeprefix("http://"), timeout=60)
     connection.connect()
     kept = connection.sock
     for pause_s in (0.0, 5.5):

@@ -17,13 +17,15 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from pdctl.config import NodeSettings, ServeSettings, Settings
+from pdctl.config import Settings
 from pdctl.doctor import host, names, network, software
 from pdctl.doctor.base import Checked, Result, Said, checked, ok
 from pdctl.doctor.rounds import CHECKS, rounds
 from pdctl.engine.settings import MooncakeSettings
 from pdctl.errors import BadField
-from tests.explain.planted import LISTENS, free_port, outer_address, program
+from pdctl.sections import NodeSettings, ServeSettings
+from tests.explain.planted import LISTENS, outer_address, program
+from tests.ports import free_port
 from tests.small_server import listening
 
 NOBODY = "http://127.0.0.1:1"

@@ -16,13 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from pdctl.config import NodeSettings, ServeSettings, Settings
+from pdctl.config import Settings
 from pdctl.core.comparing import Checksum
 from pdctl.core.pairing import Paired
 from pdctl.core.transfer import RoomTimeouts
 from pdctl.engine.settings import MooncakeSettings
 from pdctl.errors import NotReady
 from pdctl.node import DecodeNode, PrefillNode, decode_node, prefill_node
+from pdctl.sections import NodeSettings, ServeSettings
 from tests.e2e.model import Model, Rank, Split
 from tests.engine.processes import live, obey
 

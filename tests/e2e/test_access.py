@@ -28,7 +28,7 @@ from tests.test_server import needs_ipv6
 
 T = TypeVar("T")
 
-SOON_S = 20.0
+SOON_S = 60.0
 TOKEN = "the-token-of-prefill-ranks"
 SEAT = "dp0-cp0-tp0-pp0"
 RANK = ("--rank-host", "10.0.0.1", "--rank-port", "40123")

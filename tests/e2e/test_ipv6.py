@@ -28,7 +28,7 @@ WHERE = "/route?prefill_dp_rank=0&prefill_cp_rank=0&target_tp_rank=0&target_pp_r
 
 
 def got(url: str) -> object:
-    with urllib.request.urlopen(url, timeout=5) as answer:
+    with urllib.request.urlopen(url, timeout=60) as answer:
         return json.load(answer)
 
 
@@ -60,7 +60,7 @@ async def test_a_rank_is_registered_and_found_by_its_ipv6_address_from_the_comma
 def test_every_address_means_both_families_and_the_caller_is_known_by_his_own(tmp_path: Path) -> None:
     with service(tmp_path / "log", "--host", "::") as registry:
         for host, known_as in (("127.0.0.1", "127.0.0.1"), ("::1", "::1")):
-            with socket.create_connection((host, registry.port), timeout=5) as sock:
+            with socket.create_connection((host, registry.port), timeout=60) as sock:
                 sock.sendall(b"PUT /route HTTP/1.1\r\nHost: r\r\nContent-Length: 1\r\nConnection: close\r\n\r\n{")
                 assert sock.makefile("rb").readline().split()[1] == b"400"
             assert f" peer={known_as} " in registry.log()

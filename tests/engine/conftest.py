@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
 from typing import Any, Protocol
@@ -219,10 +218,3 @@ async def loopback_stage(stack: AsyncExitStack) -> Stage:
         return Neighbour(directory, await stack.enter_async_context(open_loopback(directory, port=port)))
 
     return await Stage(engine, stack, start).ready()
-
-
-async def until(holds: Callable[[], Awaitable[bool]], deadline_s: float = 20.0) -> None:
-    """Ask until it holds."""
-    async with asyncio.timeout(deadline_s):
-        while not await holds():  # noqa: ASYNC110  it is another process, which sets no event of ours
-            await asyncio.sleep(0.01)

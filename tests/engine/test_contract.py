@@ -17,7 +17,8 @@ from pdctl.engine.mooncake import open_mooncake
 from pdctl.engine.settings import MooncakeSettings
 from pdctl.errors import BadField, Cause, TransferFailed
 from pdctl.memory import Arena
-from tests.engine.conftest import STALL_S, Stage, registered, until
+from tests.engine.conftest import STALL_S, Stage, registered
+from tests.patience import until_told
 
 
 async def failure(doing: Awaitable[object]) -> TransferFailed:
@@ -204,7 +205,9 @@ async def test_a_hung_peer_fails_the_transfer_only_when_nothing_can_touch_its_so
     stage.memory[:] = 2  # the caller uses its pages again
     far.resume()
     await stage.engine.probe(far.session, deadline_s=10)
-    await until(lambda: _writes_again(stage, far.session, CopyPlan.of((stage.arena.region.pointer, far.pointer, 1))))
+    await until_told(
+        lambda: _writes_again(stage, far.session, CopyPlan.of((stage.arena.region.pointer, far.pointer, 1)))
+    )
     assert await far.count(2) == 1
 
 
@@ -278,7 +281,7 @@ async def test_a_peer_that_hung_is_usable_again_without_being_announced_anew(sta
     far.stop()
     await failure(stage.engine.write(far.session, stage.plan(far), deadline_s=0.3))
     far.resume()
-    await until(lambda: _writes_again(stage, far.session, stage.plan(far)))
+    await until_told(lambda: _writes_again(stage, far.session, stage.plan(far)))
     assert await far.count(6) == 4 << 20
 
 
@@ -327,7 +330,7 @@ async def test_a_process_that_took_a_dead_peers_place_is_not_written_to_until_fo
         assert error.cause is Cause.PEER_CHANGED
     assert await heir.count(8) == 0
     stage.engine.forget(heir.session)
-    await until(lambda: _writes_again(stage, heir.session, stage.plan(heir)))
+    await until_told(lambda: _writes_again(stage, heir.session, stage.plan(heir)))
     assert await heir.count(8) == 4 << 20
 
 

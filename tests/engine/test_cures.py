@@ -12,7 +12,7 @@ import mmap
 import os
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, Literal, cast
 
@@ -36,6 +36,7 @@ from tests.engine.processes import Peers
 from tests.engine.roads import Roads
 from tests.engine.test_contract import failure
 from tests.engine.test_hazards import Spy
+from tests.patience import until
 
 MIB = 1 << 20
 
@@ -72,16 +73,10 @@ async def longest_pause() -> AsyncIterator[list[float]]:
 
 async def proven_at_last(engine: Engine, session: str) -> Proof:
     """On a busy machine our own loop is late now and then, and nothing is cured meanwhile."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while True:
             with contextlib.suppress(TransferFailed):
                 return await engine.prove(session, deadline_s=2.0)
-
-
-async def until(true: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
-        while not true():  # noqa: ASYNC110
-            await asyncio.sleep(0.005)
 
 
 def hold_the_loop(seconds: float) -> None:
@@ -116,7 +111,7 @@ async def test_what_one_engine_does_not_reach_a_fresh_one_does_and_transfers_tak
         assert (await stage.engine.prove(far.session, deadline_s=2.0)).cured is None
         assert lane_of(stage.engine, other.session).engine == 0, "only the peer that was out of reach has moved"
         roads.unblock()
-        await asyncio.wait_for(stage.engine.settle(far.session), 5)
+        await asyncio.wait_for(stage.engine.settle(far.session), 60)
 
 
 async def test_the_blocks_of_the_engine_that_was_left_still_hold_their_memory(peers: Peers) -> None:
@@ -132,7 +127,7 @@ async def test_the_blocks_of_the_engine_that_was_left_still_hold_their_memory(pe
         await asyncio.wait([settling], timeout=0.2)
         assert not settling.done()
         roads.unblock()
-        await asyncio.wait_for(settling, 5)
+        await asyncio.wait_for(settling, 60)
 
 
 async def test_a_peer_that_no_engine_reaches_is_out_and_costs_few_engines(peers: Peers) -> None:
@@ -463,7 +458,7 @@ async def test_closing_waits_for_a_question_in_flight_and_ends_every_thread(
         assert stage.engine._questions.moving == []  # type: ignore[attr-defined]
     cable.release()
     for mover in movers:
-        mover.join(5)
+        mover.join(60)
         assert not mover.is_alive()
 
 

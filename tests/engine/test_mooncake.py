@@ -361,7 +361,7 @@ async def test_no_thread_of_an_engine_outlives_it() -> None:
         assert any(thread.name == "pdctl-mover" for thread in threading.enumerate())
     for thread in threading.enumerate():
         if thread.name.startswith("pdctl-"):
-            thread.join(5)
+            thread.join(60)
             assert not thread.is_alive()
 
 

@@ -32,7 +32,7 @@ def main() -> None:
 
 def put(registry: str, path: str, body: dict[str, Any]) -> tuple[int, str]:
     at = urlsplit(registry)
-    connection = http.client.HTTPConnection(at.hostname or "", at.port, timeout=10)
+    connection = http.client.HTTPConnection(at.hostname or "", at.port, timeout=60)
     connection.request("PUT", path, json.dumps(body), {"Content-Type": "application/json"})
     answer = connection.getresponse()
     words = answer.read().decode()

@@ -10,12 +10,13 @@ from contextlib import AsyncExitStack
 from dataclasses import replace
 from typing import Any
 
-from pdctl.config import NodeSettings, Settings
+from pdctl.config import Settings
 from pdctl.core.ejection import ProbePolicy
 from pdctl.core.pairing import Paired
 from pdctl.core.route import Seat
 from pdctl.errors import PdctlError
 from pdctl.node import DecodeNode, PrefillNode, decode_node, prefill_node
+from pdctl.sections import NodeSettings
 from tests.e2e.instance import settings_at
 from tests.e2e.model import Model, Rank, Split
 from tests.engine.processes import live, obey

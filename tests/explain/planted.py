@@ -13,10 +13,11 @@ from typing import Any
 
 import aiohttp
 
-from pdctl.config import NodeSettings, Settings
+from pdctl.config import Settings
 from pdctl.core.findings import Scope
 from pdctl.core.route import Seat, Shape
 from pdctl.explaining import Explained, why
+from pdctl.sections import NodeSettings
 from tests.engine.processes import Child
 
 SHAPE = Shape(2, 1, 1, 1, 64, "bfloat16")
@@ -123,9 +124,3 @@ async def _ask(method: str, url: str, body: object = None) -> int:
     async with aiohttp.ClientSession() as http, http.request(method, url, json=body) as answer:
         await answer.read()
         return answer.status
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])

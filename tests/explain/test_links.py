@@ -20,7 +20,7 @@ def rank(role: str, registry: str) -> Child:
 
 async def until_found(what: Culprit, registry: str, *words: str) -> list[Finding]:
     """Ranks report within a quarter of a second."""
-    async with asyncio.timeout(40):
+    async with asyncio.timeout(120):
         while True:
             found = (await explained(registry, *words)).findings
             if any(finding.what is what for finding in found):
@@ -29,7 +29,7 @@ async def until_found(what: Culprit, registry: str, *words: str) -> list[Finding
 
 
 async def until_registered(registry: str) -> None:
-    async with asyncio.timeout(40):
+    async with asyncio.timeout(120):
         while await culprits(registry, "default", "link-d"):  # noqa: ASYNC110 - other processes
             await asyncio.sleep(0.1)
 

@@ -19,11 +19,11 @@ from typing import Any
 import pytest
 
 from pdctl.cli import parser
-from pdctl.config import ServeSettings, StoreSettings
 from pdctl.core.findings import Culprit
 from pdctl.core.route import Seat, Shape
 from pdctl.doctor.base import Result
 from pdctl.doctor.rounds import rounds
+from pdctl.sections import ServeSettings, StoreSettings
 from tests.explain.planted import (
     LISTENS,
     WAITS,
@@ -32,7 +32,6 @@ from tests.explain.planted import (
     culprits,
     delete,
     explained,
-    free_port,
     outer_address,
     post,
     program,
@@ -40,6 +39,7 @@ from tests.explain.planted import (
     ranks,
     settings,
 )
+from tests.ports import free_port
 from tests.service import Service, service
 from tests.store.master import Master
 

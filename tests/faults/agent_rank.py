@@ -45,7 +45,7 @@ class Rank(Engine):
     async def stands(self, room: int) -> dict[str, Any]:
         """Wait until it does; or until the room is over, if it never will."""
         standing = asyncio.create_task(self.standing.wait())
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await asyncio.wait({standing, self.calls[room]}, return_when=asyncio.FIRST_COMPLETED)
         standing.cancel()
         return {"stands": self.standing.is_set()}
@@ -55,7 +55,7 @@ class Rank(Engine):
         return {}
 
     async def went(self, room: int) -> dict[str, Any]:
-        async with asyncio.timeout(25):
+        async with asyncio.timeout(60):
             return {"why": await self.calls.pop(room)}
 
     async def give_up(self, room: int) -> dict[str, Any]:
@@ -65,7 +65,7 @@ class Rank(Engine):
     async def hand_over_again(self) -> dict[str, Any]:
         """To the next life of the agent's process at the same socket."""
         await self.stack.aclose()
-        async with asyncio.timeout(25):
+        async with asyncio.timeout(60):
             return await self.hand_over()
 
     async def start_afresh(self) -> dict[str, Any]:

@@ -52,7 +52,8 @@ from pdctl.peer import LinkSettings, PeerLink, open_link
 from pdctl.prober import Prober
 from pdctl.receiver import ArrivingRoom, Receiver
 from pdctl.retry import RetryPolicy
-from pdctl.sender import Sender, SendingRoom
+from pdctl.sender import Sender
+from pdctl.sending import SendingRoom
 from tests.engine.processes import live, obey
 
 Bytes = npt.NDArray[np.uint8]

@@ -44,7 +44,7 @@ class Sides:
 
     async def one_room(self) -> int:
         """A chunk of it has landed, and the prefill engine computes the next."""
-        async with asyncio.timeout(25):
+        async with asyncio.timeout(60):
             while True:
                 self.last_room = room = self.last_room + 1
                 await ask(self.engines["prefill"], "begin", room=room, pages=SENT)
@@ -79,7 +79,7 @@ class Sides:
 
     async def tables_are_empty(self) -> None:
         """As the movers tell."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while any(card[table] for card in await self.cards() for table in TABLES):  # noqa: ASYNC110
                 await asyncio.sleep(0.1)
 

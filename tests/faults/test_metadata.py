@@ -31,5 +31,5 @@ def test_an_engine_is_found_by_new_ones_after_the_registry_was_killed(tmp_path: 
             assert node.ask_now("first")["value"] == 3
             node.ask_now("leave")
             with pytest.raises(urllib.error.HTTPError, match="404"):
-                urllib.request.urlopen(f"{again.url}/metadata?key=mooncake%2Fram%2Fnode", timeout=5)
+                urllib.request.urlopen(f"{again.url}/metadata?key=mooncake%2Fram%2Fnode", timeout=60)
             assert again.complaints() == []

@@ -7,7 +7,7 @@ import contextlib
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from random import Random
 from typing import Any
@@ -19,6 +19,7 @@ from pdctl.client import RegistryClient
 from pdctl.core.address import Endpoint
 from pdctl.core.route import Announcement, Seat, Shape
 from pdctl.retry import RetryPolicy
+from tests.patience import until
 from tests.scripted import reserve_port
 
 RANKS = 40
@@ -26,7 +27,7 @@ SHAPE = Shape(attn_tp_size=RANKS, attn_cp_size=1, dp_size=1, pp_size=1, page_siz
 ROWS = [Announcement(Seat(0, 0, tp, 0), SHAPE, Endpoint(f"10.0.0.{tp}", 40000 + tp)) for tp in range(RANKS)]
 QUICK = RetryPolicy(first_wait_s=0.05, max_wait_s=0.4)
 EVERY_S = 0.5
-DEADLINE_S = 30.0
+DEADLINE_S = 60.0
 
 
 class Registry:
@@ -95,12 +96,6 @@ async def holding(url: str, rows: list[Announcement]) -> AsyncIterator[list[Regi
             yield ranks
             for task in tasks:
                 task.cancel()
-
-
-async def until(what: Callable[[], bool]) -> None:
-    async with asyncio.timeout(DEADLINE_S):
-        while not what():  # noqa: ASYNC110 - another process and its effects are waited for
-            await asyncio.sleep(0.01)
 
 
 async def test_a_registry_that_forgets_learns_every_held_rank_again(registry: Registry) -> None:

@@ -28,7 +28,7 @@ HERE, THERE = "127.0.0.1", "127.0.0.2"
 TTL_S = 0.9
 SLACK_S = 1.0
 """A lease that is over is seen to be within this."""
-DEADLINE_S = 20.0
+DEADLINE_S = 60.0
 WHERE = "/route?prefill_dp_rank=0&prefill_cp_rank=0&target_tp_rank={}&target_pp_rank=0"
 TOPOLOGY = "/route?prefill_dp_rank=-1&prefill_cp_rank=-1&target_tp_rank=-1&target_pp_rank=-1"
 
@@ -76,7 +76,7 @@ def path(tp: int | None, instance: str = "default") -> str:
 @asynccontextmanager
 async def party(url: str, host: str = HERE) -> AsyncIterator[Party]:
     connector = aiohttp.TCPConnector(local_addr=(host, 0), limit=0)
-    timeout = aiohttp.ClientTimeout(total=10)
+    timeout = aiohttp.ClientTimeout(total=60.0)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as http:
         yield Party(url, host, http)
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from tests.image.building import Image
 
-DEADLINE_S = 30.0
+DEADLINE_S = 60.0
 # $1 the image's tree, $2 what is written to, $3 where that is in the image; the rest is run
 _SETUP = """
 set -e

@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Coroutine
 from typing import Any
 
-from pdctl.config import NodeSettings, ServeSettings, Settings
+from pdctl.config import Settings
 from pdctl.core.comparing import Checksum
 from pdctl.core.ejection import ProbePolicy
 from pdctl.core.transfer import RoomTimeouts
@@ -21,6 +21,7 @@ from pdctl.engine.settings import MooncakeSettings
 from pdctl.errors import PdctlError
 from pdctl.node import DecodeNode, PrefillNode, decode_node, prefill_node
 from pdctl.retry import RetryPolicy
+from pdctl.sections import NodeSettings, ServeSettings
 from tests.engine.processes import live, obey
 from tests.node_rig import FIRST, SHAPE, Memory
 

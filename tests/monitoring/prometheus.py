@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy" / "prometheus"
 RULES = (DEPLOY / "recording.rules.yml", DEPLOY / "alerts.rules.yml")
 UNPACKED = ROOT / ".cache" / "servers" / "usr" / "bin"  # where `./dev` puts it
-UP_S = 20.0
+UP_S = 60.0
 _TIME = re.compile(r"(?<=\[)\d+[smh](?=\])|(?<=for: )\d+[smh]")
 _LIMIT = re.compile(r"(?<=_seconds > )\d+")
 _SECONDS = {"s": 1, "m": 60, "h": 3600}
@@ -70,7 +70,7 @@ class Prometheus:
         """What the API answers, its `data`. AssertionError with its own words where it refuses."""
         body = urllib.parse.urlencode(parameters).encode() or None
         try:
-            with urllib.request.urlopen(f"{self.url}/api/v1/{path}", data=body, timeout=10) as answer:
+            with urllib.request.urlopen(f"{self.url}/api/v1/{path}", data=body, timeout=60) as answer:
                 return json.loads(answer.read())["data"]
         except urllib.error.HTTPError as error:
             raise AssertionError(f"{parameters}: {error.read().decode()}") from None

@@ -46,7 +46,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen]:
 def test_what_a_process_answers_is_what_the_page_of_metrics_says(seen: Seen, who: str) -> None:
     running, _ = seen
     running.move()
-    with urllib.request.urlopen(running.metrics_urls[who], timeout=10) as answer:
+    with urllib.request.urlopen(running.metrics_urls[who], timeout=60) as answer:
         text = answer.read().decode()
     assert breaches(text) == []
     assert ("pdctl_registered{" in text) == (who != "serve")
@@ -139,7 +139,7 @@ def claim(running: Fleet, tp: int, instance: str = "half") -> int:
         method="PUT",
     )
     try:
-        with urllib.request.urlopen(request, timeout=10) as answer:
+        with urllib.request.urlopen(request, timeout=60) as answer:
             return int(answer.status)
     except HTTPError as error:
         with error:

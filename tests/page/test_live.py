@@ -11,7 +11,8 @@ from typing import Any
 import aiohttp
 import pytest
 
-from pdctl.config import ServeSettings, Settings
+from pdctl.config import Settings
+from pdctl.sections import ServeSettings
 from pdctl.serving import sidecar
 from tests.demo.test_story import Demo
 from tests.dialects.test_native import Wire, body

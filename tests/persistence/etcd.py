@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-UP_S = 20.0
+UP_S = 60.0
 BINARY = Path(__file__).parents[2] / ".cache" / "servers" / "usr" / "bin" / "etcd"  # where `./dev` puts it
 
 

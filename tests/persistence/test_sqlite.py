@@ -26,6 +26,7 @@ from pdctl.persistence.open import open_journal
 from pdctl.persistence.place import path_in
 from pdctl.persistence.sqlite import SqliteJournal
 from tests.conftest import Clock
+from tests.patience import until
 from tests.persistence.rows import change, claim, life, records
 from tests.persistence.tmpfs import Tmpfs, can_mount
 
@@ -63,12 +64,6 @@ async def opened(path: Path, **more: object) -> AsyncIterator[SqliteJournal]:
 async def filled(path: Path, *epochs: int) -> None:
     async with opened(path) as journal:
         await journal.append([change(life(epoch), epoch) for epoch in epochs], [(epoch, 0) for epoch in epochs])
-
-
-async def until(what: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
-        while not what():  # noqa: ASYNC110 - the journal tries again in its own time
-            await asyncio.sleep(0.01)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 37, 128, 129, 300])

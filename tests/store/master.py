@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tests.engine.processes import die_with_parent
 
-SOON_S = 20.0
+SOON_S = 60.0
 
 
 def binary() -> str:

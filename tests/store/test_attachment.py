@@ -61,7 +61,7 @@ class Rig:
         return self.registry.get_sample_value(name, labels) or 0.0
 
     async def until(self, attached: bool) -> None:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while self.attachment.is_attached is not attached:  # noqa: ASYNC110  nothing tells of it
                 await asyncio.sleep(0.005)
 

@@ -11,7 +11,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from pdctl.config import NodeSettings, Settings
+from pdctl.config import Settings
 from pdctl.core.findings import Culprit, Finding, Scope
 from pdctl.core.kvstore import KVStoreConfig
 from pdctl.core.report import StoreSeen
@@ -22,6 +22,7 @@ from pdctl.explaining import why
 from pdctl.kvstore import KVStore, mooncake_means, open_store
 from pdctl.node import prefill_node
 from pdctl.retry import RetryPolicy
+from pdctl.sections import NodeSettings
 from pdctl.serving import sidecar
 from pdctl.store.patience import StorePatience
 from pdctl.store.watch import StoreWatch

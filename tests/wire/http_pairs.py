@@ -71,7 +71,7 @@ class Pair:
 
 def ask(address: str, request: Request) -> JSON:
     """The answer of the registry at `host:port`, over a connection of its own that adds no header."""
-    connection = http.client.HTTPConnection(address, timeout=5)
+    connection = http.client.HTTPConnection(address, timeout=60)
     connection.request(request.method, request.path, body=request.payload(), headers=request.headers)
     reply = connection.getresponse()
     headers = {name: value for name in HEADERS if (value := reply.getheader(name))}

@@ -65,7 +65,7 @@ class Child:
         logging.getLogger("sglang.srt.disaggregation.common.conn").addHandler(heard)
         logging.getLogger("sglang.srt.disaggregation.common.conn").setLevel(logging.INFO)
         self.service = start_disagg_service()
-        wait_for(lambda: bool(heard.said), "the bootstrap service says neither that it serves nor that it cannot", 10)
+        wait_for(lambda: bool(heard.said), "the bootstrap service says neither that it serves nor that it cannot", 60)
         return {"said": heard.said[0]}
 
     def serves(self) -> bool:

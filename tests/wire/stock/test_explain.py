@@ -11,7 +11,8 @@ from pdctl.client import RegistryClient
 from pdctl.core.address import Endpoint
 from pdctl.core.route import Announcement, Seat, Shape
 from tests.engine.processes import Child
-from tests.explain.planted import culprits, free_port
+from tests.explain.planted import culprits
+from tests.ports import free_port
 from tests.wire.stock.conftest import environment
 
 SHAPE = Shape(2, 1, 1, 1, 64, "bfloat16")

@@ -147,7 +147,7 @@ async def refuse_one(port: int) -> None:
         dropped.set()
 
     async with await asyncio.start_server(drop, "127.0.0.1", port):
-        await asyncio.wait_for(dropped.wait(), 20)
+        await asyncio.wait_for(dropped.wait(), 60)
 
 
 async def test_a_stock_rank_registers_once_the_registry_is_up(stock: Stock, server: Server) -> None:
@@ -165,7 +165,7 @@ async def test_a_stock_rank_registers_once_the_registry_is_up(stock: Stock, serv
 async def serving(process: asyncio.subprocess.Process) -> str:
     """The address that `pdctl serve` prints when it is bound."""
     assert process.stdout is not None
-    line = (await asyncio.wait_for(process.stdout.readline(), 30)).decode()
+    line = (await asyncio.wait_for(process.stdout.readline(), 60)).decode()
     assert line.startswith("serving at http://"), line
     return line.split("http://")[1].strip().rstrip("/")
 
@@ -182,7 +182,7 @@ async def test_stock_ranks_find_each_other_through_pdctl_serve(stock: Stock) -> 
         found = await stock("lookup", name="d", address=address, dp=1, cp=0, tp=1, pp=0)
         assert found["rank_ip"] == "127.0.0.1"
         process.terminate()
-        assert await asyncio.wait_for(process.wait(), 20) == 0
+        assert await asyncio.wait_for(process.wait(), 60) == 0
     finally:
         if process.returncode is None:
             process.kill()

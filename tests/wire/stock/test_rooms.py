@@ -19,7 +19,7 @@ from tests.wire.stock.across import NAMED, SEED, StockInstance, both, into_ours,
 MHA = Model()
 MLA = Model("mla", layers=4, heads=1, lens=(24,))
 ROOM = 40
-WITHIN_S = 20
+WITHIN_S = 60.0
 
 
 @asynccontextmanager

@@ -50,7 +50,7 @@ TIMEOUTS = RoomTimeouts(
     bootstrap_s=20, waiting_s=20, transfer_s=20, release_s=10, drain_margin_s=0.1, checksum=Checksum.OFFERED
 )
 SEAT, SHAPE = Seat(0, 0, 0, 0), Shape(1, 1, 1, 1, 16, "bfloat16")
-WITHIN_S = 30
+WITHIN_S = 60.0
 
 rooms = itertools.count(2**40)
 
@@ -296,7 +296,7 @@ async def test_a_decode_that_requires_checksums_refuses_a_stock_prefill_before_i
         await sending(room, 1, 0)
         arriving = receiver.open(room, await client.rank(SEAT), [4], 0, release=given_back)
         with pytest.raises(RoomFailed, match=r"gives no checksums, and room\.checksum is required here"):
-            await asyncio.wait_for(arriving.__aenter__(), 5)
+            await asyncio.wait_for(arriving.__aenter__(), 60)
         assert given_back.now == [[4]]
         assert await stock("poll_until", room=room, status=[BOOTSTRAPPING, WAITING]) == BOOTSTRAPPING
     assert (receiver.contacts.told, receiver.quarantine) == ((), ())
