@@ -70,6 +70,18 @@ class Alarm:
 
 
 @asynccontextmanager
+async def patience(wait_s: float) -> AsyncIterator[None]:
+    """`asyncio.timeout` of one who does not blame another for its own sleep: after a loop that was held it hears first
+    what lies there. Raises TimeoutError."""
+    async with asyncio.timeout(None) as limit:
+        alarm = Alarm(wait_s, lambda: limit.reschedule(0.0))
+        try:
+            yield
+        finally:
+            alarm.cancel()
+
+
+@asynccontextmanager
 async def watched(clock: Callable[[], float], every_s: float = EVERY_S) -> AsyncIterator[Callable[[], float]]:
     """Gives what tells by how much the loop came late at worst, since the block was entered."""
     lag, worst = LoopLag(clock, every_s), [0.0]

@@ -42,6 +42,7 @@ class LastWords:
         self._send, self._rank, self._timeouts = send, rank, timeouts
         self._over: OrderedDict[tuple[int, Endpoint], tuple[int | None, Frames]] = OrderedDict()
         self._nbytes = 0
+        self._given_up: OrderedDict[int, str] = OrderedDict()
         self._policy = replace(_AGAIN, give_up_after_s=min(_AGAIN.give_up_after_s or 0.0, timeouts.waiting_s))
         self._untold: dict[tuple[int, Endpoint], asyncio.Task[None]] = {}
         self._errands = Errands()
@@ -76,6 +77,25 @@ class LastWords:
             return False
         if said:
             self._tell(named.room, named.reply, said)
+        return True
+
+    def gave_up(self, room: int, reason: str) -> None:
+        """Before every decode rank had named its pages there. Who names them yet may mean the number's next use, until
+        it says again what it has said."""
+        self._given_up[room] = reason
+        self._given_up.move_to_end(room)
+        while len(self._given_up) > _MAX_OVER:
+            self._given_up.popitem(last=False)
+
+    def opened(self, room: int) -> None:
+        self._given_up.pop(room, None)
+
+    def too_late(self, named: Metadata) -> bool:
+        """Whether it has waited for a room that was given up before it was named, which it is told."""
+        reason = self._given_up.get(named.room)
+        if reason is None or not named.again:
+            return False
+        self.report(named, Phase.FAILED, reason)
         return True
 
     def ask_memory(self, named: Metadata) -> None:

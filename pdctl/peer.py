@@ -24,6 +24,7 @@ from pdctl.core.address import Endpoint
 from pdctl.core.seconds import check_seconds
 from pdctl.counts.rooms import LinkDrop
 from pdctl.errors import BadFrames, ConfigError, Unreachable
+from pdctl.lag import HEAR_S, LATE_S, patience
 from pdctl.metrics import Metrics
 
 log = structlog.get_logger(__name__)
@@ -124,7 +125,7 @@ class PeerLink:
         Silence proves nothing: a stopped process, a cut cable and a slow host are silent too.
         """
         try:
-            async with asyncio.timeout(self._settings.send_deadline_s):
+            async with patience(self._settings.send_deadline_s):
                 _, writer = await asyncio.open_connection(peer.host, peer.port)
         except ConnectionRefusedError:
             return True
@@ -139,7 +140,7 @@ class PeerLink:
             return to.tcp
         loop = asyncio.get_running_loop()
         try:
-            async with asyncio.timeout(self._settings.send_deadline_s):
+            async with patience(self._settings.send_deadline_s):
                 found = await loop.getaddrinfo(to.host, to.port, type=socket.SOCK_STREAM)
         except (OSError, TimeoutError) as error:
             raise self._unreachable(to, f"its name cannot be resolved ({error or 'no answer'})") from None
@@ -166,8 +167,12 @@ class PeerLink:
     async def _hand_over(self, push: zmq.asyncio.Socket, to: Endpoint, frames: Sequence[bytes]) -> None:
         # wait() and not timeout(): a message taken in the very moment of the deadline must not be called unsent
         sending = asyncio.ensure_future(push.send_multipart(list(frames)))
+        loop, limit_s = asyncio.get_running_loop(), self._settings.send_deadline_s
+        until = loop.time() + limit_s
         try:
-            await asyncio.wait({sending}, timeout=self._settings.send_deadline_s)
+            await asyncio.wait({sending}, timeout=limit_s)
+            if not sending.done() and loop.time() - until >= LATE_S:  # held: by nobody's fault but this process's
+                await asyncio.wait({sending}, timeout=HEAR_S)
         finally:
             late = not sending.done()
             sending.cancel()

@@ -175,6 +175,9 @@ class Sender:
         room = self._rooms.get(named.room)
         if room is not None and not room.phase.is_final:
             is_known = room.named(named)
+        elif self.words.too_late(named):
+            self._early.drop(named)
+            return
         else:  # also the next use of a room id, which may come while the last is being left
             is_known = self._early.put(named, self.clock())
         if named.again and not is_known:
@@ -199,6 +202,7 @@ class Sender:
         if room.room in self._rooms:
             raise CallerError(f"room {room.room} is open already: give each request a room of its own")
         self._rooms[room.room] = room
+        self.words.opened(room.room)
         self.metrics.opened(Side.SENDER)
         return self._early.take(room.room, self.clock())
 

@@ -398,6 +398,8 @@ class SendingRoom:
         if self.phase.is_final:
             return
         self.reason = reason
+        if self.phase is Phase.BOOTSTRAPPING:
+            self._of.words.gave_up(self.room, reason)
         self._step(event)
         current = asyncio.current_task()
         for write in self._writes:

@@ -6,10 +6,12 @@ import asyncio
 import socket
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
-from pdctl.lag import LATE_S, Alarm, LoopLag, watched
+import pytest
+
+from pdctl.lag import LATE_S, Alarm, LoopLag, patience, watched
 from tests.patience import until
 
 
@@ -98,3 +100,60 @@ async def test_who_stood_still_past_its_alarm_hears_first_what_was_said_meanwhil
                 await asyncio.sleep(0.005)
         await listening
         assert heard == ["said", "rung"]
+
+
+@asynccontextmanager
+async def a_port() -> AsyncIterator[int]:
+    """The kernel takes connections there, whoever sleeps."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        yield listening.getsockname()[1]
+
+
+async def connected(port: int, within: AbstractAsyncContextManager[object]) -> None:
+    """By a loop that is held as soon as it has asked."""
+    async with within:
+        connecting = asyncio.create_task(asyncio.open_connection("127.0.0.1", port))
+        await asyncio.sleep(0)
+        hold_the_loop(LATE_S + 0.2)
+        _, writer = await connecting
+    writer.close()
+    await writer.wait_closed()
+
+
+async def test_what_was_done_while_the_loop_was_held_is_in_time() -> None:
+    async with a_port() as port:
+        with pytest.raises(TimeoutError):  # what this is about: the connection stood long before
+            await connected(port, asyncio.timeout(0.05))
+        await connected(port, patience(0.05))
+
+
+async def nothing(held_s: float) -> None:
+    async with patience(0.05):
+        hold_the_loop(held_s)
+        await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize("held_s", [0.0, LATE_S + 0.2], ids=["loop keeps up", "loop was held"])
+async def test_patience_ends_where_nothing_comes(held_s: float) -> None:
+    began = time.monotonic()
+    with pytest.raises(TimeoutError):
+        await nothing(held_s)
+    assert time.monotonic() - began >= max(0.05, held_s)
+
+
+async def test_patience_that_was_not_needed_rings_no_more() -> None:
+    async with patience(0.01):
+        pass
+    await asyncio.sleep(0.05)
+
+
+async def test_who_is_cancelled_within_patience_is_cancelled() -> None:
+    async def wait() -> None:
+        async with patience(5):
+            await asyncio.Event().wait()
+
+    waiting = asyncio.create_task(wait())
+    await asyncio.sleep(0)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting

@@ -244,6 +244,42 @@ def named_in(heard: list[Frames]) -> Frames:
     return next(frames for frames in heard if isinstance(parse_to_prefill(frames), Metadata))
 
 
+async def given_up(rig: Rig, number: int) -> None:
+    """By the prefill, before anybody has named pages there."""
+    async with rig.sender.open(number, required=1):
+        pass
+
+
+async def test_who_names_pages_of_a_room_that_prefill_has_given_up_is_told_when_it_says_it_again() -> None:
+    async with rig_of() as rig:
+        await given_up(rig, 5)
+        async with asyncio.timeout(20), rig.receiver.open(5, PREFILL, [9, 4], 3, release=rig.given_back) as arriving:
+            with pytest.raises(RoomFailed, match="prefill rank 0 says: the prefill engine left the room"):
+                await arriving.arrived()
+        assert await rig.given_back.next() == [9, 4]
+
+
+async def test_a_number_that_prefill_has_given_up_may_be_used_again_at_once() -> None:
+    async with rig_of(replace(SOON, remind_s=5)) as rig:
+        await given_up(rig, 5)
+        async with asyncio.timeout(20), rig.receiver.open(5, PREFILL, [9, 4], 3) as arriving:
+            assert rig.sender.early == (5,)
+            await rig.send(5)
+            await arriving.arrived()
+
+
+async def test_of_a_room_that_is_open_anew_nobody_is_told_that_it_was_given_up() -> None:
+    async with rig_of() as rig:
+        await given_up(rig, 5)
+        async with (
+            asyncio.timeout(20),
+            rig.sender.open(5, required=2) as sending,
+            rig.receiver.open(5, PREFILL, [9, 4], 3) as arriving,
+        ):
+            await until(lambda: rig.way.count(Metadata) >= 4)
+            assert (sending.phase, arriving.phase) == (Phase.BOOTSTRAPPING, Phase.TRANSFERRING)
+
+
 # --- stock prefills, and those who are gone
 
 

@@ -59,6 +59,17 @@ class EarlyBook:
         if early is not None:
             early.aborted.add(abort.reply)
 
+    def drop(self, named: Metadata) -> None:
+        """What that decode rank has said of the room."""
+        early = self._rooms.get(named.room)
+        if early is None or named.session not in early.by_session:
+            return
+        self._count(early, -1)
+        del early.by_session[named.session]
+        self._count(early, 1)
+        if not early.by_session:
+            del self._rooms[named.room]
+
     def take(self, room: int, now: float) -> tuple[list[Metadata], str | None]:
         self._expire(now)
         early = self._pop(room)

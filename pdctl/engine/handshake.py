@@ -25,6 +25,7 @@ from pdctl.core.layout import Region
 from pdctl.engine.base import PeerCard
 from pdctl.engine.blame import own_fault
 from pdctl.errors import BadField, Cause, TransferFailed
+from pdctl.lag import patience
 
 # 120,000 regions fit; the engine itself refuses more than MC_HANDSHAKE_MAX_LENGTH, which mooncake.py sets to this.
 MAX_REPLY = 8 << 20
@@ -67,7 +68,7 @@ async def ask(host: str, port: int, kind: Kind, body: dict[str, Any], *, deadlin
     """One question. Raises TransferFailed: REFUSED, TIMED_OUT, PEER_GONE or NOT_AN_ENGINE; LOCAL for our own fault."""
     session = str(Endpoint(host, port))
     try:
-        async with asyncio.timeout(deadline_s):
+        async with patience(deadline_s):
             return await _ask(host, port, kind, body)
     except TimeoutError:
         raise TransferFailed(
@@ -110,7 +111,7 @@ async def knock(session: str, found: Descriptor, *, deadline_s: float) -> None:
     """
     port = found.card.data_port
     try:
-        async with asyncio.timeout(deadline_s):
+        async with patience(deadline_s):
             _, writer = await asyncio.open_connection(found.host, port)
     except TimeoutError:
         raise TransferFailed(

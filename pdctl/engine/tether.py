@@ -20,6 +20,7 @@ import socket
 
 from pdctl.engine.blame import own_fault
 from pdctl.errors import Cause, TransferFailed
+from pdctl.lag import patience
 
 # A host that went down without a word says nothing on an idle connection until it is asked; back again, it denies it.
 # Shorter than it takes to start a process there. Fifteen unanswered questions are a cut way, not a new process.
@@ -59,7 +60,7 @@ class Tether:
         connecting = socket.socket(family, socket.SOCK_STREAM)
         connecting.setblocking(False)
         try:
-            async with asyncio.timeout(deadline_s):
+            async with patience(deadline_s):
                 await asyncio.get_running_loop().sock_connect(connecting, (host, port))
             return cls(connecting)
         except BaseException as cause:

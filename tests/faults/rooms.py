@@ -138,6 +138,9 @@ def _says(reason: str) -> str:
     return f"^prefill rank 0 says: {reason.removeprefix('^')}"
 
 
+_LATE = f"{_says(_LEFT)}|{_says(_NOBODY)}|{_NO_STATUS}"  # it is told so when it says again what came too late
+
+
 @dataclass(frozen=True)
 class Ends:
     """The first cause at either end, as an expression; WELL for SUCCESS."""
@@ -207,9 +210,7 @@ MATRIX: dict[Fault, dict[Moment, Ends]] = {
     ),
     Fault.SILENCED: _ends(
         _all(_NOBODY, _NOBODY, _SILENT, _HALF, _SILENT, *[_STALLED] * 3, WELL, WELL),
-        _all(
-            _UNREACHABLE, _NO_STATUS, _says(_SILENT), _says(_HALF), _says(_SILENT), *[_says(_STALLED)] * 3, WELL, WELL
-        ),
+        _all(_UNREACHABLE, _LATE, _says(_SILENT), _says(_HALF), _says(_SILENT), *[_says(_STALLED)] * 3, WELL, WELL),
     ),
     Fault.DATA_CUT: _ends(
         _all(_SEVERED, _SEVERED, _SEVERED, _HALF, *[_SEVERED] * 4, WELL, WELL),
@@ -217,7 +218,15 @@ MATRIX: dict[Fault, dict[Moment, Ends]] = {
     ),
     Fault.PREFILL_ABORTS: _ends(
         _all(_LEFT, _LEFT, ABSENT, _LEFT, _LEFT, _LEFT, _CANCELLED, _CANCELLED, WELL, WELL),
-        _all(*[_NO_STATUS] * 3, *[_says(_LEFT)] * 3, _says(_CANCELLED), _says(_CANCELLED), WELL, WELL),
+        _all(
+            *[_LATE] * 2,
+            _NO_STATUS,
+            *[_says(_LEFT)] * 3,
+            _says(_CANCELLED),
+            _says(_CANCELLED),
+            WELL,
+            WELL,
+        ),
     ),
     Fault.DECODE_ABORTS: _ends(
         _all(_NOBODY, _GIVEN_UP, f"{_GIVEN_UP}|{_GIVEN_UP_EARLY}", *[_GIVEN_UP] * 5, WELL, WELL),
