@@ -25,7 +25,9 @@ FLOORS = {
     "pdctl.sections": 5,
     "pdctl.serving": 5,
     **dict.fromkeys([f"pdctl.{shell}" for shell in ("server", "guard", "dialects", "client", "prober", "peer")], 4),
-    **dict.fromkeys([f"pdctl.{shell}" for shell in ("sender", "sending", "receiver", "agent", "kvstore", "lease")], 4),
+    **dict.fromkeys(
+        [f"pdctl.{shell}" for shell in ("sender", "sending", "receiver", "arriving")], 4
+    ),
     **dict.fromkeys([f"pdctl.{shell}" for shell in ("admission", "dated", "witness", "drainer", "conformance")], 4),
     **dict.fromkeys(
         [
@@ -119,6 +121,7 @@ MAY_ANYWAY = {
     ("pdctl.server", "pdctl.dialects"),
     ("pdctl.metrics", "pdctl.counts"),
     ("pdctl.sender", "pdctl.sending"),
+    ("pdctl.receiver", "pdctl.arriving"),
 }
 
 RESERVED = {

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from structlog.testing import capture_logs
 
+from pdctl.arriving import ArrivingRoom
 from pdctl.core.address import Endpoint
 from pdctl.core.pairing import Paired
 from pdctl.core.transfer import Phase, RoomTimeouts
@@ -26,7 +27,7 @@ from pdctl.core.wire import (
 )
 from pdctl.errors import BadFrames, CallerError, RoomFailed
 from pdctl.metrics import Metrics
-from pdctl.receiver import ArrivingRoom, Receiver, never_gone
+from pdctl.receiver import Receiver, never_gone
 from tests.conftest import Clock
 from tests.room_rig import N_PAGES, Memory, Post, Released, let_others_run, memory
 

@@ -29,6 +29,7 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 
+from pdctl.arriving import ArrivingRoom
 from pdctl.client import RegistryClient
 from pdctl.core.address import Endpoint
 from pdctl.core.ejection import ProbePolicy
@@ -50,7 +51,7 @@ from pdctl.memory import Arena
 from pdctl.metrics import Metrics
 from pdctl.peer import LinkSettings, PeerLink, open_link
 from pdctl.prober import Prober
-from pdctl.receiver import ArrivingRoom, Receiver
+from pdctl.receiver import Receiver
 from pdctl.retry import RetryPolicy
 from pdctl.sender import Sender
 from pdctl.sending import SendingRoom

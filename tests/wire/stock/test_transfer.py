@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pdctl.arriving import ArrivingRoom
 from pdctl.beside import beside
 from pdctl.client import RegistryClient
 from pdctl.core.address import Endpoint
@@ -36,7 +37,7 @@ from pdctl.memory import Arena
 from pdctl.metrics import Metrics
 from pdctl.peer import PeerLink, open_link
 from pdctl.prober import Prober
-from pdctl.receiver import ArrivingRoom, Receiver
+from pdctl.receiver import Receiver
 from pdctl.sender import Sender
 from tests.room_rig import Released
 from tests.wire.stock.conftest import Stock
