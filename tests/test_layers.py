@@ -25,9 +25,8 @@ FLOORS = {
     "pdctl.sections": 5,
     "pdctl.serving": 5,
     **dict.fromkeys([f"pdctl.{shell}" for shell in ("server", "guard", "dialects", "client", "prober", "peer")], 4),
-    **dict.fromkeys(
-        [f"pdctl.{shell}" for shell in ("sender", "sending", "receiver", "arriving")], 4
-    ),
+    **dict.fromkeys([f"pdctl.{shell}" for shell in ("sender", "sending", "receiver", "arriving")], 4),
+    **dict.fromkeys([f"pdctl.{shell}" for shell in ("agent", "kvstore", "lease")], 4),
     **dict.fromkeys([f"pdctl.{shell}" for shell in ("admission", "dated", "witness", "drainer", "conformance")], 4),
     **dict.fromkeys(
         [
