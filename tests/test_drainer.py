@@ -20,7 +20,7 @@ from tests.service import Service, service
 from tests.small_server import listening
 
 SHAPE = Shape(attn_tp_size=1, attn_cp_size=1, dp_size=1, pp_size=1, page_size=16, kv_cache_dtype="bfloat16")
-QUICK = {"PDCTL_DRAIN__EVERY_S": "0.1", "PDCTL_DRAIN__QUIET_S": "0.6", "PDCTL_DRAIN__DEADLINE_S": "0.5"}
+QUICK = {"PDCTL_DRAIN__EVERY_S": "0.1", "PDCTL_DRAIN__QUIET_S": "0.6", "PDCTL_DRAIN__DEADLINE_S": "2.0"}
 SOON_S = 60.0
 A_WHILE_S = 2.0
 """Of three quiet times and more."""

@@ -33,7 +33,7 @@ class Answer:
         return int(self.headers.get("x-pdctl-age", 0))
 
 
-def call(method: str, url: str, body: object = None, timeout_s: float = 10.0) -> Answer:
+def call(method: str, url: str, body: object = None, timeout_s: float = 30.0) -> Answer:
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"content-type": "application/json"}, method=method)
     try:
@@ -58,8 +58,8 @@ def claim(
     *,
     port: int = 0,
     size: int = 2,
-    ttl_s: float | None = 5.0,
-    timeout_s: float = 10.0,
+    ttl_s: float | None = 60.0,
+    timeout_s: float = 30.0,
 ) -> Answer:
     rank = {"host": "127.0.0.1", "port": port or 4000 + tp, "ttl_s": ttl_s, "role": "prefill"}
     url = f"{at.url}/v1/instances/{instance}/ranks/tp{tp}"

@@ -37,8 +37,8 @@ while True:
 QUICK = {
     "PDCTL_WITNESS__INTERVAL_S": "0.2",
     "PDCTL_WITNESS__RETRY_S": "0.1",
-    "PDCTL_WITNESS__DEADLINE_S": "0.5",
-    "PDCTL_WITNESS__MAX_LAG_S": "5",
+    "PDCTL_WITNESS__DEADLINE_S": "3",
+    "PDCTL_WITNESS__MAX_LAG_S": "30",
 }
 BY_HTTP = ("--witness-http", "http://{host}:{http_port}/health")
 
@@ -120,7 +120,7 @@ def test_a_stopped_engine_is_told_by_health_and_served_again_when_it_goes_on(
         until(lambda: asked(registry, "http") > 0)
         engine.child.send_signal(signal.SIGSTOP)
         until(lambda: health(registry)[0] == 503)
-        assert "no answer in 0.5 s, 3 times in a row" in health(registry)[1]
+        assert "no answer in 3 s, 3 times in a row" in health(registry)[1]
         engine.child.send_signal(signal.SIGCONT)
         until(lambda: health(registry) == (200, "OK"))
 

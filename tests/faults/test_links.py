@@ -128,21 +128,21 @@ async def test_a_stopped_peer_is_blocked_by_its_failed_transfer_and_back_when_it
 ) -> None:
     with peers(1) as peer:
         async with watching(engine) as watch:
-            await write(engine, arena, peer, deadline_s=5.0)
+            await write(engine, arena, peer, deadline_s=30.0)
             peer.stop()
             with pytest.raises(TransferFailed) as failure:
                 await write(engine, arena, peer, deadline_s=0.3)
             watch.prober.failed(peer.session, failure.value.cause, failure.value.detail)
-            await until(lambda: watch.unwell(Cause.TIMED_OUT) >= 2, 5.0)
+            await until(lambda: watch.unwell(Cause.TIMED_OUT) >= 2, 60.0)
             assert "timed out" in (watch.prober.reason_blocked(peer.session) or "")
             peer.resume()
-            await until(lambda: watch.well(peer.session), QUICK.max_interval_s + QUICK.deadline_s + 1.0)
-            await write(engine, arena, peer, deadline_s=5.0)
+            await until(lambda: watch.well(peer.session), 20.0)
+            await write(engine, arena, peer, deadline_s=30.0)
 
 
 async def test_fifty_blocked_and_eight_of_them_stopped_no_healthy_one_waits_for_a_stopped_one(engine: Engine) -> None:
     """How soon they are back is measured in `./dev bench links`; stock's single thread takes eight minutes."""
-    policy = replace(QUICK, deadline_s=30.0)
+    policy = replace(QUICK, deadline_s=120.0)
     with peers(42) as healthy, peers(8) as stopped:
         async with watching(engine, policy) as watch:
             for group in (healthy, stopped):
@@ -151,11 +151,11 @@ async def test_fifty_blocked_and_eight_of_them_stopped_no_healthy_one_waits_for_
             stopped.stop()
             for session in [*stopped.hello["sessions"], *healthy.hello["sessions"]]:
                 watch.prober.failed(session, Cause.PEER_GONE, "connection reset")
-            await until(lambda: watch.count("sglang:failed_session_recoveries_total") == 42, 25.0)
+            await until(lambda: watch.count("sglang:failed_session_recoveries_total") == 42, 60.0)
             assert set(watch.table.blocked()) == set(stopped.hello["sessions"])
             assert watch.unwell(Cause.TIMED_OUT) == 0, "the first question to a stopped one is not even over"
             stopped.resume()
-            await until(lambda: not watch.table.blocked(), 25.0)
+            await until(lambda: not watch.table.blocked(), 60.0)
 
 
 async def test_a_killed_peer_stays_blocked_while_wanted_and_is_forgotten_when_idle(engine: Engine) -> None:
@@ -166,10 +166,10 @@ async def test_a_killed_peer_stays_blocked_while_wanted_and_is_forgotten_when_id
             watch.prober.failed(peer.session, Cause.PEER_GONE, "connection reset")
             await until(
                 lambda: watch.well(peer.session) or watch.unwell(Cause.REFUSED) >= 5,
-                10.0,
+                60.0,
             )
             assert not watch.well(peer.session)
-            await until(lambda: not watch.table.blocked(), policy.idle_timeout_s + policy.max_interval_s + 1.0)
+            await until(lambda: not watch.table.blocked(), 60.0)
             assert watch.count("pdctl_session_changes_total", kind="forgotten") == 1
 
 
@@ -181,7 +181,7 @@ async def test_a_peer_restarted_under_the_same_session_is_not_lifted_until_it_re
             with successor(old) as new:
                 watch.prober.remember(new.session, card)
                 watch.prober.failed(new.session, Cause.PEER_GONE, "connection reset")
-                await until(lambda: watch.count("pdctl_session_changes_total", kind="dropped") == 1, 5.0)
+                await until(lambda: watch.count("pdctl_session_changes_total", kind="dropped") == 1, 60.0)
                 assert watch.table.blocked() == {new.session: Cause.PEER_CHANGED}
                 watch.prober.registered(new.session)
                 assert watch.well(new.session)
@@ -189,7 +189,7 @@ async def test_a_peer_restarted_under_the_same_session_is_not_lifted_until_it_re
 
 async def test_what_listens_is_what_the_handshake_shows(engine: Engine) -> None:
     with peers(1) as peer:
-        shown = await engine.probe(peer.session, deadline_s=5.0)
+        shown = await engine.probe(peer.session, deadline_s=30.0)
         assert shown == card_of(peer)
 
 
@@ -202,10 +202,10 @@ async def test_a_peer_whose_handshake_answers_and_whose_data_port_is_dead_stays_
             watch.prober.registered(cable.session, peer.hello["pointers"])
             await cable.cut()
             watch.prober.failed(cable.session, Cause.PEER_GONE, "connection reset")
-            await until(lambda: watch.unwell(Cause.NO_DATA) >= 4, 10.0)
+            await until(lambda: watch.unwell(Cause.NO_DATA) >= 4, 60.0)
             assert "last answer: no data" in (watch.prober.reason_blocked(cable.session) or "")
             await cable.mend()
-            await until(lambda: watch.well(cable.session), 10.0)
+            await until(lambda: watch.well(cable.session), 60.0)
             assert watch.prober.standing(cable.session).depth is Depth.DATA
 
 
@@ -213,13 +213,13 @@ async def test_a_peer_whose_data_works_and_whose_way_was_slow_comes_back(engine:
     with peers(1) as peer:
         async with Cable.to(peer.session) as cable, watching(engine) as watch:
             plan = CopyPlan.of((arena.region.pointer, peer.hello["pointers"][0], NBYTES))
-            await engine.write(cable.session, plan, deadline_s=5.0)
+            await engine.write(cable.session, plan, deadline_s=30.0)
             cable.hold()
             with pytest.raises(TransferFailed) as failure:
                 await engine.write(cable.session, plan, deadline_s=0.3)
             watch.prober.failed(cable.session, failure.value.cause, failure.value.detail)
-            await until(lambda: watch.unwell(Cause.NO_DATA) >= 2, 10.0)
+            await until(lambda: watch.unwell(Cause.NO_DATA) >= 2, 60.0)
             cable.release()
-            await until(lambda: watch.well(cable.session), 10.0)
-            await engine.write(cable.session, plan, deadline_s=5.0)
+            await until(lambda: watch.well(cable.session), 60.0)
+            await engine.write(cable.session, plan, deadline_s=30.0)
             assert watch.count("sglang:failed_session_recoveries_total") == 1

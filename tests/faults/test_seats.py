@@ -25,8 +25,8 @@ from tests.service import Service, service
 from tests.test_cli import pdctl
 
 HERE, THERE = "127.0.0.1", "127.0.0.2"
-TTL_S = 0.9
-SLACK_S = 1.0
+TTL_S = 3.0
+SLACK_S = 8.0
 """A lease that is over is seen to be within this."""
 DEADLINE_S = 60.0
 WHERE = "/route?prefill_dp_rank=0&prefill_cp_rank=0&target_tp_rank={}&target_pp_rank=0"
@@ -156,7 +156,7 @@ async def test_the_other_host_gets_the_seat_when_its_holder_falls_silent_and_not
     async with two_hosts(registry.url) as (holder, rival):
         first = granted(await holder.claim(40_001))
         async with renewing(holder, first) as renewals:
-            tries = [await rival.claim(40_002) for _ in range(100) if await asyncio.sleep(TTL_S / 30, True)]
+            tries = [await rival.claim(40_002) for _ in range(60) if await asyncio.sleep(TTL_S / 30, True)]
         assert {status for status, _ in tries} == {409}
         assert {status for status, _ in renewals} == {200}
         assert (await holder.where())[1] == {"rank_ip": HERE, "rank_port": 40_001}
@@ -207,7 +207,7 @@ async def test_of_many_claims_at_once_the_one_with_the_highest_epoch_holds_the_s
 async def test_of_two_processes_in_one_seat_the_older_leaves_and_says_why(registry: Service) -> None:
     """`pdctl register --hold` twice on one host: the second is a restart of the first, which nobody stopped."""
     held = ("register", "--registry", registry.url, "--rank-host", HERE, "--hold", "--rank-port")
-    quick = {"PDCTL_NODE__TTL_S": "0.6"}
+    quick = {"PDCTL_NODE__TTL_S": "3.0"}
     async with party(registry.url) as who, pdctl(*held, "40001", **quick) as older:
         await until(lambda: serves(who, 40_001))
         async with pdctl(*held, "40002", **quick) as younger:
@@ -280,10 +280,11 @@ async def test_a_wall_clock_that_jumps_by_years_ends_no_lease_and_keeps_none(tmp
             epoch = granted(await who.claim(40_001, size=2))
             await announce(who, 7)
             async with renewing(who, epoch) as renewals:
-                held = [(await who.where())[0] for _ in range(60) if await asyncio.sleep(TTL_S / 20, True)]
+                held = [(await who.where())[0] for _ in range(40) if await asyncio.sleep(TTL_S / 20, True)]
             assert set(held) == {200}
             assert [granted(answer) for answer in renewals] == [epoch] * len(renewals)
             assert await room(who, 7) == {"7": 0}
+            assert granted(await who.renew(epoch)) == epoch
             silent_s = await until(lambda: is_status(who.where, 503))
             assert TTL_S / 2 < silent_s < TTL_S + SLACK_S
             assert granted(await who.claim(40_000, ttl_s=None, tp=1, size=2)) == stock
@@ -292,7 +293,7 @@ async def test_a_wall_clock_that_jumps_by_years_ends_no_lease_and_keeps_none(tmp
         assert registry.complaints() == []
 
 
-@pytest.mark.parametrize("ttl_s", [0.5, 2.5])
+@pytest.mark.parametrize("ttl_s", [1.5, 3.5])
 async def test_a_registry_that_stood_still_for_longer_than_the_leases_takes_everybody_back(
     registry: Service, ttl_s: float
 ) -> None:
@@ -361,7 +362,7 @@ async def test_a_drained_instance_takes_nothing_new_while_its_rooms_go_on_and_is
             status, grant = await who.renew(epoch, tp=tp, rooms=1)
             assert (status, grant["standing"]) == (200, "draining")
         await asyncio.gather(*(who.renew(epoch, tp=tp, rooms=0) for tp, epoch in enumerate(epochs)))
-        await until(lambda: is_gone(who), deadline_s=5.0)
+        await until(lambda: is_gone(who))
         for tp, epoch in enumerate(epochs):
             told = await who.renew(epoch, tp=tp)
             assert (told[0], "was drained" in message(told)) == (409, True)
@@ -370,10 +371,11 @@ async def test_a_drained_instance_takes_nothing_new_while_its_rooms_go_on_and_is
 async def test_a_drain_ends_with_its_grace_though_a_room_hangs(registry: Service) -> None:
     async with party(registry.url) as who:
         epoch = granted(await who.claim(40_000, ttl_s=30.0))
-        assert (await who.drain(0.5))[0] == 200
+        began = time.monotonic()
+        assert (await who.drain(2.0))[0] == 200
         async with renewing(who, epoch, rooms=1):
-            gone_s = await until(lambda: is_gone(who), deadline_s=5.0)
-        assert 0.3 < gone_s < 0.5 + SLACK_S
+            await until(lambda: is_gone(who))
+        assert 1.8 < time.monotonic() - began < 2.0 + SLACK_S
 
 
 async def test_a_restart_after_a_drain_serves_again(registry: Service) -> None:

@@ -76,7 +76,7 @@ class Node:
     @property
     def is_healthy(self) -> bool:
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.health}/health", timeout=1) as answer:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.health}/health", timeout=10) as answer:
                 return b'"true"' in answer.read()
         except OSError:
             return False

@@ -28,7 +28,8 @@ from pdctl.store.rehearsal import rehearse
 from tests.store.master import Master, master
 from tests.store.race import Rank
 
-BOUND_S = 3.5
+BOUND_S = 7.0
+"""Of what this process's own set-up would hold the loop for, ten seconds; of a rank's, see there."""
 BRIEFLY = StorePatience(
     ask_s=0.3, until_ready=RetryPolicy(first_wait_s=0.2, multiplier=1.0, max_wait_s=0.2, give_up_after_s=1.5)
 )
@@ -37,7 +38,7 @@ BRIEFLY = StorePatience(
 @pytest.fixture(autouse=True)
 def patient_wheel(monkeypatch: pytest.MonkeyPatch) -> None:
     """An operator's own value, which wins over ours: so that a set-up in this process would be seen."""
-    monkeypatch.setenv("MC_RPC_TIMEOUT_MS", "5000")
+    monkeypatch.setenv("MC_RPC_TIMEOUT_MS", "10000")
 
 
 def config(at: Master, **changes: object) -> KVStoreConfig:
@@ -118,7 +119,7 @@ def test_with_a_master_that_is_late_it_comes_up_and_the_loop_goes_on() -> None:
             late.start()
             report = rank.line(60.0)
         assert report["ready"], report["said"]
-        assert report["lag_s"] < BOUND_S
+        assert report["lag_s"] < 3.5
     finally:
         late.kill()
 
@@ -130,7 +131,7 @@ def test_the_end_of_a_store_whose_master_hangs_does_not_hold_the_loop() -> None:
         running.stop()
         ended = rank.ask_now("close")
         assert ended["closed"]
-        assert ended["lag_s"] < BOUND_S
+        assert ended["lag_s"] < 3.5
 
 
 # --- the rehearsal itself
