@@ -121,7 +121,7 @@ async def test_a_link_that_goes_out_and_comes_back_is_told_within_a_moment_by_wh
         assert told["cause"] == "refused"
         prefill.prober.registered(NOBODY)
         assert (await watch.event("readmitted"))["session"] == NOBODY
-        assert took_s < 3.0, "an hour is how often it reports otherwise"
+        assert took_s < 60.0, "an hour is how often it reports otherwise"
 
 
 async def test_a_room_that_fails_is_told_by_both_sides_with_its_cause() -> None:

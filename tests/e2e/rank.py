@@ -177,7 +177,7 @@ class DecodeRank(Rank):
         await asyncio.wait([self.rooms.pop(room)])
         return {}
 
-    async def let_go(self, n: int, within_s: float = 20.0) -> dict[str, Any]:
+    async def let_go(self, n: int, within_s: float = 60.0) -> dict[str, Any]:
         """The pages that were given back, as soon as those of `n` rooms were, or when the time is over."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(within_s):
@@ -202,8 +202,8 @@ def _pool(arrays: list[np.ndarray]) -> Pool:
 async def main(role: str, kv: Kv, timeouts: RoomTimeouts, host: str) -> None:
     kind = PrefillRank if role == "prefill" else DecodeRank
     async with (
-        open_link(host, metrics=Metrics(), settings=LinkSettings(send_deadline_s=0.5)) as link,
-        open_mooncake(MooncakeSettings(host=host, progress_timeout_s=1), Cpu()) as engine,
+        open_link(host, metrics=Metrics(), settings=LinkSettings(send_deadline_s=5.0)) as link,
+        open_mooncake(MooncakeSettings(host=host, progress_timeout_s=5, handshake_timeout_s=10.0), Cpu()) as engine,
     ):
         rank: PrefillRank | DecodeRank = kind(kv, engine, link, timeouts)
         await engine.register(rank.arena.region)

@@ -89,7 +89,7 @@ def test_its_health_check_follows_the_flags(image: Image, tmp_path: Path) -> Non
     with running(image, tmp_path, ["serve", "--host=0.0.0.0", "--port", "9321", "--journal", "memory:"]) as other:
         other.until_healthy()
         os.kill(other.pid, signal.SIGTERM)
-        assert other.process.wait(20) == 0
+        assert other.process.wait(60) == 0
 
 
 def test_its_libraries_load(image: Image, container: Container, wheel: str) -> None:

@@ -141,7 +141,7 @@ def _await_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < deadline, f"Prometheus does not come up: {log.read_text()}"
         try:
-            with urllib.request.urlopen(f"{url}/-/ready", timeout=1):
+            with urllib.request.urlopen(f"{url}/-/ready", timeout=10):
                 return
         except OSError:
             time.sleep(0.05)

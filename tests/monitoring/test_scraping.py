@@ -94,7 +94,7 @@ def test_without_the_operator_the_same_ports_become_the_same_jobs(tmp_path: Path
     path = tmp_path / "kubernetes.json"
     path.write_text(json.dumps(config))
     promtool("check", "config", str(path))
-    said = json.loads(promtool("check", "service-discovery", "--timeout=2s", str(path), "pdctl"))
+    said = json.loads(promtool("check", "service-discovery", "--timeout=5s", str(path), "pdctl"))
     kept = {each["labels"]["instance"]: each["labels"] for each in said if each.get("labels")}
     assert {instance: labels["job"] for instance, labels in kept.items()} == {
         "10.0.0.1:8998": "pdctl-registry",

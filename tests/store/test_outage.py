@@ -14,10 +14,10 @@ async def test_a_master_that_goes_away_under_load_is_misses_and_comes_back(way: 
     assert seen.hits > 100
     assert seen.hits_away == 0
     assert seen.told == ["store left alone: reads are misses, writes are dropped", "store is back"]
-    assert seen.slowest_s < 10  # a put and a get that were under way: 1 s each if it hangs, 4.6 s if it was killed
-    assert seen.lag_s < 1.0
+    assert seen.slowest_s < 30  # a put and a get that were under way: 1 s each if it hangs, 4.6 s if it was killed
+    assert seen.lag_s < 3.0
     assert seen.back_s is not None
-    assert seen.back_s < 10
+    assert seen.back_s < 60
     assert seen.counted["pdctl_store_left_total"] == 1
     assert seen.counted["pdctl_store_keys_total/read/left_out"] > 100
     assert seen.counted["pdctl_store_keys_total/write/left_out"] > 100
