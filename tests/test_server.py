@@ -260,15 +260,24 @@ async def test_an_idle_connection_does_not_hold_up_the_end() -> None:
 
 
 async def test_an_answer_does_not_wait_for_a_delayed_ack() -> None:
-    """Headers and body are two segments: with Nagle on, each answer of a kept connection takes 40 ms more."""
+    """Headers and body are two segments: with Nagle on, each answer of a kept connection takes 40 ms more. Of several
+    rounds the best: a busy machine takes as long now and then, a delayed ack each time."""
+    async with served() as (url, _):
+        rounds = list[float]()
+        while len(rounds) < 10 and min(rounds, default=1.0) >= 0.035:
+            rounds.append(await median_answer_s(url))
+    assert min(rounds) < 0.035
+
+
+async def median_answer_s(url: str) -> float:
     took: list[float] = []
-    async with served() as (url, _), aiohttp.ClientSession() as session:
+    async with aiohttp.ClientSession() as session:
         for _ in range(30):
             began = time.monotonic()
             async with session.get(f"{url}/livez") as answer:
                 await answer.read()
             took.append(time.monotonic() - began)
-    assert statistics.median(took) < 0.035
+    return statistics.median(took)
 
 
 async def test_the_port_is_free_when_serving_has_ended() -> None:

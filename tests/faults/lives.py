@@ -36,7 +36,7 @@ from tests.engine.processes import Child
 NBYTES = 1 << 18
 BLOCK = 1 << 14
 SLICES = 4  # what was meant for a life is not overwritten while the next three live
-WELL_AGAIN_S = 5.0
+WELL_AGAIN_S = 30.0
 
 
 @dataclass
