@@ -46,7 +46,7 @@ def link(session: str, state: str = "blocked", **more: Any) -> dict[str, Any]:
 
 @pytest.fixture
 async def wire(registry_url: str) -> AsyncIterator[Wire]:
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=20.0)) as session:
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=60.0)) as session:
         yield Wire(registry_url, session)
 
 
@@ -261,7 +261,7 @@ class Reader:
 
     async def next(self, *kinds: str) -> tuple[str, Any]:
         kind = ""
-        async with asyncio.timeout(10.0):
+        async with asyncio.timeout(60):
             async for line in self._lines:
                 name, _, value = line.decode().strip().partition(": ")
                 kind = value if name == "event" else kind
@@ -348,7 +348,7 @@ async def test_a_reader_who_takes_nothing_is_cut_off(metrics: Metrics) -> None:
     async def receive() -> Any:
         await asyncio.Event().wait()
 
-    async with asyncio.timeout(10.0):
+    async with asyncio.timeout(60):
         await own.response("10.0.0.9")({"type": "http", "asgi": {"spec_version": "2.4"}}, receive, send)
     counted = metrics.exposition()[0].decode()
     assert 'pdctl_watch_streams_ended_total{reason="stuck"} 1.0' in counted
@@ -357,7 +357,7 @@ async def test_a_reader_who_takes_nothing_is_cut_off(metrics: Metrics) -> None:
 
 async def test_a_stream_that_has_nothing_to_say_says_that_it_lives(metrics: Metrics) -> None:
     told = board(metrics, heartbeat_s=0.05).response("10.0.0.9").body_iterator
-    async with asyncio.timeout(10.0):
+    async with asyncio.timeout(60):
         async for piece in told:
             if piece == b": alive\n\n":
                 break
@@ -372,7 +372,7 @@ async def test_what_takes_long_to_say_is_said_less_often(metrics: Metrics) -> No
         return b"0"
 
     own._kinds = {"thing": slow}
-    async with asyncio.timeout(10.0):
+    async with asyncio.timeout(60):
         async for _ in own.response("10.0.0.9").body_iterator:
             own.changed("thing", 1)
             if len(told) == 3:

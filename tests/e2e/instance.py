@@ -69,7 +69,7 @@ class Prefill:
         return {"left": [str(each) for table in tables for each in table if each]}
 
     async def registered(self) -> dict[str, Any]:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not all(node.registered for _, node in self.nodes):  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
         return {}
@@ -104,7 +104,7 @@ class Decode:
         return {"wrong": [each for rank, _ in self.nodes for each in rank.wrong(sent, pages, 1, row, self.seed)]}
 
     async def _receive(self, rank: Rank, node: DecodeNode, room: int, pages: list[int], row: int, prefix: int) -> None:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             paired = await self._pair(node, room)
             arriving = node.receiver.open(
                 room,

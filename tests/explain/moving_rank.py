@@ -31,7 +31,7 @@ class Prefill:
 
     async def named(self) -> dict[str, Any]:
         """Returns when a decode has named the pages of a room that is not open here yet."""
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while not len(self.node.sender.early):  # noqa: ASYNC110 - it comes over a socket
                 await asyncio.sleep(0.01)
         return {}

@@ -567,7 +567,7 @@ class Decode(Ranks):
 
 async def _open(stack: AsyncExitStack, how: MooncakeSettings, metrics: Metrics, memory: Memory) -> tuple[PeerLink, Any]:
     link = await stack.enter_async_context(
-        open_link("127.0.0.1", metrics=metrics, settings=LinkSettings(send_deadline_s=0.5))
+        open_link("127.0.0.1", metrics=metrics, settings=LinkSettings(send_deadline_s=float(how.progress_timeout_s)))
     )
     engine = await stack.enter_async_context(open_mooncake(how, Cpu()))
     await engine.register(memory.arena.region)

@@ -77,7 +77,7 @@ def test_every_query_of_the_dashboard_finds_what_there_is(seen: Seen) -> None:
 def test_a_decode_that_stops_fires_and_clears_when_it_goes_on(seen: Seen) -> None:
     running, prometheus = seen
     room, meant = running.hold(), {"PdctlLinkEjected", "PdctlRankDown"}
-    assert not meant & prometheus.firing()
+    until(lambda: not meant & prometheus.firing())  # a scrape that a busy machine misses fires them too
     running.decode.stop()
     running.prefill.ask_now("go", room=room)
     assert "timed_out" in running.prefill.ask_now("end", room=room)["why"]
@@ -114,7 +114,7 @@ def test_a_journal_that_is_moved_away_fires_and_clears_when_it_is_put_back(seen:
 def test_a_registry_that_is_killed_fires_for_it_and_for_its_ranks_and_clears_when_it_is_back(seen: Seen) -> None:
     running, prometheus = seen
     meant = {"PdctlRegistryDown", "PdctlRankUnregistered"}
-    assert not meant & prometheus.firing()
+    until(lambda: not meant & prometheus.firing())  # a scrape that a busy machine misses fires them too
     running.registry.kill()
     until(lambda: meant <= prometheus.firing())
     until(lambda: {each["labels"]["role"] for each in alerts(prometheus, "PdctlRankUnregistered")} == BOTH)
