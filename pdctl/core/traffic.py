@@ -131,8 +131,9 @@ def pairs(seen: Seen, scope: Scope) -> Iterator[Finding]:
 
 
 def _lonely(seen: Seen, names: Sequence[str]) -> Iterator[Finding]:
-    prefills = [name for name in seen.instances if role_of(seen, name) == "prefill"]
-    decodes = [name for name in seen.instances if role_of(seen, name) == "decode"]
+    """Who has no rank left is nobody's other side: its shape is of those who were there."""
+    there = [name for name, instance in seen.instances.items() if name in names or instance.get("alive", 1)]
+    prefills, decodes = ([name for name in there if role_of(seen, name) == role] for role in ("prefill", "decode"))
     for name in names or decodes:
         others = decodes if role_of(seen, name) == "prefill" else prefills
         both = [(name, other) if name in prefills else (other, name) for other in others[:SHOWN]]

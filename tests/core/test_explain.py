@@ -220,6 +220,12 @@ def test_a_pair_is_held_against_each_other_and_a_fleet_only_where_nobody_fits() 
     assert found(whole(), whole("q", shape=small_shape()), small) == []
 
 
+def test_an_instance_without_a_rank_fits_nobody_and_is_not_held_against_anybody() -> None:
+    gone = instance("d", role="decode", shape=small_shape())
+    assert [what for what, _ in found(whole(), gone)] == ["rank_missing"]
+    assert ("page_size_mismatch", "p and d") in found(whole(), gone, scope=Scope.parse(["p", "d"]))
+
+
 def small_shape() -> Shape:
     return Shape(2, 1, 1, 1, 16, "bfloat16")
 
