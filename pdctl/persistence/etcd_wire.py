@@ -21,6 +21,7 @@ from aetcd import rpc
 
 from pdctl.core.address import Endpoint
 from pdctl.errors import PdctlError, Unreachable
+from pdctl.lag import patience
 from pdctl.persistence.etcd_place import EtcdSettings
 
 PAGE_ROWS: Final = 1000
@@ -161,7 +162,7 @@ class Etcd:
     async def write(self, channel: grpc.aio.Channel, call: Any, message: Any) -> None:
         """On a stream. Raises Unreachable, also where gRPC waits for ever: on a channel that was closed meanwhile."""
         try:
-            async with asyncio.timeout(self._settings.timeout_s):
+            async with patience(self._settings.timeout_s):  # a loop that packs thousands of rows may stand that long
                 await _said(call.write(message))
         except (grpc.aio.AioRpcError, grpc.aio.UsageError, TimeoutError) as error:
             raise await self.failed(error, channel) from error
