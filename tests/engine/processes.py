@@ -70,6 +70,9 @@ class Child:
             env={**own, **(environ or {})},
         )
         self._read = b""
+        assert self._process.stdout
+        self._polling = select.poll()  # select.select() knows no file above 1,023, and engines hold many
+        self._polling.register(self._process.stdout, select.POLLIN)
         try:
             self.hello = self.line(60.0)
         except BaseException:
@@ -102,7 +105,7 @@ class Child:
         assert self._process.stdout
         until = time.monotonic() + deadline_s
         while b"\n" not in self._read:
-            ready, _, _ = select.select([self._process.stdout], [], [], max(0.0, until - time.monotonic()))
+            ready = self._polling.poll(max(0.0, until - time.monotonic()) * 1000)
             if not ready:
                 raise TimeoutError(f"the child said nothing for {deadline_s} s")
             more = os.read(self._process.stdout.fileno(), 1 << 16)

@@ -185,6 +185,7 @@ async def test_a_pair_of_other_page_sizes_is_named(engine: Ranks, registry: str)
     engine.register("pages-d", TP0, TP1, shape=Shape(2, 1, 1, 1, 16, "bfloat16"), role="decode")
     assert (await culprits(registry, "pages-p", "pages-d"))[0] == "page_size_mismatch"
     assert (await culprits(registry, "pages-d", "pages-p"))[0] == "page_size_mismatch"
+    await gone(registry, "pages-d", TP0, TP1)
 
 
 async def test_tp_sizes_that_do_not_divide_each_other_are_named(engine: Ranks, registry: str) -> None:
@@ -192,6 +193,13 @@ async def test_tp_sizes_that_do_not_divide_each_other_are_named(engine: Ranks, r
     three = Shape(3, 1, 1, 1, 64, "bfloat16")
     engine.register("tp-d", TP0, TP1, Seat(0, 0, 2, 0), shape=three, role="decode")
     assert (await culprits(registry, "tp-p", "tp-d"))[0] == "tp_mismatch"
+    await gone(registry, "tp-d", TP0, TP1, Seat(0, 0, 2, 0))
+
+
+async def gone(registry: str, instance: str, *seats: Seat) -> None:
+    """Tests come in any order, and a decode that fits nobody is held against every prefill while it is the only one."""
+    for seat in seats:
+        assert await delete(f"{registry}/v1/instances/{instance}/ranks/{str(seat).replace('/', '-')}") == 200
 
 
 # --- 7. a port is taken

@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
 
-def owner_hangs() -> dict[str, float]:
-    command = [sys.executable, "-m", "tests.store.owner", "16", "1"]
-    told: dict[str, float] = json.loads(
-        subprocess.check_output(command, timeout=120, stderr=subprocess.DEVNULL).splitlines()[-1]
-    )
-    return told
-
-
 def test_nothing_lands_after_a_call_on_an_owner_that_hangs_has_failed() -> None:
-    told = [owner_hangs()]
-    if told[0]["took_s"] >= 20:  # seen once: on a busy machine the wheel missed a stall, and gave up by its own 60 s
-        told.append(owner_hangs())
-    for each in told:
-        assert (each["kept"], each["hits"], each["landed"]) == (64, 0, 0), told
-    assert told[-1]["took_s"] < 20, told
+    command = [sys.executable, "-m", "tests.store.owner", "16", "1"]
+    # An engine that another test opened here has said to its process how many lanes there are.
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("MC_")}
+    said = subprocess.check_output(command, timeout=120, stderr=subprocess.DEVNULL, env=environ)
+    told = json.loads(said.splitlines()[-1])
+    assert (told["kept"], told["hits"], told["landed"]) == (64, 0, 0), told
+    assert told["took_s"] < 20, told

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from pdctl.arriving import ArrivingRoom
@@ -269,6 +270,8 @@ async def test_a_stopped_stock_decode_is_blocked_and_served_again_when_it_goes_o
     async with asyncio.timeout(WITHIN_S):
         await one_page(sender, first)
         os.kill(stock.process.pid, signal.SIGSTOP)
+        while psutil.Process(stock.process.pid).status() != psutil.STATUS_STOPPED:
+            pass  # takes microseconds; a page may take less
         try:
             with pytest.raises(RoomFailed):
                 await one_page(sender, second)
