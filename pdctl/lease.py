@@ -28,9 +28,10 @@ from pdctl.core.native import Grant, Registration, Renewal, rank_path
 from pdctl.core.route import Announcement
 from pdctl.core.seconds import check_seconds
 from pdctl.errors import PdctlError, RegistryRefused, Superseded
+from pdctl.lag import patience
 from pdctl.retry import RetryPolicy, Sleep
 
-GOODBYE_WITHIN_S = 1.0
+GOODBYE_WITHIN_S = 3.0
 """A registry that does not answer must not hold up a rank that stops: the lease ends by itself."""
 
 _NO_SUCH_WIRE = frozenset({HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED})
@@ -162,7 +163,7 @@ class Lease:
         if granted is None:
             return
         try:
-            async with asyncio.timeout(GOODBYE_WITHIN_S):
+            async with patience(GOODBYE_WITHIN_S):
                 epoch = {"epoch": str(granted.epoch)}
                 await self._exchange(Exchange("goodbye", "DELETE", self._terms.path, _unread, params=epoch))
         except (PdctlError, TimeoutError) as error:

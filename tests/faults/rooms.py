@@ -174,8 +174,7 @@ MATRIX: dict[Fault, dict[Moment, Ends]] = {
     Fault.DECODE_STOPPED: _ends(
         _all(_NOBODY, _NOBODY, _SILENT, _HALF, _SILENT, _STALLED, _STALLED, _STALLED, WELL, WELL),
         _all(
-            _NO_CONNECTION,
-            _NO_CONNECTION,
+            *[f"{_NO_CONNECTION}|{_LATE}"] * 2,
             _says(_SILENT),
             _says(_HALF),
             _says(_SILENT),
