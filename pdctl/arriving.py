@@ -100,7 +100,6 @@ class ArrivingRoom:
         self._ended = asyncio.Event()
         self._timer: Alarm | None = None
         self._reminder: asyncio.TimerHandle | None = None
-        self._told_at = self.opened_at
         self._is_hurried = False
 
     async def __aenter__(self) -> Self:
@@ -298,7 +297,7 @@ class ArrivingRoom:
         """Nobody has answered: the prefill may still compute, or may never have heard of the room."""
         for at, named in self._telling:
             try:
-                if await self._of.contacts.remind(at, self._of.clock() - self._told_at) and not self.phase.is_final:
+                if await self._of.contacts.remind(at, self._of.clock() - self.opened_at) and not self.phase.is_final:
                     await self._of.tell_pages(at, replace(named, again=True))
                     log.debug("room named again", room=self.room, to=str(at))
             except Unreachable as error:

@@ -27,7 +27,7 @@ from pdctl.core.transfer import RoomTimeouts
 from pdctl.core.wire import FIRST_QUESTION, Abort, AbortAck, Matched, RegisterBuffers, Send, Status
 from pdctl.errands import Errands
 from pdctl.errors import ChecksumsMissing, Unreachable
-from pdctl.retry import RetryPolicy, retrying
+from pdctl.retry import RetryPolicy, until_reached
 
 log = structlog.get_logger(__name__)
 
@@ -98,7 +98,7 @@ class Contacts:
         async with contact.lock:
             if contact.again is None and self._clock() - contact.asked_at >= _ANSWER_S:
                 contact.asked_at = self._clock()
-                contact.again = (await self._ask(prefill, _ANSWER_S)).again
+                contact.again = (await self._ask(prefill, _ANSWER_S, "whether it may be told things twice")).again
             if contact.again is None or not (contact.again or waited_s >= _STOCK_AFTER_S):
                 return False
             if self._clock() - contact.reminded_at >= _APART_S:
@@ -146,14 +146,16 @@ class Contacts:
 
         async def tell() -> None:
             try:
-                await retrying(policy, lambda: self._send(prefill, frames), is_permanent=_is_defect)
+                await until_reached(policy, lambda: self._send(prefill, frames))
             except Unreachable as error:
                 log.warning("prefill rank not told of a match", room=match.room, to=str(prefill), why=str(error))
 
         self._errands.spawn(f"match to {prefill}", tell())
 
     async def _require_sums(self, prefill: Endpoint, contact: _Contact) -> None:
-        answer = await self._ask(prefill, self._timeouts.transfer_s, ", which room.checksum requires here")
+        answer = await self._ask(
+            prefill, self._timeouts.transfer_s, "whether it gives checksums, which room.checksum requires here"
+        )
         if not answer.sums:
             raise ChecksumsMissing(
                 f"prefill rank at {prefill} gives no checksums, and room.checksum is required here: start that prefill "
@@ -161,7 +163,7 @@ class Contacts:
             )
         contact.sums, contact.again = True, answer.again
 
-    async def _ask(self, prefill: Endpoint, limit_s: float, why: str = "") -> AbortAck:
+    async def _ask(self, prefill: Endpoint, limit_s: float, what: str) -> AbortAck:
         """Stock knows no such question; it is put so that it answers, and at once (`FIRST_QUESTION`)."""
         number = next(self._numbers)
         room = FIRST_QUESTION + number % (2**64 - FIRST_QUESTION)
@@ -173,12 +175,8 @@ class Contacts:
                 return said
         except TimeoutError:
             raise Unreachable(
-                f"prefill rank at {prefill} has not said within {limit_s:g} s whether it gives checksums{why}: see "
+                f"prefill rank at {prefill} has not said within {limit_s:g} s {what}: see "
                 "whether it is stopped, and whether it can reach this control port"
             ) from None
         finally:
             del self._questions[room]
-
-
-def _is_defect(error: Exception) -> bool:
-    return not isinstance(error, Unreachable)

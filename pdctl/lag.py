@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 from pdctl.core.listening import Attention
 
@@ -79,6 +80,17 @@ async def patience(wait_s: float) -> AsyncIterator[None]:
             yield
         finally:
             alarm.cancel()
+
+
+async def done_within(what: asyncio.Future[Any], wait_s: float) -> bool:
+    """Whether it is done by then, or was while the loop was held. Unlike `patience` it cancels nothing, so that what is
+    done in that very moment counts."""
+    loop = asyncio.get_running_loop()
+    until = loop.time() + wait_s
+    await asyncio.wait({what}, timeout=wait_s)
+    if not what.done() and loop.time() - until >= LATE_S:
+        await asyncio.wait({what}, timeout=HEAR_S)
+    return what.done()
 
 
 @asynccontextmanager

@@ -9,9 +9,8 @@ pages again, and is told again what it was told. Knows no rooms: which of them h
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import structlog
@@ -19,11 +18,11 @@ import structlog
 from pdctl.core.address import Endpoint
 from pdctl.core.frames import Frames
 from pdctl.core.sums import Sums
-from pdctl.core.transfer import Phase, RoomTimeouts
+from pdctl.core.transfer import Phase, RoomTimeouts, Word
 from pdctl.core.wire import FIRST_QUESTION, NOT_REGISTERED, AbortAck, Metadata, Send, Status
 from pdctl.errands import Errands
 from pdctl.errors import Unreachable
-from pdctl.retry import RetryPolicy, retrying
+from pdctl.retry import RetryPolicy, until_reached
 
 log = structlog.get_logger(__name__)
 
@@ -36,10 +35,11 @@ _AGAIN = RetryPolicy(first_wait_s=0.2, max_wait_s=2.0, give_up_after_s=30.0)
 
 
 class LastWords:
-    """Of prefill rank `rank`, by `send`. What is said beside goes on until `aclose`."""
+    """Of prefill rank `rank`, by `send`. What is said beside goes on until `aclose`. `lost`: told of each word that has
+    to be said again because it did not come."""
 
-    def __init__(self, send: Send, rank: int, timeouts: RoomTimeouts) -> None:
-        self._send, self._rank, self._timeouts = send, rank, timeouts
+    def __init__(self, send: Send, rank: int, timeouts: RoomTimeouts, lost: Callable[[Word], None]) -> None:
+        self._send, self._rank, self._timeouts, self._lost = send, rank, timeouts, lost
         self._over: OrderedDict[tuple[int, Endpoint], tuple[int | None, Frames]] = OrderedDict()
         self._nbytes = 0
         self._given_up: OrderedDict[int, str] = OrderedDict()
@@ -77,6 +77,8 @@ class LastWords:
             return False
         if said:
             self._tell(named.room, named.reply, said)
+            if named.again:
+                self._lost(Word.STATUS)
         return True
 
     def gave_up(self, room: int, reason: str) -> None:
@@ -112,11 +114,8 @@ class LastWords:
         """Until a connection takes it, or nobody there wants to know any more."""
 
         async def deliver() -> None:
-            with contextlib.suppress(Unreachable):
-                await self._send(to, frames)  # most of the time it is this; what may be repeated costs 0.1 ms more
-                return
             try:
-                await retrying(self._policy, lambda: self._send(to, frames), is_permanent=_is_defect)
+                await until_reached(self._policy, lambda: self._send(to, frames))
             except Unreachable as error:
                 log.warning("decode rank not told", what="status", to=str(to), why=str(error))
 
@@ -150,7 +149,3 @@ class LastWords:
                 log.warning("decode rank not told", what=what, to=str(to), why=str(error))
 
         self._errands.spawn(f"{what} to {to}", deliver())
-
-
-def _is_defect(error: Exception) -> bool:
-    return not isinstance(error, Unreachable)

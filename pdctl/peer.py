@@ -24,7 +24,7 @@ from pdctl.core.address import Endpoint
 from pdctl.core.seconds import check_seconds
 from pdctl.counts.rooms import LinkDrop
 from pdctl.errors import BadFrames, ConfigError, Unreachable
-from pdctl.lag import HEAR_S, LATE_S, patience
+from pdctl.lag import done_within, patience
 from pdctl.metrics import Metrics
 
 log = structlog.get_logger(__name__)
@@ -165,14 +165,10 @@ class PeerLink:
         self._peers.pop(idle).socket.close(linger=_ms(self._settings.flush_s))
 
     async def _hand_over(self, push: zmq.asyncio.Socket, to: Endpoint, frames: Sequence[bytes]) -> None:
-        # wait() and not timeout(): a message taken in the very moment of the deadline must not be called unsent
+        # not patience(): a message taken in the very moment of the deadline must not be called unsent
         sending = asyncio.ensure_future(push.send_multipart(list(frames)))
-        loop, limit_s = asyncio.get_running_loop(), self._settings.send_deadline_s
-        until = loop.time() + limit_s
         try:
-            await asyncio.wait({sending}, timeout=limit_s)
-            if not sending.done() and loop.time() - until >= LATE_S:  # held: by nobody's fault but this process's
-                await asyncio.wait({sending}, timeout=HEAR_S)
+            await done_within(sending, self._settings.send_deadline_s)
         finally:
             late = not sending.done()
             sending.cancel()

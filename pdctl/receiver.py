@@ -247,7 +247,7 @@ class Receiver:
         if room.room in self._rooms:
             raise CallerError(f"room {room.room} is open already: give each request a room of its own")
         silent = [str(at) for held in self._held if held.room == room.room for at in held.asked.values()]
-        if silent:  # what they say yet of the room's last use would be taken for this one: a status has no generation
+        if silent:  # what they say yet of the room's last use would be taken for this one: a stock status has no use
             raise CallerError(
                 f"room {room.room} is not over at prefill {', '.join(silent)}, which has not confirmed yet that it was "
                 "given up here: give each request a room of its own"

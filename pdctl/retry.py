@@ -26,7 +26,7 @@ from typing import Generic, NoReturn, TypeVar
 from tenacity import AsyncRetrying, RetryCallState
 
 from pdctl.core.seconds import check_seconds
-from pdctl.errors import Behind, ConfigError, PutOff, RegistryRefused
+from pdctl.errors import Behind, ConfigError, PutOff, RegistryRefused, Unreachable
 
 T = TypeVar("T")
 
@@ -208,6 +208,11 @@ async def retrying(
     return await AsyncRetrying(
         sleep=sleep, retry=run.again, wait=run.wait, stop=run.stop, before_sleep=run.tell, retry_error_callback=run.end
     )(once)
+
+
+async def until_reached(policy: RetryPolicy, attempt: Callable[[], Awaitable[T]]) -> T:
+    """What `attempt` returns, tried again while a peer is Unreachable: whatever else it raises is a defect."""
+    return await retrying(policy, attempt, is_permanent=lambda error: not isinstance(error, Unreachable))
 
 
 AT_ONCE = RetryPolicy(first_wait_s=0.001, max_wait_s=0.05, full_jitter=True, give_up_after_s=5.0)

@@ -96,7 +96,7 @@ class Sender:
         self._rooms: dict[int, SendingRoom] = {}
         self._unsettled: set[SendingRoom] = set()
         self._early = EarlyBook(self.limits.early, timeouts.bootstrap_s, _never_opened)
-        self.words = LastWords(send, rank, timeouts)
+        self.words = LastWords(send, rank, timeouts, self.metrics.lost)
         self.settling = Errands(limit=None)  # as many as rooms were left unsettled, and none may be dropped
 
     async def __aenter__(self) -> Self:
@@ -169,7 +169,6 @@ class Sender:
 
     def _named(self, named: Metadata) -> None:
         if self.words.again(named):
-            self.metrics.lost(Word.STATUS)
             return
         self.words.hush(named.room, named.reply)
         room = self._rooms.get(named.room)

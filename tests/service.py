@@ -85,9 +85,9 @@ def service(log: Path, *args: str, preload: str = "", **environ: str) -> Iterato
         child.wait(DEADLINE_S)
 
 
-def until(what: Callable[[], bool], deadline_s: float = DEADLINE_S) -> None:
+def until(what: Callable[[], bool], deadline_s: float = DEADLINE_S, *, title: str = "it did not come") -> None:
     """Wait for something in another process, which can only be looked at."""
     end = time.monotonic() + deadline_s
     while not what():
-        assert time.monotonic() < end, f"not within {deadline_s:g} s"
+        assert time.monotonic() < end, f"{title}: not within {deadline_s:g} s"
         time.sleep(0.01)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pdctl.lag import LATE_S, Alarm, LoopLag, patience, watched
+from pdctl.lag import LATE_S, Alarm, LoopLag, done_within, patience, watched
 from tests.patience import until
 
 
@@ -139,6 +139,30 @@ async def test_patience_ends_where_nothing_comes(held_s: float) -> None:
     with pytest.raises(TimeoutError):
         await nothing(held_s)
     assert time.monotonic() - began >= max(0.05, held_s)
+
+
+async def read(sock: socket.socket) -> str:
+    return (await asyncio.get_running_loop().sock_recv(sock, 8)).decode()
+
+
+@pytest.mark.parametrize("held_s", [0.0, LATE_S + 0.2], ids=["loop keeps up", "loop was held"])
+async def test_what_lies_there_when_a_held_loop_goes_on_is_done_within(held_s: float) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        reading = asyncio.ensure_future(read(ours))
+        within = asyncio.ensure_future(done_within(reading, 0.05))
+        await asyncio.sleep(0)
+        theirs.send(b"said")
+        hold_the_loop(held_s)
+        assert await within
+        assert await reading == "said"
+
+
+async def test_what_does_not_come_is_not_done_within_and_not_cancelled() -> None:
+    coming: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    assert not await done_within(coming, 0.01)
+    assert not coming.done()
 
 
 async def test_patience_that_was_not_needed_rings_no_more() -> None:

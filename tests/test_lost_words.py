@@ -214,6 +214,7 @@ async def test_a_late_repetition_of_a_rooms_pages_is_not_the_next_use_of_its_num
         await rig.room(5)
         rig.hears(named_in(heard))
         assert rig.sender.early == (), "it is over, and was answered"
+        assert rig.words_lost() == 0, "nobody has missed anything"
 
 
 async def test_pages_of_a_room_that_decode_gave_up_are_not_written_when_they_are_named_late() -> None:
@@ -227,6 +228,7 @@ async def test_pages_of_a_room_that_decode_gave_up_are_not_written_when_they_are
         assert await rig.given_back.next() == [9, 4]
         rig.sender.handle(late[0])
         assert rig.sender.early == ()
+        assert rig.words_lost() == 0, "nobody has missed anything"
         async with rig.sender.open(5, required=1) as room:
             assert room.phase is Phase.BOOTSTRAPPING
             assert room.sessions == ()

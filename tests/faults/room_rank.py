@@ -519,7 +519,7 @@ class Decode(Ranks):
         """Connections both ways between each rank and `prefill`, and nothing told by them."""
         for rank in self.ranks:
             assert rank.receiver
-            await rank.receiver.contacts._ask(Endpoint.parse(prefill), self.timeouts.transfer_s)
+            await rank.receiver.contacts._ask(Endpoint.parse(prefill), self.timeouts.transfer_s, "whether it is there")
         return {}
 
     async def kept(self, at: int) -> dict[str, Any]:

@@ -8,6 +8,8 @@ import re
 import time
 import urllib.request
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 from urllib.error import HTTPError
 
 import pytest
@@ -54,11 +56,12 @@ def test_what_a_process_answers_is_what_the_page_of_metrics_says(seen: Seen, who
 
 def test_ranks_at_any_port_are_scraped_under_their_names_because_the_registry_says_where_they_are(seen: Seen) -> None:
     running, prometheus = seen
-    up = {labels["instance"]: labels for labels, value in prometheus.query('up{job="pdctl-ranks"}') if value == 1}
+    told = {labels["instance"]: labels for labels, _ in prometheus.query('up{job="pdctl-ranks"}')}
     for role, instance in (("prefill", "default"), ("decode", "decode")):
-        labels = up[running.metrics_urls[role].split("/")[2]]
+        labels = told[running.metrics_urls[role].split("/")[2]]
         assert (labels["pdctl_role"], labels["pdctl_instance"]) == (role, instance)
         assert labels["pdctl_seat"] == "dp0/cp0/tp0/pp0"
+    until(lambda: [value for _, value in prometheus.query('up{job="pdctl-ranks"}')] == [1, 1])
 
 
 def test_every_query_of_the_dashboard_finds_what_there_is(seen: Seen) -> None:
@@ -66,10 +69,11 @@ def test_every_query_of_the_dashboard_finds_what_there_is(seen: Seen) -> None:
     for _ in range(5):
         running.move()
     until(lambda: bool(prometheus.query("pdctl:room_send_bytes_per_second > 0")))
-    now = time.time()
     for title, query, legend in queries("2s"):
-        found = prometheus.query_range(query, now - 5, now, 0.25)
-        assert found or title in EMPTY_IF_WELL, f"{title}: {query}"
+        found = of_late(prometheus, query)
+        if not found and title not in EMPTY_IF_WELL:  # a busy machine misses scrapes, of which a rate needs two
+            until(partial(is_found, prometheus, query), title=f"{title}: {query}")
+            found = of_late(prometheus, query)
         for series in found:
             assert set(re.findall(r"{{(\w+)}}", legend)) <= set(series["metric"]), f"{title}: {legend}"
 
@@ -123,6 +127,15 @@ def test_a_registry_that_is_killed_fires_for_it_and_for_its_ranks_and_clears_whe
 
 
 BOTH = {"prefill", "decode"}
+
+
+def of_late(prometheus: Prometheus, query: str) -> list[Any]:
+    now = time.time()
+    return prometheus.query_range(query, now - 5, now, 0.25)
+
+
+def is_found(prometheus: Prometheus, query: str) -> bool:
+    return bool(of_late(prometheus, query))
 
 
 def alerts(prometheus: Prometheus, name: str) -> list[dict[str, dict[str, str]]]:
