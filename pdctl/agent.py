@@ -376,5 +376,5 @@ _STATUS: tuple[tuple[type[PdctlError], int], ...] = (
 
 def _body(error: PdctlError) -> dict[str, Any]:
     said: dict[str, Any] = {"kind": type(error).__name__, "message": str(error)}
-    said |= {name: getattr(error, name) for name in ("field", "room", "reason") if hasattr(error, name)}
+    said |= {name: getattr(error, name) for name in ("field", "room", "reason", "is_permanent") if hasattr(error, name)}
     return {"error": said}

@@ -450,7 +450,7 @@ def _said(status: int, raw: bytes) -> dict[str, Any]:
 def _as_exception(status: int, error: dict[str, Any]) -> Exception:
     message = str(error["message"])
     if error["kind"] == "RoomFailed":
-        return RoomFailed(error["room"], error["reason"])
+        return RoomFailed(error["room"], error["reason"], is_permanent=error.get("is_permanent", False))
     if error["kind"] == "BadField":
         return BadField(error["field"], message.removeprefix(f"{error['field']}: "))
     return NotReady(message) if status >= 500 else CallerError(message)

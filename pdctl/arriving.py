@@ -87,6 +87,7 @@ class ArrivingRoom:
         self.pages = named.pages.astype(np.int64)
         self.phase = Phase.BOOTSTRAPPING
         self.reason: str | None = None
+        self.is_permanent = False
         self.course, self.opened_at = course, course.began
         self._of = receiver
         self._telling = telling
@@ -153,7 +154,7 @@ class ArrivingRoom:
         reason = status.reason or "it gave no reason, see its log for this room"
         if reason.startswith(NOT_REGISTERED):
             self._forget_all()
-        self._fail(Event.PEER_FAILED, f"prefill rank {status.rank} says: {reason}")
+        self._fail(Event.PEER_FAILED, f"prefill rank {status.rank} says: {reason}", is_permanent=status.is_permanent)
 
     # --- what has arrived
 
@@ -176,6 +177,7 @@ class ArrivingRoom:
                 Event.PEER_FAILED,
                 f"prefill rank {rank} gives no checksums, and room.checksum is required here: see whether it was "
                 "started anew without",
+                is_permanent=True,
             )
             return
         log.debug("room is not checked: its prefill sends no checksums", room=self.room, rank=rank)
@@ -261,7 +263,7 @@ class ArrivingRoom:
             self._forget_all()
             self._fail(Event.PEER_UNREACHABLE, str(error))
         except ChecksumsMissing as error:
-            self._fail(Event.PEER_FAILED, str(error))
+            self._fail(Event.PEER_FAILED, str(error), is_permanent=True)
         self._check()
 
     async def _tell(self, at: Endpoint, named: Metadata) -> None:
@@ -330,13 +332,13 @@ class ArrivingRoom:
 
     def _check(self) -> None:
         if self.phase is Phase.FAILED:
-            raise RoomFailed(self.room, self.reason or "for no known reason")
+            raise RoomFailed(self.room, self.reason or "for no known reason", is_permanent=self.is_permanent)
 
-    def _fail(self, event: Event, reason: str) -> None:
+    def _fail(self, event: Event, reason: str, *, is_permanent: bool = False) -> None:
         """The first cause wins: a finished room stays as it is."""
         if self.phase.is_final:
             return
-        self.reason = reason
+        self.reason, self.is_permanent = reason, is_permanent
         self._step(event)
         current = asyncio.current_task() if self._checks else None
         for check in self._checks.values():

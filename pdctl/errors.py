@@ -19,7 +19,8 @@ Every exception that pdctl raises, as one tree, split by who must act.
     │   ├── RegistryRefused        the registry has answered no, for good; carries its status and words
     │   ├── BadFrames              a peer's message that cannot be read
     │   ├── TooLarge               a body over the limit that the text names
-    │   ├── LayoutMismatch         two pools that cannot be paired; carries both values
+    │   ├── LayoutMismatch         two pools that cannot be paired, or pages of them; carries both values
+    │   │   └── Unpairable             the two ranks' memory, whichever pages
     │   └── IllegalEvent           a phase that knows no such event
     └── NotNow                 nobody: wait, or look at the cause
         ├── NotReady               the instance is not complete, or not known, yet
@@ -195,6 +196,10 @@ class LayoutMismatch(CallerError):
     """Two pools cannot be paired; both values are in the text."""
 
 
+class Unpairable(LayoutMismatch):
+    """The memory of two ranks does not fit, whichever pages are meant: no room between them can go well."""
+
+
 class IllegalEvent(CallerError):
     """The phase's row has no such event; nothing was changed."""
 
@@ -298,9 +303,15 @@ class StoreFailed(NotNow):
 
 
 class RoomFailed(NotNow):
-    """A room ended in FAILED. `reason` is the first cause, in words; later ones are symptoms."""
+    """A room ended in FAILED. `reason` is the first cause, in words; later ones are symptoms.
 
-    def __init__(self, room: int, reason: str) -> None:
+    `is_permanent`: as far as this side knows, no other room between these two can go better until someone changes one
+    of them (their layouts do not fit, one does not sum what the other requires): give the request to another pair. Else
+    try again, in a room of another number.
+    """
+
+    def __init__(self, room: int, reason: str, *, is_permanent: bool = False) -> None:
         super().__init__(f"room {room} failed: {reason}")
         self.room = room
         self.reason = reason
+        self.is_permanent = is_permanent

@@ -52,11 +52,18 @@ class LastWords:
         await asyncio.gather(self.reports.aclose(_FLUSH_S), self._errands.aclose(_FLUSH_S))
 
     def report(
-        self, named: Metadata, phase: Phase, reason: str | None = None, sums: Sequence[Sums] | None = None
+        self,
+        named: Metadata,
+        phase: Phase,
+        reason: str | None = None,
+        sums: Sequence[Sums] | None = None,
+        *,
+        is_permanent: bool = False,
     ) -> None:
         """How the room that `named` speaks of has ended."""
         given = None if sums is None else tuple(sums)
-        frames = Status(named.room, phase, self._rank, reason, given, named.use).to_frames()
+        is_permanent = is_permanent and named.use is not None  # for one of ours
+        frames = Status(named.room, phase, self._rank, reason, given, named.use, is_permanent).to_frames()
         self.over(named.room, named.reply, named.use, frames)
         self._tell(named.room, named.reply, frames)
 

@@ -15,7 +15,7 @@ from pdctl.core.destination import Destination, Partner
 from pdctl.core.gate import Gate
 from pdctl.core.layout import RankPools
 from pdctl.core.wire import NOT_REGISTERED, Metadata, RegisterBuffers
-from pdctl.errors import CallerError, ChecksumsMissing, LimitReached, SessionBlocked
+from pdctl.errors import CallerError, ChecksumsMissing, LayoutMismatch, LimitReached, SessionBlocked, Unpairable
 
 
 class Partners:
@@ -80,7 +80,10 @@ class Partners:
             )
         partner = self._paired.get(session)
         if partner is None:
-            partner = self._paired[session] = Partner.of(said, self._pools)
+            try:
+                partner = self._paired[session] = Partner.of(said, self._pools)
+            except LayoutMismatch as error:
+                raise Unpairable(str(error)) from error
         return partner.destination(named)
 
     def take_in(self, session: str) -> None:

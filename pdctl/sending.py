@@ -29,7 +29,17 @@ from pdctl.core.wire import Abort, Matched, Metadata
 from pdctl.engine.base import Engine
 from pdctl.engine.checksums import Checksums
 from pdctl.errands import Errands
-from pdctl.errors import Cause, LayoutMismatch, LimitReached, PdctlError, RoomFailed, SessionBlocked, TransferFailed
+from pdctl.errors import (
+    Cause,
+    ChecksumsMissing,
+    LayoutMismatch,
+    LimitReached,
+    PdctlError,
+    RoomFailed,
+    SessionBlocked,
+    TransferFailed,
+    Unpairable,
+)
 from pdctl.lag import Alarm
 from pdctl.lastwords import LastWords
 from pdctl.pace import Pace
@@ -77,6 +87,7 @@ class SendingRoom:
         self.room = room
         self.phase = Phase.BOOTSTRAPPING
         self.reason: str | None = None
+        self.is_permanent = False
         self.cause: Cause | None = None
         self.opened_at = sender.clock()
         self.course = sender.telling.begin(self.phase, self.opened_at, trace, is_first=False)
@@ -260,7 +271,8 @@ class SendingRoom:
                 if destination.wants_sums and self._of.timeouts.checksum.is_on:
                     self._sums[named.session] = []
             except PdctlError as error:
-                self._fail(Event.TRANSFER_FAILED, str(error))
+                is_permanent = isinstance(error, Unpairable | ChecksumsMissing)
+                self._fail(Event.TRANSFER_FAILED, str(error), is_permanent=is_permanent)
                 return False
         required = self._required or max(each.required for each in self._named.values())
         complete = len(self._named) >= required
@@ -391,13 +403,15 @@ class SendingRoom:
 
     def _check(self) -> None:
         if self.phase is Phase.FAILED:
-            raise RoomFailed(self.room, self.reason or "for no known reason")
+            raise RoomFailed(self.room, self.reason or "for no known reason", is_permanent=self.is_permanent)
 
-    def _fail(self, event: Event, reason: str, but_tell_not: Endpoint | None = None) -> None:
+    def _fail(
+        self, event: Event, reason: str, but_tell_not: Endpoint | None = None, *, is_permanent: bool = False
+    ) -> None:
         """The first cause wins: a finished room stays as it is."""
         if self.phase.is_final:
             return
-        self.reason = reason
+        self.reason, self.is_permanent = reason, is_permanent
         if self.phase is Phase.BOOTSTRAPPING:
             self._of.words.gave_up(self.room, reason)
         self._step(event)
@@ -409,7 +423,7 @@ class SendingRoom:
             if named.is_dummy or named.reply == but_tell_not:
                 self._of.words.over(self.room, named.reply, named.use)
             else:
-                self._of.words.report(named, Phase.FAILED, reason)
+                self._of.words.report(named, Phase.FAILED, reason, is_permanent=is_permanent)
         self._no_longer_bootstrapping.set()
         self._compared.set()
 

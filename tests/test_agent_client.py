@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 
+from pdctl.agent import _body
 from pdctl.agent_client import AgentClient
-from pdctl.errors import CallerError, Unreachable
+from pdctl.errors import CallerError, RoomFailed, Unreachable
 
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 ANSWER = b'HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 10\r\n\r\n{"free":1}'
@@ -96,6 +98,23 @@ async def test_what_is_no_answer_is_unreachable(tmp_path: Path, answer: bytes) -
     async with listening(tmp_path, serve) as client:
         with pytest.raises(Unreachable, match="start pdctl agent"):
             await client.ask("GET", "/v1/rank")
+
+
+@pytest.mark.parametrize("is_permanent", [False, True])
+async def test_a_room_that_failed_is_told_with_whether_another_could_go_better(
+    tmp_path: Path, is_permanent: bool
+) -> None:
+    body = json.dumps(_body(RoomFailed(5, "no fit", is_permanent=is_permanent))).encode()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await heard(reader)
+        writer.write(b"HTTP/1.1 424 Failed Dependency\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+        writer.close()
+
+    async with listening(tmp_path, serve) as client:
+        with pytest.raises(RoomFailed, match="room 5 failed: no fit") as failed:
+            await client.ask("POST", "/v1/sending/5")
+    assert (failed.value.room, failed.value.reason, failed.value.is_permanent) == (5, "no fit", is_permanent)
 
 
 async def test_nobody_there_and_not_open_are_said(tmp_path: Path) -> None:

@@ -300,9 +300,10 @@ async def test_a_prefill_that_has_to_check_fails_the_room_of_a_decode_that_asks_
     async with rig_of(clock, REQUIRED, PLAIN) as rig:
         with pytest.raises(
             RoomFailed, match=r"10\.0\.0\.7:15999 asks for no checksums, and room\.checksum is required here"
-        ):
+        ) as failed:
             await rig.move(5, [[1]], [9], Released())
         assert "asks for no checksums" in rig.sent_why
+        assert failed.value.is_permanent
         assert rig.engine.written == [], "not a byte has moved"
 
 
@@ -311,8 +312,9 @@ async def test_a_decode_that_has_to_check_tells_a_prefill_that_gives_no_sums_of_
         given_back = Released()
         with pytest.raises(
             RoomFailed, match=r"10\.0\.0\.1:9001 gives no checksums, and room\.checksum is required here"
-        ):
+        ) as failed:
             await rig.receive(5, [9], given_back)
+        assert failed.value.is_permanent
         assert len(rig.to_prefill) == 1
         assert rig.sender.sessions == (), "it knows nothing of our memory"
         assert given_back.now == [[9]]
@@ -329,8 +331,9 @@ async def test_a_decode_that_has_to_check_says_who_does_not_answer(clock: Clock)
 async def test_pages_that_come_without_sums_are_not_used_where_they_are_required(clock: Clock) -> None:
     async with rig_of(clock, REQUIRED, REQUIRED) as rig, rig.receiver.open(5, PREFILL, [9, 4], 3) as room:
         rig.receiver.handle(Status(5, Phase.SUCCESS, 0).to_frames())
-        with pytest.raises(RoomFailed, match=r"prefill rank 0 gives no checksums, and room\.checksum is required"):
+        with pytest.raises(RoomFailed, match=r"rank 0 gives no checksums, and room\.checksum is required") as failed:
             await asyncio.wait_for(room.arrived(), 60)
+        assert failed.value.is_permanent
         assert rig.count("absent") == 1
 
 

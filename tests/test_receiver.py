@@ -197,6 +197,17 @@ async def enter_and_fail(rig: Rig, room: ArrivingRoom, reason: str | None = "its
             await room.arrived()
 
 
+@pytest.mark.parametrize("is_permanent", [False, True])
+async def test_a_failure_says_whether_another_room_with_that_prefill_could_go_better(
+    rig: Rig, is_permanent: bool
+) -> None:
+    async with rig.receiver.open(5, PREFILL, [1], 0) as room:
+        rig.say(Status(5, Phase.FAILED, 2, "no fit", use=room.use, is_permanent=is_permanent))
+        with pytest.raises(RoomFailed, match="prefill rank 2 says: no fit") as failed:
+            await room.arrived()
+    assert failed.value.is_permanent == is_permanent
+
+
 @pytest.mark.parametrize("reason", ["its engine stopped", None])
 async def test_a_failure_carries_the_prefills_reason(rig: Rig, reason: str | None) -> None:
     await enter_and_fail(rig, rig.receiver.open(5, PREFILL, [1], 0), reason)

@@ -353,11 +353,15 @@ async def test_memory_that_does_not_pair_fails_the_room_with_both_values(
     decode = rig.decode()
     decode.register(**changes)
     async with rig.sender.open(5) as room:
-        decode.name(5, [1])
-        with pytest.raises(RoomFailed, match=said):
+        decode.name(5, [1], use=3)
+        with pytest.raises(RoomFailed, match=said) as failed:
             await room.peers_ready()
     assert rig.engine.written == []
-    assert said in str((await rig.told())[1])
+    _, status = await rig.told()
+    assert said in str(status)
+    assert isinstance(status, Status)
+    assert failed.value.is_permanent
+    assert status.is_permanent
 
 
 @pytest.mark.parametrize(("named", "sent"), [([1, 2], [0]), ([1], [0, 1])], ids=["too few", "too many"])
@@ -367,8 +371,9 @@ async def test_pages_sent_and_pages_named_must_be_as_many(rig: Rig, named: list[
     async with rig.sender.open(5) as room:
         decode.name(5, named)
         await room.peers_ready()
-        with pytest.raises(RoomFailed, match=rf"named {len(named)} pages and"):
+        with pytest.raises(RoomFailed, match=rf"named {len(named)} pages and") as failed:
             await send_all(room, sent)
+    assert not failed.value.is_permanent, "other pages would do"
     assert isinstance((await rig.told())[1], Status)
     rig.assert_empty()
 

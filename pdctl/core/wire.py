@@ -70,6 +70,9 @@ USE = b"pdctl:use"
 # after its end.)
 AGAIN = b"pdctl:again"
 
+# How a pdctl prefill marks, behind a failure, that no other room between these two can go better as they are.
+PERMANENT = b"pdctl:permanent"
+
 # Rooms from here on are none, stock routers draw 63 bits. A decode that must know beforehand whether a prefill sums
 # gives such a room up: stock confirms that at once, as it does of any room that it does not know, and ours adds SUMS.
 FIRST_QUESTION = 2**64 - 2**32
@@ -315,7 +318,8 @@ class Status:
     """How a room stands at one prefill rank. The reason is a fourth frame: stock 0.5.23 sends none but reads it.
 
     sums: of what it has written, for a decode that has asked for them; None where it sends none. Not yet checked
-    against any pool. use: of the room's number, as its metadata said; None where that said none.
+    against any pool. use: of the room's number, as its metadata said; None where that said none. is_permanent: no
+    other room between these two can go better.
     """
 
     NAME: ClassVar[str] = "status"
@@ -326,11 +330,13 @@ class Status:
     reason: str | None = None
     sums: tuple[Sums, ...] | None = None
     use: int | None = None
+    is_permanent: bool = False
 
     def to_frames(self) -> list[bytes]:
         frames = [put(self.room), put(self.phase), put(self.rank)]
         behind = [] if self.sums is None else [SUMS, pack(self.sums)]
         behind += [] if self.use is None else [USE, put(self.use)]
+        behind += [PERMANENT] if self.is_permanent else []
         if self.reason is not None or behind:
             frames.append((self.reason or "").encode()[:MAX_TEXT])
         return frames + behind
@@ -341,7 +347,8 @@ class Status:
         phase = Phase(read.number(1, "status", high=max(Phase)))
         sums = _sums(read, 4)
         use = _use(read, 4 if sums is None else 6)
-        return cls(read.room(0), phase, read.number(2, "rank"), read.text(3), sums, use)
+        rank, is_permanent = read.number(2, "rank"), PERMANENT in frames[4:]
+        return cls(read.room(0), phase, rank, read.text(3), sums, use, is_permanent)
 
 
 @dataclass(frozen=True, slots=True)

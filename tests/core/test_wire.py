@@ -321,6 +321,12 @@ def test_the_reason_of_a_failure_travels_in_a_fourth_frame() -> None:
     assert frames == [b"7", b"0", b"1", b"decode was stopped"]
 
 
+@pytest.mark.parametrize("is_permanent", [False, True])
+def test_a_failure_says_whether_another_room_could_go_better(is_permanent: bool) -> None:
+    said = Status(7, Phase.FAILED, 1, "no fit", use=3, is_permanent=is_permanent)
+    assert parse_to_decode(said.to_frames()) == said
+
+
 def test_a_reason_cannot_break_a_log_line() -> None:
     heard = parse_to_decode([b"7", b"0", b"1", b"a\nlevel=info\x1b[31m\xff" + b"x" * 10_000])
     assert isinstance(heard, Status)
