@@ -216,11 +216,9 @@ class Agent:
             if announce:
                 await rank.announce(room)
             await sending.peers_ready()
-            said = {"prefix_len": sending.prefix_len, "n_pages": sending.n_pages}
+            said: dict[str, Any] = {"prefix_len": sending.prefix_len, "n_pages": sending.n_pages}
             if whole:
-                await sending.finish(aux_row, states, pages)
-        if whole:
-            await life.close(room)
+                said["free"] = await life.finish(room, aux_row, states, pages)
         return web.json_response(said)
 
     async def _send(self, request: web.Request) -> web.Response:
@@ -236,10 +234,9 @@ class Agent:
         pages = _pages(row, life.pools.kv) if row.get("pages") is not None else None
         aux_row, states = _rows(row, life.pools)
         row.end()
-        async with life.at(room) as sending:
-            await sending.finish(aux_row, states, pages)
-        await life.close(room)
-        return web.json_response({})
+        async with life.at(room):
+            free = await life.finish(room, aux_row, states, pages)
+        return web.json_response({"free": free})
 
     async def _abort_sending(self, request: web.Request) -> web.Response:
         room, (life, _), ticket = _number(request), self._opened(), _ticket(request)
@@ -255,8 +252,7 @@ class Agent:
         if aux_row is None:
             raise BadField("aux_row", "is missing: name the row for what comes beside the pages")
         asked = Arrival(pages, aux_row, prefix_len, states, TraceContext.from_headers(request.headers))
-        await life.arrive(rank, room, ticket, asked)
-        return web.json_response({})
+        return web.json_response({"free": await life.arrive(rank, room, ticket, asked)})
 
     async def _abort_receiving(self, request: web.Request) -> web.Response:
         room, (life, _), ticket = _number(request), self._opened(), _ticket(request)

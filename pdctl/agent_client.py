@@ -300,15 +300,21 @@ class AgentRank:
         """Whether it is registered, its open rooms, its quarantine: docs/agent.md."""
         return await self._client.ask("GET", "/v1/rank")
 
-    async def _ask(self, path: str, ticket: int, body: dict[str, Any], trace: Trace = None) -> dict[str, Any]:
-        """One step of a room; what ends it without the agent's word for its pages is settled here."""
+    async def _ask(self, path: str, ticket: int, body: dict[str, Any], trace: Trace = None) -> None:
+        """A room in one request; what ends it without the agent's word for its pages is settled here."""
         try:
-            return await self._client.ask("POST", path, body, trace_of(trace))
-        except (RoomFailed, Unreachable):
+            said = await self._client.ask("POST", path, body, trace_of(trace))
+        except RoomFailed:
             raise  # the agent says when its pages are free, at the latest by its end
         except BaseException:
             await self._give_up(path, ticket)
             raise
+        self._heard(said, ticket)
+
+    def _heard(self, said: dict[str, Any], ticket: int) -> None:
+        """An answer by which the room is over: its pages are free, or will be said to be."""
+        if said["free"]:
+            self._stream.free(ticket)
 
     async def _give_up(self, path: str, ticket: int) -> None:
         """Whatever has become of the request: if the agent knows of no such ticket, it will never take it any more."""
@@ -320,8 +326,8 @@ class AgentRank:
     def _answered(self, done: asyncio.Future[dict[str, Any]], ticket: int) -> None:
         if done.cancelled() or (error := done.exception()) is not None:
             log.debug("agent has not answered a goodbye", why=None if done.cancelled() else str(error))
-        elif done.result()["free"]:
-            self._stream.free(ticket)
+        else:
+            self._heard(done.result(), ticket)
 
 
 class AgentSender(AgentRank):
@@ -396,13 +402,13 @@ class AgentRoom:
     ) -> None:
         """As SendingRoom.finish, with the last `pages` in the same transfer: then the decode ranks hear of success."""
         last = {} if pages is None else {"pages": self._rank._stream.add(self._ticket, pages)}
-        await self._step("/finish", last | _rows(aux_row, state_rows))
+        self._rank._heard(await self._step("/finish", last | _rows(aux_row, state_rows)), self._ticket)
         self._is_open = False
 
     async def _step(self, what: str, body: dict[str, Any], trace: TraceContext | None = None) -> dict[str, Any]:
         try:
             return await self._rank._client.ask("POST", self._path + what, body, trace)
-        except (RoomFailed, Unreachable):
+        except RoomFailed:
             self._is_open = False
             raise
 

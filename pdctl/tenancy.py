@@ -113,7 +113,7 @@ class _Room:
 class _Arrival(NamedTuple):
     """A room at the receiving side."""
 
-    task: asyncio.Task[None]
+    task: asyncio.Task[bool]
     ticket: int
 
 
@@ -133,6 +133,7 @@ class Tenancy:
     receiving: dict[int, _Arrival] = field(default_factory=dict)
     tickets: set[int] = field(default_factory=set)
     revoked: dict[int, None] = field(default_factory=dict)
+    _answering: dict[int, list[int]] = field(default_factory=dict)
 
     def release(self, room: int, ticket: int) -> Release:
         return lambda _: self.free(room, ticket)
@@ -141,7 +142,31 @@ class Tenancy:
         """Nothing touches the pages any more: say so, once."""
         if ticket in self.tickets:
             self.tickets.discard(ticket)
-            self.events.put_nowait({"event": "released", "room": room, "ticket": ticket})
+            if (freed := self._answering.get(ticket)) is not None:
+                freed.append(room)
+            else:
+                self._say_free(room, ticket)
+
+    def _say_free(self, room: int, ticket: int) -> None:
+        self.events.put_nowait({"event": "released", "room": room, "ticket": ticket})
+
+    @contextmanager
+    def answering(self, ticket: int) -> Iterator[Callable[[], bool]]:
+        """Within, its room ends. Gives what the answer has to say: whether its pages are free. What becomes free and is
+        not asked for, since there will be no such answer, the open answer says."""
+        freed = self._answering[ticket] = list[int]()
+
+        def is_free() -> bool:
+            was = bool(freed)
+            freed.clear()
+            return was
+
+        try:
+            yield is_free
+        finally:
+            self._answering.pop(ticket, None)
+            for room in freed:
+                self._say_free(room, ticket)
 
     def take(self, ticket: int) -> None:
         """Raises CallerError for one that is in use, or that was given up before it came."""
@@ -202,8 +227,18 @@ class Tenancy:
             await self.close(room)
         return free
 
-    async def arrive(self, rank: Rank, room: int, ticket: int, asked: Arrival) -> None:
-        """Until all of it is there. Raises RoomFailed where it is given up meanwhile."""
+    async def finish(
+        self, room: int, aux_row: int | None, states: Sequence[Sequence[int]], pages: list[int] | None
+    ) -> bool:
+        """The last of a room that is open, which is closed then. Whether its pages are free."""
+        held = self.sending[room]
+        with self.answering(held.ticket) as is_free:
+            await held.sending.finish(aux_row, states, pages)
+            await self.close(room)
+            return is_free()
+
+    async def arrive(self, rank: Rank, room: int, ticket: int, asked: Arrival) -> bool:
+        """Until all of it is there; whether its pages are free. Raises RoomFailed where it is given up meanwhile."""
         if room in self.receiving:
             raise CallerError(f"room {room} is open already: give each request a room of its own")
         task = asyncio.create_task(self._arrival(rank, room, ticket, asked), name=f"arrival of room {room}")
@@ -216,18 +251,20 @@ class Tenancy:
             del self.receiving[room]
         if task.cancelled():
             raise RoomFailed(room, "this engine has given it up")
-        task.result()
+        return task.result()
 
-    async def _arrival(self, rank: Rank, room: int, ticket: int, asked: Arrival) -> None:
+    async def _arrival(self, rank: Rank, room: int, ticket: int, asked: Arrival) -> bool:
         """The ticket is taken here, and not before: a task that is cancelled at once never runs."""
         self.take(ticket)
-        try:
-            entering = await rank.receiving(room, asked, self.release(room, ticket))
-        except BaseException:
-            self.free(room, ticket)
-            raise
-        async with entering as arriving:
-            await arriving.arrived()
+        with self.answering(ticket) as is_free:
+            try:
+                entering = await rank.receiving(room, asked, self.release(room, ticket))
+            except BaseException:
+                self.free(room, ticket)
+                raise
+            async with entering as arriving:
+                await arriving.arrived()
+            return is_free()
 
     async def give_up_arrival(self, room: int, ticket: int | None) -> bool:
         """As `give_up_sending`."""

@@ -220,6 +220,20 @@ async def test_an_aborted_room_fails_at_both_sides_and_frees_its_pages(calm: Pai
     await it.move(1)  # both ids can be used again
 
 
+@pytest.mark.parametrize("how", [{"do": "send", "chunks": [[5], [6]]}, {"do": "send_at_once", "pages": [5, 6]}])
+async def test_the_answer_that_ends_a_room_says_that_its_pages_are_free(calm: Pair, how: dict[str, Any]) -> None:
+    it = calm
+    given = {"ticket": 900, "pages": [1, 2], "aux_row": 3}
+    told, found = await asyncio.gather(
+        it.sending.ask(how["do"], room=1, **{name: value for name, value in how.items() if name != "do"}),
+        it.decode.ask("POST", "/v1/receiving/1", given),
+    )
+    assert "error" not in told
+    assert found == (200, {"free": True})
+    assert await it.sending.ask("free_pages") == {"freed": [5, 6]}, "by then"
+    assert [card["tickets"] for card in (await it.sending.ask("status"), await it.receiving.ask("status"))] == [[], []]
+
+
 async def test_a_call_that_is_cancelled_gives_its_room_up(calm: Pair) -> None:
     it = calm
     await it.sending.ask("open", room=1)

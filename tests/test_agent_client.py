@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pdctl.agent import _body
-from pdctl.agent_client import AgentClient
+from pdctl.agent_client import AgentClient, AgentReceiver, _Stream
 from pdctl.errors import CallerError, RoomFailed, Unreachable
 
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -115,6 +115,25 @@ async def test_a_room_that_failed_is_told_with_whether_another_could_go_better(
         with pytest.raises(RoomFailed, match="room 5 failed: no fit") as failed:
             await client.ask("POST", "/v1/sending/5")
     assert (failed.value.room, failed.value.reason, failed.value.is_permanent) == (5, "no fit", is_permanent)
+
+
+async def test_pages_of_a_room_whose_answer_is_lost_are_asked_after(tmp_path: Path) -> None:
+    heard_of: list[bytes] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        heard_of.append((await heard(reader)).split(b" HTTP")[0])
+        if heard_of[-1].startswith(b"DELETE"):
+            writer.write(ANSWER.replace(b'10\r\n\r\n{"free":1}', b'13\r\n\r\n{"free":true}'))
+        writer.close()
+
+    async with listening(tmp_path, serve) as client:
+        freed: list[int] = []
+        card = {"session": "s", "metrics_url": "", "agent_pid": 1}
+        rank = AgentReceiver(client, _Stream(None, card))  # type: ignore[arg-type]
+        with pytest.raises(Unreachable):
+            await rank.receive(5, [3, 4], 0, release=lambda pages: freed.extend(pages.tolist()))
+    assert heard_of == [b"POST /v1/receiving/5", b"DELETE /v1/receiving/5?ticket=1"]
+    assert freed == [3, 4]
 
 
 async def test_nobody_there_and_not_open_are_said(tmp_path: Path) -> None:
