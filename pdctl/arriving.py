@@ -37,6 +37,10 @@ log = structlog.get_logger(__name__)
 
 Release = Callable[[Ints], None]
 
+_MOST_REMIND = (
+    4  # times remind_s between two reminders: a room of minutes need not wait as long again for its last word
+)
+
 
 class Rank(Protocol):
     """What the rooms of one decode rank share."""
@@ -101,6 +105,7 @@ class ArrivingRoom:
         self._ended = asyncio.Event()
         self._timer: Alarm | None = None
         self._reminder: asyncio.TimerHandle | None = None
+        self._reminded_s = 0.0
         self._is_hurried = False
 
     async def __aenter__(self) -> Self:
@@ -286,7 +291,7 @@ class ArrivingRoom:
 
     def _remind(self, wait_s: float) -> None:
         self._of.errands.spawn(f"room {self.room} once more", self._say_again())
-        self._remind_in(2 * wait_s)
+        self._remind_in(min(2 * wait_s, _MOST_REMIND * self._of.timeouts.remind_s))
 
     def _hurry(self, prefill: Endpoint) -> None:
         """It has our pages and not our memory. Once a room, so that two who misunderstand each other keep the peace."""
@@ -297,9 +302,11 @@ class ArrivingRoom:
 
     async def _say_again(self) -> None:
         """Nobody has answered: the prefill may still compute, or may never have heard of the room."""
+        reminded_s, waited_s = self._reminded_s, self._of.clock() - self.opened_at
         for at, named in self._telling:
             try:
-                if await self._of.contacts.remind(at, self._of.clock() - self.opened_at) and not self.phase.is_final:
+                if await self._of.contacts.remind(at, waited_s, reminded_s) and not self.phase.is_final:
+                    self._reminded_s = waited_s
                     await self._of.tell_pages(at, replace(named, again=True))
                     log.debug("room named again", room=self.room, to=str(at))
             except Unreachable as error:

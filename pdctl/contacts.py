@@ -91,15 +91,15 @@ class Contacts:
                 await self._send(prefill, self._registration)
                 contact.told = True
 
-    async def remind(self, prefill: Endpoint, waited_s: float) -> bool:
-        """Register our buffers there once more, and say whether a room that has waited for so long may be named there
-        once more. Raises Unreachable."""
+    async def remind(self, prefill: Endpoint, waited_s: float, reminded_s: float) -> bool:
+        """Register our buffers there once more, and say whether a room that has waited for so long, and had for
+        `reminded_s` when it was last named again, may be named there once more. Raises Unreachable."""
         contact = self._contact(prefill)
         async with contact.lock:
             if contact.again is None and self._clock() - contact.asked_at >= _ANSWER_S:
                 contact.asked_at = self._clock()
                 contact.again = (await self._ask(prefill, _ANSWER_S, "whether it may be told things twice")).again
-            if contact.again is None or not (contact.again or waited_s >= _STOCK_AFTER_S):
+            if contact.again is None or not (contact.again or waited_s >= max(_STOCK_AFTER_S, 2 * reminded_s)):
                 return False
             if self._clock() - contact.reminded_at >= _APART_S:
                 await self._send(prefill, self._repetition)

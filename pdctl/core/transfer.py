@@ -150,9 +150,10 @@ class RoomTimeouts:
         0.1 GB/s of the slowest block size measured (MOONCAKE_FACTS 3.4); a peer that stops is found by the engine's own
         inactivity limit (5 s), not by this. Its turn a chunk awaits for waiting_s.
     remind_s: from naming a room's pages to a prefill rank until they are named once more, with the registration of our
-        memory; each further wait is twice the one before. What a connection had taken when it broke is lost, and nobody
-        else says it again. Also from a prefill's sums until they are given once more. A stock prefill is reminded of a
-        room that has waited for 30 s, no sooner: one that has ended there would be taken up again, and kept.
+        memory; each further wait is twice the one before, and four times this at most: what is lost late is found as
+        soon. What a connection had taken when it broke is lost, and nobody else says it again. Also from a prefill's
+        sums until they are given once more. A stock prefill is reminded of a room that has waited for 30 s, no sooner,
+        and then for twice as long each time: one that has ended there would be taken up again, and kept.
     release_s: how often a prefill that has not confirmed an abort is asked again, and warned about. It frees nothing:
         stock frees after 30 s without an answer, while a write may still be under way.
     drain_margin_s: from the confirmation of an abort to the reuse of its pages. Bytes that the prefill's kernel had
