@@ -67,6 +67,7 @@ SHAPE = Shape(1, 1, 1, 1, 4, "uint8")
 
 N_ENTRIES, PAGE_NBYTES, ROW_NBYTES, N_ROWS = 4, 1024, 48, 64
 PAGES_A_ROOM, FIRST_CHUNK = 32, 4
+ROOMS_A_RANK = 3  # each with pages of its own: those of a room that failed are given back later
 # What stands in a page that nobody has sent; in one that decode was given back; in one that prefill was given back.
 ABSENT, GIVEN_BACK, REUSED = 0xEE, 0x5A, 0xA5
 ABSENT_FROM = 80  # what is sent is below this, and so below all three
@@ -194,7 +195,7 @@ def _pool(arrays: list[Bytes]) -> Pool:
 def of_room(number: int, moment: int) -> Iterator[list[int]]:
     """Pages of a room, in no order: those of the prefill, then those of the decode. `number`: its room there."""
     order = np.random.default_rng(moment)
-    for first in (moment * 2 * PAGES_A_ROOM, 0):
+    for first in (moment * ROOMS_A_RANK * PAGES_A_ROOM, 0):
         yield (order.permutation(PAGES_A_ROOM) + first + number * PAGES_A_ROOM).tolist()
 
 
@@ -294,7 +295,7 @@ class Prefill(Ranks):
     """One prefill rank. `send` drives a room to the moment that is named, and on when it may."""
 
     async def open(self, stack: AsyncExitStack, n_rooms: int) -> dict[str, Any]:
-        self.memory = Memory(2 * n_rooms * PAGES_A_ROOM)
+        self.memory = Memory(ROOMS_A_RANK * n_rooms * PAGES_A_ROOM)
         self.memory.fill()
         self.is_hidden = False
         self.metrics = Metrics()
@@ -326,7 +327,7 @@ class Prefill(Ranks):
         return self.start(key or str(room), drive, self._send(drive, room, at, number))
 
     async def _send(self, drive: Drive, room: int, at: int, number: int) -> None:
-        pages, row = next(of_room(number, at)), 2 * at + number
+        pages, row = next(of_room(number, at)), ROOMS_A_RANK * at + number
         await drive.pause(Moment.EARLY)
         required = 2 if drive.until is Moment.HALF_NAMED else None
         drive.room = self.sender.open(room, required, self._reuse)
@@ -436,7 +437,7 @@ class Decode(Ranks):
     async def open(self, stack: AsyncExitStack, n_ranks: int) -> dict[str, Any]:
         self.ranks: list[Rank] = []
         for _ in range(n_ranks):
-            memory, metrics = Memory(2 * PAGES_A_ROOM), Metrics()
+            memory, metrics = Memory(ROOMS_A_RANK * PAGES_A_ROOM), Metrics()
             link, engine = await _open(stack, self.engine_settings, metrics, memory)
             self.ranks.append(Rank(memory, link, engine, Keeper(link.send), metrics))
         return {
@@ -499,12 +500,12 @@ class Decode(Ranks):
         told = found if prefill is None else Endpoint.parse(prefill)
 
         def release(given: npt.NDArray[np.int64]) -> None:
-            self._given_back(rank, given.tolist(), sent, number, 2 * at + number)
+            self._given_back(rank, given.tolist(), sent, number, ROOMS_A_RANK * at + number)
 
         drive.room = rank.receiver.open(room, Paired((told,), ranks=(0,)), pages, number, release=release)
         async with drive.room as arriving:
             await arriving.arrived()
-            drive.wrong = rank.memory.differs(pages, sent, number, 2 * at + number, partly=False)
+            drive.wrong = rank.memory.differs(pages, sent, number, ROOMS_A_RANK * at + number, partly=False)
             await drive.pause(Moment.ARRIVED)
 
     def _given_back(self, rank: Rank, pages: list[int], sent: list[int], row: int, sent_row: int) -> None:
@@ -546,7 +547,7 @@ class Decode(Ranks):
         found = [f"rank {number}: {what}" for number, rank in enumerate(self.ranks) for what in rank.foreign]
         for number, rank in enumerate(self.ranks):
             pages = [page for given, _ in rank.released for page in given]
-            others = sorted(set(range(2 * PAGES_A_ROOM)) - set(pages))
+            others = sorted(set(range(ROOMS_A_RANK * PAGES_A_ROOM)) - set(pages))
             for entry, array in enumerate(rank.memory.kv):
                 found += [] if (array[pages] == GIVEN_BACK).all() else [f"rank {number}: entry {entry} given back"]
                 found += [] if (array[others] == ABSENT).all() else [f"rank {number}: entry {entry} never named"]

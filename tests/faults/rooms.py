@@ -123,11 +123,11 @@ _LEFT = "^the prefill engine left the room on CancelledError"
 _CANCELLED = "^the prefill engine cancelled the send"
 _GIVEN_UP = r"^decode rank [\d.:]+ has given the room up"
 _GIVEN_UP_EARLY = r"^decode rank [\d.:]+ gave the room up before it was opened here"
-_UNREACHABLE = r"^peer [\d.:]+ is not reachable"
+_NO_CONNECTION = "^no connection for the"
+_UNREACHABLE = rf"^peer [\d.:]+ is not reachable|{_NO_CONNECTION}"  # which of the two comes first, the machine says
 _NO_STATUS = r"^no final status from prefill at [\d.:]+"
 _DEAD_THERE = r"^prefill rank at [\d.:]+ is gone: its host says that nobody listens there any more"
 _LOST = f"{_UNREACHABLE}|{_NO_STATUS}"  # the connection may take a message before it is known to be broken
-_NO_CONNECTION = "^no connection for the"
 _LEFT_BY_DECODE = "^the decode engine left the room on CancelledError"
 
 
@@ -568,20 +568,20 @@ class Scene:
                 self.prefill, "served", lambda found: not found["blocked"], self.bounds.end_s, session=session
             )
             assert not served["blocked"], (self.fault, served)
-            await self.one_more(at, self.rooms[MOMENTS[at]] + 500)
+            await self.one_more(at, self.rooms[MOMENTS[at]] + 500, 1)
         for at in range(len(MOMENTS)):
             room = self.rooms[MOMENTS[at]] + 500
             if await self.has_stalled(room):  # by nobody's fault but this machine's: once more
-                await self.one_more(at, room := room + 1)
+                await self.one_more(at, room := room + 1, 2)
             for child, key in ((self.prefill, str(room)), (self.decode, f"{at}/{room}")):
                 found = await end(child, key, self.bounds.end_s)
                 assert (found["phase"], found["wrong"]) == (Phase.SUCCESS.name, []), (self.fault, MOMENTS[at], found)
 
-    async def one_more(self, at: int, room: int) -> None:
-        where = {"at": at, "room": room, "moment": Moment.TELLING, "number": 1}
+    async def one_more(self, at: int, room: int, number: int) -> None:
+        where = {"at": at, "room": room, "moment": Moment.TELLING, "number": number}
         session, _ = self.ways.of_ranks[at]
         await until(self.prefill, "served", lambda found: not found["blocked"], self.bounds.end_s, session=session)
-        await ask(self.prefill, "send", room=room, moment=Moment.TELLING, at=at, number=1)
+        await ask(self.prefill, "send", room=room, moment=Moment.TELLING, at=at, number=number)
         await ask(self.decode, "receive", prefill=self.ways.prefill, **where)
 
     async def has_stalled(self, room: int) -> bool:
