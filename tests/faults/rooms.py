@@ -572,7 +572,7 @@ class Scene:
         for at in range(len(MOMENTS)):
             room = self.rooms[MOMENTS[at]] + 500
             if await self.has_stalled(room):  # by nobody's fault but this machine's: once more
-                await self.one_more(at, room := room + 1, 2)
+                await self.one_more(at, room := room + 100, 2)
             for child, key in ((self.prefill, str(room)), (self.decode, f"{at}/{room}")):
                 found = await end(child, key, self.bounds.end_s)
                 assert (found["phase"], found["wrong"]) == (Phase.SUCCESS.name, []), (self.fault, MOMENTS[at], found)
