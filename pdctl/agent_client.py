@@ -53,6 +53,8 @@ class AgentClient:
         self.socket = str(socket)
         self._http: aiohttp.ClientSession | None = None
         self._lines = _Connections(self.socket)
+        self.asking: set[asyncio.Future[dict[str, Any]]] = set()
+        """What is asked beside, and ends with the client."""
 
     async def __aenter__(self) -> Self:
         connector = aiohttp.UnixConnector(self.socket, limit=0)
@@ -61,6 +63,10 @@ class AgentClient:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        for asking in self.asking:
+            asking.cancel()
+        if self.asking:
+            await asyncio.wait(self.asking)
         self._lines.close()
         await asyncio.sleep(0)  # which is when the loop ends them
         if self._http is not None:
@@ -306,6 +312,9 @@ class AgentRank:
             said = await self._client.ask("POST", path, body, trace_of(trace))
         except RoomFailed:
             raise  # the agent says when its pages are free, at the latest by its end
+        except Unreachable:
+            self._ask_after(path, ticket)  # nobody waits for that: where the agent has ended, its heir is still to come
+            raise
         except BaseException:
             await self._give_up(path, ticket)
             raise
@@ -318,10 +327,15 @@ class AgentRank:
 
     async def _give_up(self, path: str, ticket: int) -> None:
         """Whatever has become of the request: if the agent knows of no such ticket, it will never take it any more."""
+        await asyncio.wait({self._ask_after(path, ticket)}, timeout=_GOODBYE_S)
+
+    def _ask_after(self, path: str, ticket: int) -> asyncio.Future[dict[str, Any]]:
         base = "/".join(path.split("/")[:4])
         asking = asyncio.ensure_future(self._client.ask("DELETE", base, ticket=ticket))
         asking.add_done_callback(lambda done: self._answered(done, ticket))
-        await asyncio.wait({asking}, timeout=_GOODBYE_S)
+        self._client.asking.add(asking)
+        asking.add_done_callback(self._client.asking.discard)
+        return asking
 
     def _answered(self, done: asyncio.Future[dict[str, Any]], ticket: int) -> None:
         if done.cancelled() or (error := done.exception()) is not None:
@@ -410,6 +424,10 @@ class AgentRoom:
             return await self._rank._client.ask("POST", self._path + what, body, trace)
         except RoomFailed:
             self._is_open = False
+            raise
+        except Unreachable:
+            self._is_open = False
+            self._rank._ask_after(self._path, self._ticket)
             raise
 
 

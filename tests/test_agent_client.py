@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from pdctl.agent import _body
-from pdctl.agent_client import AgentClient, AgentReceiver, _Stream
+from pdctl.agent_client import AgentClient, AgentReceiver, AgentSender, _Stream
 from pdctl.errors import CallerError, RoomFailed, Unreachable
+from tests.patience import until
 
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 ANSWER = b'HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 10\r\n\r\n{"free":1}'
@@ -132,8 +133,34 @@ async def test_pages_of_a_room_whose_answer_is_lost_are_asked_after(tmp_path: Pa
         rank = AgentReceiver(client, _Stream(None, card))  # type: ignore[arg-type]
         with pytest.raises(Unreachable):
             await rank.receive(5, [3, 4], 0, release=lambda pages: freed.extend(pages.tolist()))
+        await until(lambda: bool(freed))
     assert heard_of == [b"POST /v1/receiving/5", b"DELETE /v1/receiving/5?ticket=1"]
     assert freed == [3, 4]
+
+
+async def test_who_does_not_answer_after_that_holds_nobody_up(tmp_path: Path) -> None:
+    """The heir of an agent that has ended takes a connection long before it answers."""
+    asked, ended = list[bytes](), list[bytes]()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.append(said := await heard(reader))
+        if said.startswith(b"DELETE"):
+            await reader.read()
+        writer.close()
+        await writer.wait_closed()
+        ended.append(said)
+
+    async with asyncio.timeout(60), listening(tmp_path, serve) as client:
+        rank = AgentSender(client, _Stream(None, {"session": "s", "metrics_url": "", "agent_pid": 1}))  # type: ignore[arg-type]
+        with pytest.raises(Unreachable):
+            await rank.send(5, [3])
+        assert len(asked) == 1, "it was told before anybody was asked"
+        with pytest.raises(Unreachable):
+            async with rank.room(6) as room:
+                await room.peers_ready()
+        await until(lambda: len(asked) == 4)
+    assert not client.asking
+    await until(lambda: len(ended) == 4)
 
 
 async def test_nobody_there_and_not_open_are_said(tmp_path: Path) -> None:
