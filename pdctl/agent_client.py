@@ -309,16 +309,21 @@ class AgentRank:
     async def _ask(self, path: str, ticket: int, body: dict[str, Any], trace: Trace = None) -> None:
         """A room in one request; what ends it without the agent's word for its pages is settled here."""
         try:
-            said = await self._client.ask("POST", path, body, trace_of(trace))
-        except RoomFailed:
+            said = await self._post(path, ticket, body, trace_of(trace))
+        except (RoomFailed, Unreachable):
             raise  # the agent says when its pages are free, at the latest by its end
-        except Unreachable:
-            self._ask_after(path, ticket)  # nobody waits for that: where the agent has ended, its heir is still to come
-            raise
         except BaseException:
             await self._give_up(path, ticket)
             raise
         self._heard(said, ticket)
+
+    async def _post(self, path: str, ticket: int, body: object, trace: TraceContext | None) -> dict[str, Any]:
+        """Where no agent answers, that is said at once and its pages are asked after beside: it may have an heir."""
+        try:
+            return await self._client.ask("POST", path, body, trace)
+        except Unreachable:
+            self._ask_after(path, ticket)
+            raise
 
     def _heard(self, said: dict[str, Any], ticket: int) -> None:
         """An answer by which the room is over: its pages are free, or will be said to be."""
@@ -421,13 +426,9 @@ class AgentRoom:
 
     async def _step(self, what: str, body: dict[str, Any], trace: TraceContext | None = None) -> dict[str, Any]:
         try:
-            return await self._rank._client.ask("POST", self._path + what, body, trace)
-        except RoomFailed:
+            return await self._rank._post(self._path + what, self._ticket, body, trace)
+        except (RoomFailed, Unreachable):
             self._is_open = False
-            raise
-        except Unreachable:
-            self._is_open = False
-            self._rank._ask_after(self._path, self._ticket)
             raise
 
 

@@ -37,9 +37,8 @@ log = structlog.get_logger(__name__)
 
 Release = Callable[[Ints], None]
 
-_MOST_REMIND = (
-    4  # times remind_s between two reminders: a room of minutes need not wait as long again for its last word
-)
+# Times remind_s between two reminders: a room of minutes need not wait as long again for its last word.
+_MOST_REMIND = 4
 
 
 class Rank(Protocol):
