@@ -79,7 +79,7 @@ class Transfer:
 
     `faith`: what `lane.failures` was when the peer was last proven well. `rest` is resolved, with the verdict, when no
     block is in the carrier's hands and none will be.
-    `credit`: bytes that it may submit before the next transfer's turn; the carrier's.
+    `nbytes`: of all its blocks.
     """
 
     lane: Lane
@@ -87,12 +87,12 @@ class Transfer:
     direction: Direction
     blocks: Iterator[Block]
     total: int
+    nbytes: int
     rest: asyncio.Future[Verdict | None]
     verdict: Verdict | None = None
     by_another: bool = False
     submitted: int = 0
     in_flight: int = 0
-    credit: int = 0
 
     def stop(self, cause: Cause, detail: str, *, by_another: bool = False) -> None:
         """Submit no more of it; from any thread. `by_another`: none of its own blocks has failed, one beside it has."""

@@ -123,7 +123,9 @@ class Questions:
             raise TransferFailed(Cause.LOCAL, session, f"{_CELLS} questions to peers are in flight: none can be put")
         cell.store(data)
         rest: asyncio.Future[Verdict | None] = self._loop.create_future()
-        transfer = Transfer(lane, lane.failures, direction, iter([(cell.pointer, pointer, len(data))]), 1, rest)
+        transfer = Transfer(
+            lane, lane.failures, direction, iter([(cell.pointer, pointer, len(data))]), 1, len(data), rest
+        )
         self._moving[lane] = transfer
         self._add(transfer)
         try:

@@ -3,8 +3,8 @@ The one thread that talks to a transfer engine: it submits, it polls, it says wh
 
 One block a submission, because a batch call answers -1 while the rest of its blocks still move (MOONCAKE_FACTS H1). A
 bounded window for each peer, because past 2048 blocks the engine wedges for ever (H2). A status is asked only for ids
-that are not 0 and not yet terminal, because the engine dereferences them (H10, H11). Peers take turns, and so do the
-transfers of one peer. Never spins: between two looks it sleeps.
+that are not 0 and not yet terminal, because the engine dereferences them (H10, H11). Peers take turns; which of one
+peer's transfers is next, order.py says. Never spins: between two looks it sleeps.
 
 One block a way. What the engine has to queue, it sends by the next connection that it gets, a second later if need be:
 of blocks submitted before a peer was killed, three were written into the process that came after it (measured, H6). So
@@ -31,6 +31,7 @@ import structlog
 from pdctl.engine.blame import own_fault
 from pdctl.engine.blocks import Block, Direction, Lane, Transfer, Verdict, Way
 from pdctl.engine.gather import Stages
+from pdctl.engine.order import Order
 from pdctl.errors import Cause
 
 log = structlog.get_logger(__name__)
@@ -51,11 +52,6 @@ _GOODBYE_S = 0.1
 _FRESH_S = 500e-6
 # Bytes in flight to one peer: more of them move no faster, and a small block beside them waits for longer.
 _IN_FLIGHT, _AT_LEAST = 16 << 20, 4
-
-# Transfers of one peer take turns by what their blocks take of it, not block by block: 256 blocks of 4 KiB beside
-# blocks of 1 MiB took 200 to 370 ms that way, 20 alone, and 34 to 51 this way. A block costs about 30 us whatever its
-# size (MOONCAKE_FACTS 3.4).
-_SHARE, _BLOCK_COST = 256 << 10, 32 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +139,7 @@ class Mover:
             self._carried.add(transfer)
             if transfer.lane not in self._windows:
                 self._windows[transfer.lane] = _Window(
-                    self._window, self._stall_s, self._calls, self._tell, self._stages
+                    transfer.lane, self._window, self._stall_s, self._calls, self._tell, self._stages
                 )
             self._windows[transfer.lane].add(transfer)
 
@@ -193,12 +189,13 @@ _Flight = tuple[int, Transfer, Way, float, Block, bool]
 class _Window:
     """What one peer has in flight, at most `size` blocks, and what waits for room."""
 
+    lane: Lane
     size: int
     stall_s: float
     calls: Calls
     tell: Callable[[Transfer], None]
     stages: Stages = field(default_factory=Stages)
-    waiting: deque[Transfer] = field(default_factory=deque)
+    waiting: Order = field(default_factory=Order)
     flying: list[_Flight] = field(default_factory=list)
     nbytes: int = 0
     looked_at: float = -math.inf
@@ -211,8 +208,7 @@ class _Window:
     def add(self, transfer: Transfer) -> None:
         if transfer.faith != transfer.lane.failures:
             transfer.stop(Cause.PEER_GONE, "another transfer with this peer has failed meanwhile", by_another=True)
-        transfer.credit = _SHARE
-        self.waiting.append(transfer)
+        self.waiting.add(transfer)
 
     def turn(self, *, prune: bool) -> bool:
         """Whether anything moved."""
@@ -233,51 +229,40 @@ class _Window:
 
     def fail(self, cause: Cause, detail: str) -> None:
         """Stop what has blocks left to submit to this peer: whoever answers there now may be another process (H6)."""
-        for transfer in self.waiting:
-            transfer.stop(cause, detail, by_another=True)
+        self.waiting.stop(cause, detail)
         self._prune()
 
     def _prune(self) -> None:
-        stopped = [transfer for transfer in self.waiting if transfer.exhausted]
-        if stopped:
-            self.waiting = deque(transfer for transfer in self.waiting if not transfer.exhausted)
-            for transfer in stopped:
-                self._tell_if_at_rest(transfer)
+        for transfer in self.waiting.prune():
+            self._tell_if_at_rest(transfer)
 
     def _fill(self) -> None:
-        while self.waiting and self._has_room(self.waiting[0].lane):
-            transfer = self.waiting.popleft()
-            if transfer.credit <= 0 and self.waiting:
-                transfer.credit += _SHARE
-                self.waiting.append(transfer)
-                continue
+        while self.waiting and self._has_room():
+            transfer = self.waiting.take()
             self._give(transfer)
-            if not transfer.exhausted:
-                self.waiting.appendleft(transfer)
-            else:
+            if not self.waiting.put_back(transfer):
                 self._tell_if_at_rest(transfer)
 
-    def _has_room(self, lane: Lane) -> bool:
+    def _has_room(self) -> bool:
         # One block goes first to a peer that has not proven itself since it failed: of those that went on after a
         # SIGSTOP, 27 of 46 failed a block at once when several came together, 0 of 42 when one came first.
-        if not lane.proven:
+        if not self.lane.proven:
             return not self.flying
         n = len(self.flying)
-        return n < self.size and n < lane.most and (self.nbytes < _IN_FLIGHT or n < _AT_LEAST)
+        return n < self.size and n < self.lane.most and (self.nbytes < _IN_FLIGHT or n < _AT_LEAST)
 
     def _give(self, transfer: Transfer) -> None:
         """Submit blocks of it until there is no room, or another's turn comes, or there are no more."""
-        lane, total = transfer.lane, transfer.total
-        while transfer.submitted < total and transfer.verdict is None and self._has_room(lane):
+        lane, total = self.lane, transfer.total
+        while transfer.submitted < total and transfer.verdict is None and self._has_room():
             block, way = next(transfer.blocks), lane.way()
             transfer.submitted += 1
-            # One block of debt at most: who was alone for long owes nothing to who comes then.
-            transfer.credit = max(transfer.credit, 0) - max(block[2], _BLOCK_COST)
+            is_over = self.waiting.went(block[2])
             if way.sure:
                 self._send(transfer, way, block)
             else:
                 self._greet(transfer, way, block)
-            if transfer.credit <= 0 and self.waiting:
+            if is_over:
                 return
 
     def _send(self, transfer: Transfer, way: Way, block: Block) -> None:

@@ -197,7 +197,7 @@ class PromisedEngine:
         if direction is Direction.WRITE and self._carrier.gathers:
             gathering = Gathering.of(pieces)
             moves, total = gathering.blocks(), len(gathering)
-        transfer = Transfer(pin.lane, pin.faith, direction, moves, total, rest)
+        transfer = Transfer(pin.lane, pin.faith, direction, moves, total, plan.total, rest)
         over = self._loop.create_future()  # and not `rest` itself, which a cancelled wait would cancel
         self._begin(session, transfer, over)
         await self._see_through(session, transfer, over, until, deadline_s)
