@@ -85,6 +85,8 @@ async def patience(wait_s: float) -> AsyncIterator[None]:
 async def done_within(what: asyncio.Future[Any], wait_s: float) -> bool:
     """Whether it is done by then, or was while the loop was held. Unlike `patience` it cancels nothing, so that what is
     done in that very moment counts."""
+    if what.done():  # as a message mostly is that a socket takes
+        return True
     loop = asyncio.get_running_loop()
     until = loop.time() + wait_s
     await asyncio.wait({what}, timeout=wait_s)
