@@ -118,7 +118,8 @@ class Rank:
         return {}
 
     async def arrive(self) -> JSON:
-        return {"at": 0.0}
+        """When each room was known to be over; of the bare engine none is."""
+        return {"ends": []}
 
     async def leave(self) -> JSON:
         return {}
@@ -187,9 +188,11 @@ class OursDecode(Rank):
         return {}
 
     async def arrive(self) -> JSON:
-        for room in self.rooms:
-            await room.arrived()
-        return {"at": time.monotonic()}
+        return {"ends": await asyncio.gather(*map(self._end, self.rooms))}
+
+    async def _end(self, room: Any) -> float:
+        await room.arrived()
+        return time.monotonic()
 
     async def leave(self) -> JSON:
         for room in self.rooms:
@@ -357,8 +360,7 @@ class Stock(Rank):
         return {}
 
     async def ready(self) -> JSON:
-        for room in self.rooms:
-            _poll(room, 2)
+        _polled(self.rooms, 2)
         return {}
 
     async def go(self, **_: Any) -> JSON:
@@ -366,14 +368,11 @@ class Stock(Rank):
         began = time.monotonic()
         for room, sent in zip(self.rooms, pages, strict=True):
             room.send(sent)
-        for room in self.rooms:
-            _poll(room, 4)
+        _polled(self.rooms, 4)
         return {"began": began, "ended": time.monotonic()}
 
     async def arrive(self) -> JSON:
-        for room in self.rooms:
-            _poll(room, 4)
-        return {"at": time.monotonic()}
+        return {"ends": _polled(self.rooms, 4)}
 
     async def leave(self) -> JSON:
         for room in self.rooms:
@@ -381,12 +380,20 @@ class Stock(Rank):
         return {}
 
 
-def _poll(room: Any, status: int) -> None:
-    until = time.monotonic() + 30
-    while (said := int(room.poll())) != status:
-        if said == 0 or time.monotonic() > until:
-            raise AssertionError(f"stock's room is at {said}, not {status}: nothing here is worth timing")
-        time.sleep(POLL_S)
+def _polled(rooms: list[Any], status: int) -> list[float]:
+    """When each was found to be there. Asked about as its scheduler asks: each that is not, again and again."""
+    ends = dict.fromkeys(range(len(rooms)), 0.0)
+    waiting, until = list(ends), time.monotonic() + 30
+    while waiting:
+        said = {n: int(rooms[n].poll()) for n in waiting}
+        now = time.monotonic()
+        if 0 in said.values() or now > until:
+            raise AssertionError(f"stock's rooms are at {said}, not {status}: nothing here is worth timing")
+        ends.update((n, now) for n in waiting if said[n] == status)
+        waiting = [n for n in waiting if said[n] != status]
+        if waiting:
+            time.sleep(POLL_S)
+    return list(ends.values())
 
 
 SIDES: dict[str, Callable[[str, Form], Any]] = {
