@@ -52,6 +52,9 @@ _GOODBYE_S = 0.1
 _FRESH_S = 500e-6
 # Bytes in flight to one peer: more of them move no faster, and a small block beside them waits for longer.
 _IN_FLIGHT, _AT_LEAST = 16 << 20, 4
+# So many in a row that have not ended end a look: with 64 in flight, of which 6 had ended, to ask after the others took
+# up to 5 of the 74 us of CPU that a block of 64 KiB costs both processes.
+_PENDING_ENOUGH = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,12 +314,18 @@ class _Window:
     def _poll(self) -> int:
         """How many have ended."""
         check, pending, ended = self.calls.check, list[_Flight](), list[tuple[_Flight, int]]()
-        for flight in self.flying:
+        in_a_row = 0
+        for n, flight in enumerate(self.flying, 1):
             status = check(flight[0])
-            if status == PENDING:
-                pending.append(flight)
-            else:  # terminal: the engine has freed the ticket, it must never be asked for again (H10)
+            if status != PENDING:  # terminal: the engine has freed the ticket, it must never be asked for again (H10)
                 ended.append((flight, status))
+                in_a_row = 0
+                continue
+            pending.append(flight)
+            in_a_row += 1
+            if in_a_row == _PENDING_ENOUGH:
+                pending = self.flying[n:] + pending  # the others first at the next look
+                break
         self.flying = pending
         for (_, transfer, way, since, block, is_greeting), status in ended:
             # Not before its turn: a greeting that ended in the same look still has its block to send.

@@ -92,6 +92,29 @@ async def test_bytes_that_have_landed_or_failed_count_no_more() -> None:
     assert (len(engine.submitted), window.nbytes) == (100, 0)
 
 
+async def test_a_look_ends_where_many_in_a_row_have_not_ended_and_the_next_begins_there() -> None:
+    engine, lane, asked = Engine(), proven(), list[int]()
+    calls = engine.calls()
+
+    def check(ticket: int) -> int:
+        asked.append(ticket)
+        return calls.check(ticket)
+
+    window = _Window(lane, 64, 1.0, Calls(calls.submit, check), lambda _: None)
+    window.add(transfer_of(lane, 0, 64, 4 << 10))
+    window.turn(prune=False)
+    for _ in range(4):
+        window.turn(prune=False)
+    assert asked == list(range(1, 65)), "all of them in four looks"
+    engine.over.update({1, 64})
+    for left in (63, 63, 63, 62):
+        window.turn(prune=False)
+        assert len(window.flying) == left
+    engine.end_all()
+    window.turn(prune=False)
+    assert window.empty, "who finds some that have ended looks on"
+
+
 async def test_no_block_goes_by_an_old_look_at_the_tether() -> None:
     """Blocks are given away in bursts, and the thread may be held up between two of them."""
     engine, lane, looks = Engine(), proven(), list[int]()
