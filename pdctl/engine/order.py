@@ -89,12 +89,13 @@ class Order:
 
     def prune(self) -> list[Transfer]:
         """Take out those that submit no more, and return them."""
-        stopped = [transfer for queue in self._queues for transfer in queue.waiting if transfer.exhausted]
-        if stopped:
-            for queue in self._queues:
-                queue.waiting = deque(transfer for transfer in queue.waiting if not transfer.exhausted)
-                queue.together = min(queue.together, len(queue.waiting) + (queue is self._taken))
-            self._sweep()
+        stopped: list[Transfer] = []
+        for queue in self._queues:
+            waiting, queue.waiting = queue.waiting, deque()
+            for transfer in waiting:  # each is asked once: another thread may stop it meanwhile
+                (stopped if transfer.exhausted else queue.waiting).append(transfer)
+            queue.together = min(queue.together, len(queue.waiting) + (queue is self._taken))
+        self._sweep()
         return stopped
 
     def _sweep(self) -> None:

@@ -112,7 +112,17 @@ async def test_a_look_ends_where_many_in_a_row_have_not_ended_and_the_next_begin
         assert len(window.flying) == left
     engine.end_all()
     window.turn(prune=False)
-    assert window.empty, "who finds some that have ended looks on"
+    assert window.empty
+
+
+async def test_who_finds_one_that_has_ended_looks_on() -> None:
+    engine, lane = Engine(), proven()
+    window = _Window(lane, 64, 1.0, engine.calls(), lambda _: None)
+    window.add(transfer_of(lane, 0, 64, 4 << 10))
+    window.turn(prune=False)
+    engine.over.update({16, 32, 48, 64})  # 15 before each that have not
+    window.turn(prune=False)
+    assert len(window.flying) == 60
 
 
 async def test_no_block_goes_by_an_old_look_at_the_tether() -> None:

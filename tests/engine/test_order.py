@@ -26,8 +26,8 @@ def loop() -> Iterator[asyncio.AbstractEventLoop]:
     loop.close()
 
 
-def transfer(loop: asyncio.AbstractEventLoop, n: int, nbytes: int) -> Transfer:
-    return Transfer(LANE, 0, Direction.WRITE, iter([(0, 0, nbytes)] * n), n, n * nbytes, loop.create_future())
+def transfer(loop: asyncio.AbstractEventLoop, n: int, nbytes: int, kind: type[Transfer] = Transfer) -> Transfer:
+    return kind(LANE, 0, Direction.WRITE, iter([(0, 0, nbytes)] * n), n, n * nbytes, loop.create_future())
 
 
 def gone(order: Order, most: int = 1 << 30) -> list[Transfer]:
@@ -109,6 +109,25 @@ def test_what_is_stopped_while_another_has_its_turn_is_taken_out_once(loop: asyn
     assert not order.put_back(whose)
     assert not order
     assert order.prune() == []
+
+
+class StoppedBetweenTwoLooks(Transfer):
+    """By the loop's thread, while the mover's prunes."""
+
+    @property
+    def exhausted(self) -> bool:
+        was, self.verdict = self.verdict, (Cause.LOCAL, "cancelled")
+        return was is not None
+
+
+def test_what_is_stopped_while_it_is_looked_at_is_not_lost(loop: asyncio.AbstractEventLoop) -> None:
+    """Else nobody would ever tell it that it is at rest."""
+    beside, late = transfer(loop, 6, MIB), transfer(loop, 6, MIB, StoppedBetweenTwoLooks)
+    beside.stop(Cause.LOCAL, "cancelled")
+    order = order_of(beside, late)
+    assert order.prune() == [beside]
+    assert order.prune() == [late]
+    assert not order
 
 
 SIZES = st.tuples(st.integers(1, 40), st.sampled_from([1 * KIB, 4 * KIB, 64 * KIB, 100 * KIB, MIB]))
