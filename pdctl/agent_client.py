@@ -34,7 +34,8 @@ from pdctl.core.layout import RankPools
 from pdctl.core.plan import Ints
 from pdctl.core.route import Seat, Shape
 from pdctl.core.trace import Trace, TraceContext, trace_of
-from pdctl.errors import BadField, CallerError, NotReady, RoomFailed, Unreachable
+from pdctl.errands import Errands
+from pdctl.errors import BadField, CallerError, NotReady, PdctlError, RoomFailed, Unreachable
 
 log = structlog.get_logger(__name__)
 
@@ -53,7 +54,7 @@ class AgentClient:
         self.socket = str(socket)
         self._http: aiohttp.ClientSession | None = None
         self._lines = _Connections(self.socket)
-        self.asking: set[asyncio.Future[dict[str, Any]]] = set()
+        self.asking = Errands(None)
         """What is asked beside, and ends with the client."""
 
     async def __aenter__(self) -> Self:
@@ -63,10 +64,7 @@ class AgentClient:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        for asking in self.asking:
-            asking.cancel()
-        if self.asking:
-            await asyncio.wait(self.asking)
+        await self.asking.aclose(0)
         self._lines.close()
         await asyncio.sleep(0)  # which is when the loop ends them
         if self._http is not None:
@@ -332,21 +330,19 @@ class AgentRank:
 
     async def _give_up(self, path: str, ticket: int) -> None:
         """Whatever has become of the request: if the agent knows of no such ticket, it will never take it any more."""
-        await asyncio.wait({self._ask_after(path, ticket)}, timeout=_GOODBYE_S)
+        asking = self._ask_after(path, ticket)
+        if asking is not None:
+            await asyncio.wait({asking}, timeout=_GOODBYE_S)
 
-    def _ask_after(self, path: str, ticket: int) -> asyncio.Future[dict[str, Any]]:
+    def _ask_after(self, path: str, ticket: int) -> asyncio.Task[None] | None:
+        return self._client.asking.spawn(f"goodbye of {path}", self._say_goodbye(path, ticket))
+
+    async def _say_goodbye(self, path: str, ticket: int) -> None:
         base = "/".join(path.split("/")[:4])
-        asking = asyncio.ensure_future(self._client.ask("DELETE", base, ticket=ticket))
-        asking.add_done_callback(lambda done: self._answered(done, ticket))
-        self._client.asking.add(asking)
-        asking.add_done_callback(self._client.asking.discard)
-        return asking
-
-    def _answered(self, done: asyncio.Future[dict[str, Any]], ticket: int) -> None:
-        if done.cancelled() or (error := done.exception()) is not None:
-            log.debug("agent has not answered a goodbye", why=None if done.cancelled() else str(error))
-        else:
-            self._heard(done.result(), ticket)
+        try:
+            self._heard(await self._client.ask("DELETE", base, ticket=ticket), ticket)
+        except PdctlError as error:
+            log.debug("agent has not answered a goodbye", why=str(error))
 
 
 class AgentSender(AgentRank):
