@@ -71,6 +71,9 @@ class Rank(Protocol):
     def hold(self, room: ArrivingRoom, told: Sequence[Endpoint], release: Release | None) -> None:
         """Keep the room's pages until every one of `told` has confirmed that it writes no more."""
 
+    def tell_end(self, room: ArrivingRoom, untold: Sequence[Endpoint]) -> None:
+        """Let those who will hear of no pages not wait for them."""
+
 
 class ArrivingRoom:
     """One room at the decode side. Every failure comes out of its methods as RoomFailed with the first cause."""
@@ -350,7 +353,9 @@ class ArrivingRoom:
         for check in self._checks.values():
             if check is not current:
                 check.cancel()
-        if self._told:
+        told = set(self._told)
+        self._of.tell_end(self, [at for at, _ in self._telling if at not in told])
+        if told:
             self._of.hold(self, self._told, self._release)
             self._release = None
 

@@ -77,6 +77,10 @@ class LastWords:
         while len(self._over) > _MAX_OVER or self._nbytes > _MAX_NBYTES:
             self._forget(*next(iter(self._over)))
 
+    def has_ended(self, room: int, to: Endpoint, use: int | None) -> bool:
+        """Whether that use of the room's number is known to be over here, or may be."""
+        return use is None or room in self._given_up or self._over.get((room, to), (None, ()))[0] == use
+
     def again(self, named: Metadata) -> bool:
         """Whether the use of the room's number that it speaks of is over; whoever has not heard that is told again."""
         use, said = self._over.get((named.room, named.reply), (None, ()))

@@ -271,6 +271,18 @@ class Receiver:
         self.metrics.quarantined(Side.RECEIVER, len(held.pages))
         self._ask(held)
 
+    def tell_end(self, room: ArrivingRoom, untold: Sequence[Endpoint]) -> None:
+        """Let those who will hear of no pages not wait for them. Once: nothing here waits for their word."""
+        for at in untold:
+            abort = Abort(room.room, self.reply, next(self._generations), room.reason, room.use)
+            self.errands.spawn(f"abort to {at}", self._tell_end(at, abort))
+
+    async def _tell_end(self, at: Endpoint, abort: Abort) -> None:
+        try:
+            await self._send(at, abort.to_frames())
+        except Unreachable as error:
+            log.debug("prefill rank not told of a room's end", room=abort.room, to=str(at), why=str(error))
+
     # --- quarantine
 
     def _ask(self, held: _Held) -> None:

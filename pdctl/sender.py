@@ -183,14 +183,16 @@ class Sender:
             self.metrics.lost(Word.PAGES)
 
     def _aborted(self, abort: Abort) -> None:
+        is_news = False
         if abort.reply is not None:
             self.words.hush(abort.room, abort.reply)
+            is_news = not self.words.has_ended(abort.room, abort.reply, abort.use)
             self.words.over(abort.room, abort.reply, abort.use)
         room = self._rooms.get(abort.room) or next((r for r in self._unsettled if r.room == abort.room), None)
         if room is not None:
             room.aborted(abort)
             return
-        self._early.abort(abort, self.clock())
+        self._early.abort(abort, self.clock(), is_news=is_news)
         if abort.reply is not None and abort.generation is not None:
             self.words.acknowledge(abort.room, abort.reply, abort.generation)  # nothing of it is in flight
 

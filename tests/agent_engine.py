@@ -140,7 +140,9 @@ class Engine:
         await self.rank.receive(room, pages, row, release=self.free)
 
     async def status(self) -> dict[str, Any]:
-        return await self.rank.status()
+        """What the agent says, and the tickets whose pages this side has not heard to be free."""
+        card = await self.rank.status()
+        return card | {"held": list(self.rank._stream._held)}
 
     async def fork(self) -> dict[str, Any]:
         """A child that does nothing, but has all that we have open."""

@@ -49,14 +49,14 @@ class Pair:
         assert (told, found) == ({"n_pages": 6}, {"wrong": []}), (self.prefill.log(), self.decode.log())
 
     async def idle(self) -> None:
-        """Every table is empty, soon: pages wait for the margin."""
+        """Every table is empty, soon: pages wait for the margin, and the word of it for the engine to read it."""
         async with asyncio.timeout(60):
             while any(await self.left()):  # noqa: ASYNC110  other processes empty them
                 await asyncio.sleep(0.02)
 
     async def left(self) -> list[Any]:
         cards = [await child.ask("status") for child in (self.sending, self.receiving)]
-        return [card[table] for card in cards for table in ("rooms", "tickets", "quarantine")]
+        return [card[table] for card in cards for table in ("rooms", "tickets", "quarantine", "held")]
 
 
 @contextmanager

@@ -229,9 +229,8 @@ async def test_pages_of_a_room_that_decode_gave_up_are_not_written_when_they_are
         rig.sender.handle(late[0])
         assert rig.sender.early == ()
         assert rig.words_lost() == 0, "nobody has missed anything"
-        async with rig.sender.open(5, required=1) as room:
-            assert room.phase is Phase.BOOTSTRAPPING
-            assert room.sessions == ()
+        with pytest.raises(RoomFailed, match="gave the room up before it was opened here"):
+            await rig.send(5)
 
 
 async def test_a_status_of_another_use_of_the_number_ends_nothing() -> None:
@@ -240,6 +239,60 @@ async def test_a_status_of_another_use_of_the_number_ends_nothing() -> None:
             rig.receiver.handle(Status(5, phase, 0, "of another", use=arriving.use - 1).to_frames())
             assert arriving.phase is Phase.TRANSFERRING
         await asyncio.wait_for(asyncio.gather(rig.send(5), arriving.arrived()), 60)
+
+
+# --- who gives up before pages are named
+
+
+async def gives_up_at_once(rig: Rig, number: int) -> None:
+    """While it waits for its turn to tell prefill of our memory: so early that nobody hears of any page."""
+    aborts, named = rig.way.count(Abort), rig.way.count(Metadata)
+    async with rig.receiver.contacts._contact(PREFILL).lock:
+        room = rig.receiver.open(number, PREFILL, [9, 4], 3, release=rig.given_back)
+        opening = asyncio.create_task(room.__aenter__())
+        await until(lambda: number in rig.receiver.rooms)
+        opening.cancel()
+        with suppress(asyncio.CancelledError):
+            await opening
+    await until(lambda: rig.way.count(Abort) == aborts + 1)
+    assert (rig.way.count(Metadata), rig.receiver.quarantine) == (named, ()), "nobody can write there"
+    assert await rig.given_back.next() == [9, 4]
+
+
+async def test_a_room_that_decode_gave_up_before_it_named_pages_is_over_at_a_prefill_that_opens_it_later() -> None:
+    async with rig_of() as rig:
+        await gives_up_at_once(rig, 5)
+        with pytest.raises(RoomFailed, match=r"decode rank \S+ gave the room up before it was opened here"):
+            await rig.send(5)
+        await rig.room(5)  # the number's next use
+
+
+async def test_a_room_that_decode_gives_up_before_it_names_pages_is_over_at_a_prefill_that_waits() -> None:
+    async with rig_of() as rig:
+        sending = asyncio.create_task(rig.send(5))
+        await until(lambda: rig.sender.rooms == (5,))
+        await gives_up_at_once(rig, 5)
+        with pytest.raises(RoomFailed, match=r"has given the room up: .* left the room on CancelledError"):
+            await sending
+        await rig.room(5)
+
+
+async def test_who_names_pages_of_a_number_that_it_has_given_up_wants_it_again() -> None:
+    async with rig_of() as rig:
+        await gives_up_at_once(rig, 5)
+        async with asyncio.timeout(60), rig.receiver.open(5, PREFILL, [9, 4], 3) as arriving:
+            assert rig.sender.early == (5,)
+            await rig.send(5)
+            await arriving.arrived()
+
+
+async def test_a_room_that_both_have_given_up_is_not_remembered_for_the_numbers_next_use() -> None:
+    """At the prefill first: what decode says then may be all that it will ever say of it."""
+    async with rig_of() as rig:
+        await given_up(rig, 5)
+        await gives_up_at_once(rig, 5)
+        async with rig.sender.open(5, required=1) as room:
+            assert room.phase is Phase.BOOTSTRAPPING
 
 
 def named_in(heard: list[Frames]) -> Frames:

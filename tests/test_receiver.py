@@ -370,6 +370,18 @@ async def test_when_the_second_prefill_is_unreachable_the_first_is_asked_to_stop
     assert rig.post.is_empty
 
 
+async def test_when_the_first_prefill_is_unreachable_the_second_does_not_wait_for_pages(rig: Rig) -> None:
+    given_back = Released()
+    rig.post.unreachable.add(PREFILL)
+    with pytest.raises(RoomFailed, match="it is away"):
+        await rig.receiver.open(5, Paired((PREFILL,), (SECOND,)), [1], 0, release=given_back).__aenter__()
+    to, abort = await rig.told_abort()
+    assert (to, abort.room) == (SECOND, 5)
+    assert "it is away" in (abort.reason or "")
+    assert (given_back.now, rig.receiver.quarantine) == ([[1]], ()), "nobody has heard of them"
+    rig.ack(abort)
+
+
 async def test_cancelled_while_telling_it_holds_what_may_have_been_told(clock: Clock) -> None:
     post, given_back, telling = Post(), Released(), asyncio.Event()
 

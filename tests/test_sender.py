@@ -67,8 +67,8 @@ class Decode:
         named = Metadata(room, self.reply, self.session, np.array(pages, np.int32), aux_row, **more)  # type: ignore[arg-type]
         self.sender.handle(named.to_frames())
 
-    def abort(self, room: int, generation: int | None = None) -> None:
-        self.sender.handle(Abort(room, self.reply, generation).to_frames())
+    def abort(self, room: int, generation: int | None = None, use: int | None = None) -> None:
+        self.sender.handle(Abort(room, self.reply, generation, use=use).to_frames())
 
 
 @dataclass
@@ -504,6 +504,41 @@ async def test_a_room_named_anew_after_an_abort_is_wanted_again(rig: Rig) -> Non
         await room.peers_ready()
         await room.send([0])
         await room.finish(0)
+
+
+async def test_rooms_that_were_given_up_unnamed_are_remembered_for_a_while_and_not_without_end(clock: Clock) -> None:
+    async with rig_of(clock, limits=SenderLimits(early=EarlyLimits(max_rooms=2))) as rig:
+        for use, room in enumerate((1, 2, 3)):
+            rig.decode().abort(room, generation=room, use=use)
+        assert rig.sender.early == (), "they wait for nobody"
+        assert [await is_over(rig, room) for room in (1, 2)] == [False, True]
+        clock.forward(30)
+        assert not await is_over(rig, 3)
+
+
+async def is_over(rig: Rig, number: int) -> bool:
+    async with rig.sender.open(number, required=1) as room:
+        return room.phase is Phase.FAILED
+
+
+async def test_a_decode_rank_that_gave_up_unnamed_does_not_end_a_room_that_is_complete_without_it(rig: Rig) -> None:
+    decode, other = rig.decode(7), rig.decode(8)
+    decode.register()
+    other.abort(5, generation=4, use=1)
+    decode.name(5, [1])
+    async with rig.sender.open(5) as room:
+        await room.peers_ready()
+        await room.finish(0, pages=[0])
+
+
+async def test_a_decode_rank_that_gave_up_unnamed_ends_a_room_that_waits_for_it(rig: Rig) -> None:
+    decode, other = rig.decode(7), rig.decode(8)
+    decode.register()
+    other.abort(5, generation=4, use=1)
+    decode.name(5, [1], required=2)
+    async with rig.sender.open(5) as room:
+        with pytest.raises(RoomFailed, match=r"decode rank 10\.0\.0\.8:7001 gave the room up"):
+            await room.peers_ready()
 
 
 async def test_a_late_abort_of_a_finished_room_does_not_reach_the_next_use_of_its_number(rig: Rig) -> None:

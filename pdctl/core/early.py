@@ -24,14 +24,23 @@ class _Early:
     aborted: set[Endpoint | None] = field(default_factory=set)
 
 
+@dataclass(slots=True)
+class _GivenUp:
+    """By decode ranks that had named nothing of it, or were not heard to."""
+
+    expires: float
+    by: set[Endpoint] = field(default_factory=set)
+
+
 class EarlyBook:
-    """Bounded, expiring; `forgotten` is told of each room that nobody took."""
+    """Bounded, expiring; `forgotten` is told of each room that was named and nobody took."""
 
     def __init__(self, limits: EarlyLimits, ttl_s: float, forgotten: Callable[[int], None]) -> None:
         self._limits = limits
         self._ttl_s = ttl_s
         self._forgotten = forgotten
         self._rooms: OrderedDict[int, _Early] = OrderedDict()  # in the order of expiry
+        self._given_up: OrderedDict[int, _GivenUp] = OrderedDict()  # so too
         self._n_pages = 0
         self._named_by: Counter[str] = Counter()  # pages, and one for each room
 
@@ -46,18 +55,27 @@ class EarlyBook:
         is_known = named.session in early.by_session
         early.by_session[named.session] = named
         early.aborted.discard(named.reply)
+        if (given_up := self._given_up.get(named.room)) is not None:
+            given_up.by.discard(named.reply)
         early.expires = now + self._ttl_s
         self._rooms[named.room] = early
         self._count(early, 1)
         self._expire(now)
         return is_known
 
-    def abort(self, abort: Abort, now: float) -> None:
-        """Remember it only for a room that was named: an abort of a finished room must not reach its id's next use."""
+    def abort(self, abort: Abort, now: float, *, is_news: bool) -> None:
+        """Remember it for a room that was named, and for one that was not if it `is_news`: an abort of a finished room
+        must not reach its id's next use."""
         self._expire(now)
         early = self._rooms.get(abort.room)
         if early is not None:
             early.aborted.add(abort.reply)
+        elif is_news and abort.reply is not None:
+            given_up = self._given_up.pop(abort.room, None) or _GivenUp(now)
+            given_up.by.add(abort.reply)
+            given_up.expires = now + self._ttl_s
+            self._given_up[abort.room] = given_up
+            self._expire(now)
 
     def drop(self, named: Metadata) -> None:
         """What that decode rank has said of the room."""
@@ -72,12 +90,12 @@ class EarlyBook:
 
     def take(self, room: int, now: float) -> tuple[list[Metadata], str | None]:
         self._expire(now)
-        early = self._pop(room)
-        if early is None:
-            return [], None
-        who = ", ".join(sorted(str(reply or "unknown") for reply in early.aborted))
-        over = f"decode rank {who} gave the room up before it was opened here" if who else None
-        return list(early.by_session.values()), over
+        early, given_up = self._pop(room) or _Early(now), self._given_up.pop(room, _GivenUp(now))
+        named = list(early.by_session.values())
+        awaited = len(named) < max((each.required for each in named), default=1)
+        gave_up = early.aborted | (given_up.by if awaited else set())
+        who = ", ".join(sorted(str(reply or "unknown") for reply in gave_up))
+        return named, f"decode rank {who} gave the room up before it was opened here" if who else None
 
     def _pop(self, room: int) -> _Early | None:
         early = self._rooms.pop(room, None)
@@ -99,6 +117,9 @@ class EarlyBook:
         while len(self._rooms) > self._limits.max_rooms or self._n_pages > self._limits.max_pages:
             greediest = max(self._named_by, key=self._named_by.__getitem__)
             self._forget(next(room for room, early in self._rooms.items() if greediest in early.by_session))
+        given_up = self._given_up
+        while given_up and (len(given_up) > self._limits.max_rooms or next(iter(given_up.values())).expires <= now):
+            given_up.popitem(last=False)
 
     def _forget(self, room: int) -> None:
         self._pop(room)
