@@ -27,6 +27,7 @@ from pdctl.core.offload import OffloadPatience, directory_of, offload
 from pdctl.errors import ConfigError, StoreCause, StoreFailed
 from pdctl.persistence.lock import FileLock, take
 from pdctl.retry import RetryPolicy, retrying
+from pdctl.store.torn import clear_torn
 
 log = structlog.get_logger(__name__)
 
@@ -99,6 +100,7 @@ async def offloading(
     claim = Claim(replace(plan, options=options), place)
     try:
         await _forgotten(place, rank, names, patience or OffloadPatience())
+        await _without_torn(place.directory)
         environ.update(chosen.variables)
         yield claim
     finally:
@@ -146,6 +148,13 @@ def _unusable(directory: Path, error: OSError) -> ConfigError:
         f"store ssd_offload_path {directory} cannot be used ({error.strerror}): give a directory that this process "
         "can write to"
     )
+
+
+async def _without_torn(directory: Path) -> None:
+    try:
+        await asyncio.to_thread(clear_torn, directory)
+    except OSError as error:
+        raise _unusable(directory, error) from error
 
 
 async def _forgotten(place: _Place, rank: StoreRank, names: Names, patience: OffloadPatience) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -18,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -51,15 +52,16 @@ class Size:
 
 
 class Rank:
-    """A process with a store that offloads."""
+    """A process with a store that offloads; what it complains of goes to `said`."""
 
-    def __init__(self, at: Master, directory: Path, size: Size) -> None:
+    def __init__(self, at: Master, directory: Path, size: Size, said: TextIO) -> None:
         arguments = [at.rpc, at.http, directory, size.segment, size.object]
+        self._said = said
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.store.offload", "rank", *map(str, arguments)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=self._said,
             text=True,
             preexec_fn=die_with_parent,
         )
@@ -85,18 +87,25 @@ class Rank:
         assert self.process.stdout is not None
         while (line := self.process.stdout.readline()) and not line.startswith("{"):
             pass  # what it logs
+        if not line:
+            raise EOFError(f"the rank has ended with {self.process.wait()}: {self._last_words()}")
         told: dict[str, Any] = json.loads(line)
         return told
+
+    def _last_words(self) -> str:
+        self._said.seek(0)
+        return self._said.read()[-4000:]
 
 
 @contextmanager
 def rank(at: Master, directory: Path, size: Size) -> Iterator[Rank]:
     """There, with nothing open yet: what takes seconds is behind it."""
-    made = Rank(at, directory, size)
-    try:
-        yield made
-    finally:
-        made.end()
+    with tempfile.TemporaryFile("w+", errors="replace") as said:
+        made = Rank(at, directory, size, said)
+        try:
+            yield made
+        finally:
+            made.end()
 
 
 def proof(size: Size, flags: tuple[str, ...], directory: Path) -> dict[str, Any]:
@@ -110,13 +119,15 @@ def proof(size: Size, flags: tuple[str, ...], directory: Path) -> dict[str, Any]
 
 
 def killed_and_back(size: Size, directory: Path, *, ttl_s: int) -> dict[str, Any]:
-    """Write all, die, come back at once, and read again when the master would have dropped everything."""
+    """Write all, die in the midst of one, come back at once, and read again when the master would have dropped
+    everything."""
     flags = (*ON_EVICT, "--default_kv_lease_ttl=500", f"--client_ttl={ttl_s}")
     with master(*flags) as at, rank(at, directory, size) as again:
         with rank(at, directory, size) as one:
             one.open()
             wrote_first = one.ask("write", size.n)
         died = time.monotonic()
+        tear(next(directory.rglob("*_o*")))
         again.open()
         waited_s = time.monotonic() - died
         first = again.ask("read", size.n)
@@ -132,6 +143,11 @@ def killed_and_back(size: Size, directory: Path, *, ttl_s: int) -> dict[str, Any
         "wrote": wrote,
         "last": last,
     }
+
+
+def tear(file: Path) -> None:
+    """As a process leaves it that is killed over it, which now and then is so anyway."""
+    os.truncate(file, file.stat().st_size // 2)
 
 
 # --- the rank's own process

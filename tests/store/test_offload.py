@@ -23,6 +23,7 @@ def test_what_is_on_disk_survives_its_process_and_the_moment_when_the_master_for
     assert told["wrote_first"]["kept"] == SMALL.n
     assert told["waited_s"] > 2
     held_in_dram = SMALL.segment // SMALL.object
-    assert told["first"]["equal"] >= SMALL.n - held_in_dram
+    n_torn = 2  # one for certain, and maybe one that was being written
+    assert told["first"]["equal"] >= SMALL.n - held_in_dram - n_torn
     assert told["later"]["equal"] >= told["first"]["equal"]
     assert told["last"]["equal"] == SMALL.n

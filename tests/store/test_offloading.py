@@ -179,3 +179,25 @@ async def test_an_empty_directory_is_entered_at_once(tmp_path: Path) -> None:
     began = time.monotonic()
     async with enter(tmp_path, master=master, patience=LONG):
         assert time.monotonic() - began < LONG.client_ttl_s / 2
+
+
+async def test_half_written_objects_of_the_last_life_are_gone_when_a_rank_moves_in(tmp_path: Path) -> None:
+    async with lived(tmp_path, "old") as directory:
+        torn = directory / "file_per_key_dir" / "a" / "b" / "default_k"
+        torn.parent.mkdir(parents=True)
+        torn.write_bytes(b"\x0a\x09def")
+        async with enter(tmp_path):
+            assert not torn.exists()
+            assert (directory / "7.bucket").exists()
+
+
+async def test_a_directory_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(_: Path) -> int:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pdctl.store.offloading.clear_torn", refused)
+    with pytest.raises(ConfigError, match=r"rank_1_2_0_3 cannot be used \(Permission denied\)"):
+        await enter(tmp_path).__aenter__()
+    monkeypatch.undo()
+    async with enter(tmp_path):
+        pass  # it was let go
