@@ -228,7 +228,7 @@ MATRIX: dict[Fault, dict[Moment, Ends]] = {
         ),
     ),
     Fault.DECODE_ABORTS: _ends(
-        _all(_NOBODY, _GIVEN_UP, f"{_GIVEN_UP}|{_GIVEN_UP_EARLY}", *[_GIVEN_UP] * 5, WELL, WELL),
+        _all(_GIVEN_UP, _GIVEN_UP, f"{_GIVEN_UP}|{_GIVEN_UP_EARLY}", *[_GIVEN_UP] * 5, WELL, WELL),
         _all(*[_LEFT_BY_DECODE] * 9, WELL),
     ),
 }
