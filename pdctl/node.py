@@ -153,8 +153,9 @@ class DecodeNode:
     async def pair(self, registry: str, room: int, *, trace: Trace = None) -> Paired:
         """The control links of the prefill ranks that will send `room` to this one.
 
-        Asked anew for every room (requests of a millisecond): a prefill that was replaced is found by the next one,
-        and no stale address can be kept. Raises NotReady, Unreachable, and LayoutMismatch with both values.
+        Asked anew for every room (requests of a millisecond), but once for all that ask at one moment: a prefill that
+        was replaced is found by the next one, and no stale address can be kept. Raises NotReady, Unreachable, and
+        LayoutMismatch with both values.
         """
         with within(trace_of(trace)):
             return await self._pair(registry, room)

@@ -113,6 +113,18 @@ async def test_a_registry_that_is_asked_again_is_asked_by_the_same_client(regist
         assert len(registries._kept) == 1
 
 
+async def test_rooms_that_look_up_the_same_at_one_moment_share_the_answers() -> None:
+    async with scripted(otherwise=answers_json(topology_body(SHAPE, None))) as registry, client(registry.url) as rank:
+        assert await asyncio.gather(*[rank.topology() for _ in range(64)]) == [SHAPE] * 64
+        assert len(registry.asked) == 2, "the first, and one that began when all the others had asked"
+        assert await rank.topology() == SHAPE
+        assert len(registry.asked) == 3, "nothing is kept"
+    where = answers_json({"rank_ip": "10.0.0.1", "rank_port": 7000})
+    async with scripted(otherwise=where) as registry, client(registry.url) as rank:
+        await asyncio.gather(*[rank.rank(Seat(0, 0, n % 2, 0)) for n in range(64)])
+        assert len(registry.asked) == 4, "two for each seat"
+
+
 async def test_a_kept_connection_that_was_lost_does_not_cost_a_topology() -> None:
     shape = answers_json(topology_body(SHAPE, None))
     async with scripted(shape, closes(), resets(), otherwise=shape) as registry, client(registry.url) as rank:

@@ -64,6 +64,7 @@ FLOORS = {
                 "logs",
                 "errands",
                 "spans",
+                "together",
             )
         ],
         2,
