@@ -101,6 +101,7 @@ class ArrivingRoom:
         self._ranks = ranks
         self._release = release
         self._told: list[Endpoint] = []
+        self._out_of_reach: set[Endpoint] = set()
         self._answers: set[int] = set()
         self._checks: dict[int, asyncio.Task[None]] = {}
         self._spoken = np.zeros(len(named.pages), bool)
@@ -155,6 +156,7 @@ class ArrivingRoom:
 
     def prefill_gone(self, prefill: Endpoint, why: str) -> None:
         if any(at == prefill for at, _ in self._telling):
+            self._out_of_reach.add(prefill)
             self._fail(Event.PEER_FAILED, f"prefill rank at {prefill} is gone: {why}")
 
     def _prefill_failed(self, status: Status) -> None:
@@ -268,6 +270,7 @@ class ArrivingRoom:
             self._remind_in(self._of.timeouts.remind_s)
         except Unreachable as error:
             self._forget_all()
+            self._out_of_reach.add(at)
             self._fail(Event.PEER_UNREACHABLE, str(error))
         except ChecksumsMissing as error:
             self._fail(Event.PEER_FAILED, str(error), is_permanent=True)
@@ -353,9 +356,9 @@ class ArrivingRoom:
         for check in self._checks.values():
             if check is not current:
                 check.cancel()
-        told = set(self._told)
-        self._of.tell_end(self, [at for at, _ in self._telling if at not in told])
-        if told:
+        passed_over = self._out_of_reach.union(self._told)
+        self._of.tell_end(self, [at for at, _ in self._telling if at not in passed_over])
+        if self._told:
             self._of.hold(self, self._told, self._release)
             self._release = None
 
