@@ -15,11 +15,10 @@ import math
 import os
 import time
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Hashable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import partial
 from http import HTTPStatus
 from random import Random, SystemRandom
 from typing import Any, NoReturn, Self, TypeVar
@@ -117,7 +116,7 @@ class RegistryClient:
         self._random = random or SystemRandom()
         self._clock = clock
         self._sleep = sleep
-        self._together: Together[Seat, Any] = Together()
+        self._together: Together[Hashable, Any] = Together()
         self._present: Announcement | None = None
         self._confirmed: Announcement | None = None
 
@@ -196,8 +195,13 @@ class RegistryClient:
         raise gave_up
 
     async def tell(self, exchange: Exchange[T]) -> T:
-        """Ask once. Raises RegistryRefused for a final no, PutOff for "not now", and Unreachable."""
-        return await self._courier.tell(exchange)
+        """Ask once, and what is only looked up together with all who ask it now. Raises RegistryRefused for a final no,
+        PutOff for "not now", and Unreachable."""
+        if exchange.method != "GET":
+            return await self._courier.tell(exchange)
+        what = exchange.path, frozenset((exchange.params or {}).items())
+        said: T = await self._together.ask(what, lambda: self._courier.tell(exchange))
+        return said
 
     async def hold(
         self, announcement: Announcement, every_s: float = 10.0, exhaustion: Exhaustion = Exhaustion.RAISE
@@ -217,11 +221,10 @@ class RegistryClient:
         """The instance's shape, asked for once; where nobody answers, again by `policy`. Raises NotReady with the
         registry's words while it is incomplete."""
         question = _about(_TOPOLOGY, "topology", shape_from_topology)
-        ask = partial(self._shared, _TOPOLOGY, question)
         if policy is None:
-            return await ask()
+            return await self.tell(question)
         answered = lambda error: not isinstance(error, Unreachable)  # noqa: E731
-        return await self._retrying(ask, policy, is_permanent=answered)
+        return await self._retrying(lambda: self.tell(question), policy, is_permanent=answered)
 
     async def await_topology(self, deadline_s: float) -> Shape:
         """The shape, as soon as the instance is complete. After `deadline_s` NotReady or Unreachable, and why."""
@@ -241,8 +244,7 @@ class RegistryClient:
 
     async def rank(self, seat: Seat) -> Endpoint:
         """Where the rank in `seat` listens. A seat that the registry does not know (404) may still come: NotReady."""
-        question = _about(seat, f"look-up of {seat}", rank_from_body, HTTPStatus.NOT_FOUND)
-        return await self._patiently(question, partial(self._shared, seat, question))
+        return await self._patiently(_about(seat, f"look-up of {seat}", rank_from_body, HTTPStatus.NOT_FOUND))
 
     async def announce_room(self, room: int, dp_rank: int) -> None:
         """Say which DP rank has the room. The last one said wins, so repeating is harmless."""
@@ -318,18 +320,14 @@ class RegistryClient:
             cause=failure.cause,
         ) from failure.error
 
-    def _shared(self, seat: Seat, question: Exchange[T]) -> Awaitable[T]:
-        """One question for all rooms that have it now."""
-        return self._together.ask(seat, partial(self.tell, question))
-
-    async def _patiently(self, question: Exchange[T], ask: Callable[[], Awaitable[T]] | None = None) -> T:
-        """`tell`, or what is given for it, asked again by the look-up policy."""
+    async def _patiently(self, question: Exchange[T]) -> T:
+        """`tell`, asked again by the look-up policy."""
 
         def say(failure: Failure) -> None:
             said = {"what": question.what, "attempt": failure.attempt, "cause": failure.cause}
             log.info("registry question failed", **said, registry=self.url)
 
-        return await self._retrying(ask or (lambda: self.tell(question)), self._look_up, on_failure=say)
+        return await self._retrying(lambda: self.tell(question), self._look_up, on_failure=say)
 
     async def _retrying(self, attempt: Callable[[], Awaitable[T]], policy: RetryPolicy, **more: Any) -> T:
         usual: dict[str, Any] = {

@@ -275,19 +275,14 @@ class Receiver:
         """Let those who will hear of no pages not wait for them. Once: nothing here waits for their word."""
         for at in untold:
             abort = Abort(room.room, self.reply, next(self._generations), room.reason, room.use)
-            self.errands.spawn(f"abort to {at}", self._tell_end(at, abort))
-
-    async def _tell_end(self, at: Endpoint, abort: Abort) -> None:
-        try:
-            await self._send(at, abort.to_frames())
-        except Unreachable as error:
-            log.debug("prefill rank not told of a room's end", room=abort.room, to=str(at), why=str(error))
+            self.errands.spawn(f"abort to {at}", self._tell(at, abort))
 
     # --- quarantine
 
     def _ask(self, held: _Held) -> None:
         for generation, at in held.asked.items():
-            self.errands.spawn(f"abort to {at}", self._ask_one(held, generation, at))
+            abort = Abort(held.room, self.reply, generation, held.reason or None, held.use)
+            self.errands.spawn(f"abort to {at}", self._tell(at, abort))
         held.timer = asyncio.get_running_loop().call_later(self.timeouts.release_s, self._ask_again, held)
 
     def _ask_again(self, held: _Held) -> None:
@@ -300,12 +295,12 @@ class Receiver:
         )
         self._ask(held)
 
-    async def _ask_one(self, held: _Held, generation: int, at: Endpoint) -> None:
+    async def _tell(self, at: Endpoint, abort: Abort) -> None:
         try:
-            await self._send(at, Abort(held.room, self.reply, generation, held.reason or None, held.use).to_frames())
+            await self._send(at, abort.to_frames())
             return
         except Unreachable as error:
-            log.warning("prefill rank not told of an abort", room=held.room, to=str(at), why=str(error))
+            log.warning("prefill rank not told of an abort", room=abort.room, to=str(at), why=str(error))
         await self.look_for(at)
 
     async def look_for(self, prefill: Endpoint) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 
@@ -277,15 +277,6 @@ async def test_a_room_that_decode_gives_up_before_it_names_pages_is_over_at_a_pr
         await rig.room(5)
 
 
-async def test_who_names_pages_of_a_number_that_it_has_given_up_wants_it_again() -> None:
-    async with rig_of() as rig:
-        await gives_up_at_once(rig, 5)
-        async with asyncio.timeout(60), rig.receiver.open(5, PREFILL, [9, 4], 3) as arriving:
-            assert rig.sender.early == (5,)
-            await rig.send(5)
-            await arriving.arrived()
-
-
 async def test_a_room_that_both_have_given_up_is_not_remembered_for_the_numbers_next_use() -> None:
     """At the prefill first: what decode says then may be all that it will ever say of it."""
     async with rig_of() as rig:
@@ -314,9 +305,12 @@ async def test_who_names_pages_of_a_room_that_prefill_has_given_up_is_told_when_
         assert await rig.given_back.next() == [9, 4]
 
 
-async def test_a_number_that_prefill_has_given_up_may_be_used_again_at_once() -> None:
+@pytest.mark.parametrize("who_gave_up", [given_up, gives_up_at_once], ids=["prefill", "decode, before it named pages"])
+async def test_a_number_that_was_given_up_may_be_used_again_at_once(
+    who_gave_up: Callable[[Rig, int], Awaitable[None]],
+) -> None:
     async with rig_of(replace(SOON, remind_s=5)) as rig:
-        await given_up(rig, 5)
+        await who_gave_up(rig, 5)
         async with asyncio.timeout(20), rig.receiver.open(5, PREFILL, [9, 4], 3) as arriving:
             assert rig.sender.early == (5,)
             await rig.send(5)
