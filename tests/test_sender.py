@@ -541,6 +541,26 @@ async def test_a_decode_rank_that_gave_up_unnamed_ends_a_room_that_waits_for_it(
             await room.peers_ready()
 
 
+async def test_a_decode_rank_that_gave_up_and_names_pages_after_all_is_believed(rig: Rig) -> None:
+    decode = rig.decode()
+    decode.register()
+    decode.abort(5, generation=4, use=1)
+    decode.name(5, [1], required=2, use=2)
+    assert not await is_over(rig, 5)
+
+
+@pytest.mark.parametrize("use", [1, None])
+async def test_an_abort_of_a_use_that_is_over_here_is_no_news(rig: Rig, use: int | None) -> None:
+    decode = rig.decode()
+    decode.register()
+    decode.name(5, [1], use=1)
+    async with rig.sender.open(5) as room:
+        await room.peers_ready()
+        await room.finish(0, pages=[0])
+    decode.abort(5, generation=4, use=use)
+    assert not await is_over(rig, 5)
+
+
 async def test_a_late_abort_of_a_finished_room_does_not_reach_the_next_use_of_its_number(rig: Rig) -> None:
     decode = rig.decode()
     decode.register()
